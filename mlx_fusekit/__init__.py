@@ -1,0 +1,26 @@
+"""mlx-fusekit: a LoRA adapter and its MLX base model become one model that knows its task."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mlx_fusekit.fusing import FuseReport, PreparedFuse, fuse, prepare_fuse
+
+# The public names load on first use: importing NumPy and MLX takes longer than `--help` may.
+_HOMES = {
+    "fuse": "fusing",
+    "prepare_fuse": "fusing",
+    "FuseReport": "fusing",
+    "PreparedFuse": "fusing",
+}
+
+__all__ = ["FuseReport", "PreparedFuse", "__version__", "fuse", "prepare_fuse"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(f"mlx_fusekit.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'mlx_fusekit' has no attribute {name!r}")

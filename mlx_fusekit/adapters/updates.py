@@ -1,0 +1,76 @@
+"""What an adapter does to the weights of a base model, in one form for all formats."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mlx_fusekit.checkpoint.header import TensorRef
+from mlx_fusekit.numerics import Float32
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """LoRA, and DoRA when there is a magnitude: weight + up @ down, rows then scaled to a norm.
+
+    Attributes:
+        up: float32 ``[experts, rows, rank]``, the adapter's scale already multiplied in.
+        down: float32 ``[experts, rank, columns]``.
+        magnitude: DoRA's learned row norms, float32 ``[rows]``, or None for LoRA.
+
+    A plain linear or embedding counts as one expert.
+    """
+
+    up: Float32
+    down: Float32
+    magnitude: Float32 | None = None
+
+    @property
+    def rank(self) -> int:
+        """Rank of the update of each expert."""
+        return int(self.down.shape[1])
+
+    @cached_property
+    def delta_norm(self) -> float:
+        """Frobenius norm of ``up @ down``, from rank-sized products only."""
+        up_gram = np.einsum("eor,eos->ers", self.up, self.up, dtype=np.float64)
+        down_gram = np.einsum("eri,esi->ers", self.down, self.down, dtype=np.float64)
+        return float(np.sqrt(max((up_gram * down_gram).sum(), 0.0)))
+
+    @cached_property
+    def is_zero(self) -> bool:
+        """Whether it certainly changes nothing (DoRA's rows may still be rescaled)."""
+        return self.magnitude is None and not (self.up.any() and self.down.any())
+
+
+@dataclass(frozen=True)
+class FullUpdate:
+    """A full fine-tune's new value of one parameter.
+
+    Attributes:
+        tensor: the value, unquantized, in the logical shape of the base's parameter.
+    """
+
+    tensor: TensorRef
+    is_zero = False
+
+
+Update = LowRankUpdate | FullUpdate
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that was checked against its base.
+
+    Attributes:
+        weights: updates of modules' weights, by module path.
+        parameters: full fine-tune's values of other parameters (norms, biases), by tensor name.
+        kind: "lora", "dora" or "full".
+        warnings: what the user should know, one line each.
+    """
+
+    kind: str
+    weights: Mapping[str, Update]
+    parameters: Mapping[str, FullUpdate]
+    warnings: tuple[str, ...] = ()

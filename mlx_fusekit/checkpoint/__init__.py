@@ -1,0 +1,1 @@
+"""Model folders: reading them as untrusted input, and writing them whole or not at all."""

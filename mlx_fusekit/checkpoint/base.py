@@ -1,0 +1,43 @@
+"""What merging needs to know of a base model, whether its bytes or mlx-lm's classes provide it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from mlx_fusekit.numerics import Array
+from mlx_fusekit.quantization import QuantSpec
+
+
+class TensorSource(Protocol):
+    """One tensor that can be read by rows; all axes but the last count as rows."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+    def read_rows(self, first: int, last: int) -> Array:
+        """Rows ``first`` to ``last`` (exclusive), as stored bits."""
+
+
+class BaseModel(Protocol):
+    """A model whose tensors are named by the module paths that adapters use."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorSource]: ...
+    @property
+    def quantized_modules(self) -> tuple[str, ...]: ...
+    @property
+    def layer_count(self) -> int | None:
+        """Number of decoder layers, when the configuration says it."""
+
+    def quantization(self, module: str, columns: int | None = None) -> QuantSpec | None:
+        """How the weight of a module is quantized, or None."""

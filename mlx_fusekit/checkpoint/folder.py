@@ -1,0 +1,302 @@
+"""A model folder, opened read-only: configuration, weights, quantization, the files beside them."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
+from mlx_fusekit.errors import CheckpointError, ConfigurationError
+from mlx_fusekit.quantization import CODEBOOK_MODES, QuantSpec
+
+INDEX_NAME = "model.safetensors.index.json"
+_WEIGHT_FILE = re.compile(r"model[^/\\:\0]*\.safetensors")
+
+#: Keys of a quantization block that hold defaults; every other key is a module path.
+_DEFAULT_KEYS = ("group_size", "bits", "mode", "quant_method")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder as mlx-lm would load it.
+
+    Attributes:
+        folder: where it lies.
+        config: ``config.json``.
+        headers: of each weight file, by file name.
+        tensors: every tensor of all weight files, by name.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    headers: Mapping[str, Header]
+    tensors: Mapping[str, TensorRef]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Open and validate a model folder; reads headers only.
+
+        Raises:
+            CheckpointError: naming the file or tensor that is wrong, and the cure.
+        """
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: there is no such model folder")
+        config = read_json(folder / "config.json")
+        headers = {name: read_header(folder / name) for name in _weight_files(folder)}
+        tensors: dict[str, TensorRef] = {}
+        for name, header in headers.items():
+            for tensor in header.tensors.values():
+                if (other := tensors.get(tensor.name)) is not None:
+                    raise CheckpointError(
+                        f"{folder}: tensor {tensor.name!r} is in both {other.file.name} and "
+                        f"{name}; remove the file that does not belong to this model"
+                    )
+                tensors[tensor.name] = tensor
+        _check_index(folder, tensors)
+        return cls(folder, config, MappingProxyType(headers), MappingProxyType(tensors))
+
+    @property
+    def written_by_mlx(self) -> bool:
+        """Whether MLX wrote every weight file, so that tensor names are module paths."""
+        return all(header.metadata.get("format") == "mlx" for header in self.headers.values())
+
+    @property
+    def layer_count(self) -> int | None:
+        """Number of decoder layers, when the configuration says it."""
+        return layer_count(self.config)
+
+    @cached_property
+    def quantization_config(self) -> dict[str, Any]:
+        """MLX's quantization block: defaults and per-module overrides; empty when there is none."""
+        for key in ("quantization", "quantization_config"):
+            block = self.config.get(key)
+            if isinstance(block, dict) and "bits" in block and "group_size" in block:
+                return block
+        return {}
+
+    @cached_property
+    def quantized_modules(self) -> tuple[str, ...]:
+        """Paths of all modules that have scales beside their weight."""
+        return tuple(
+            name.removesuffix(".scales")
+            for name in self.tensors
+            if name.endswith(".scales") and name.removesuffix("scales") + "weight" in self.tensors
+        )
+
+    def quantization(self, module: str, columns: int | None = None) -> QuantSpec | None:
+        """How a module's weight is quantized, or None when it is not.
+
+        As mlx-lm: what ``config.json`` says for this module, else what follows from the shapes of
+        weight and scales. Shapes alone give only the product of bits and group size, so they need
+        ``columns``, the logical width of the weight; without it the default of the configuration
+        decides where it agrees with the shapes.
+
+        Raises:
+            CheckpointError: when shapes and configuration contradict each other.
+        """
+        weight = self.tensors.get(f"{module}.weight")
+        scales = self.tensors.get(f"{module}.scales")
+        if weight is None or scales is None:
+            return None
+        block = self.quantization_config
+        override = block.get(module)
+        if isinstance(override, dict):
+            spec = self._spec(module, {**_mode_defaults(override), **override})
+        elif columns is not None:
+            spec = _infer(weight, scales, columns)
+        elif block:
+            spec = self._spec(module, block)
+            if not _fits(spec, weight, scales):
+                spec = _only_candidate(self.folder, weight, scales)
+        else:
+            spec = _only_candidate(self.folder, weight, scales)
+        self._check(module, spec, weight, scales, columns)
+        return spec
+
+    def _spec(self, module: str, block: Mapping[str, Any]) -> QuantSpec:
+        try:
+            return QuantSpec(block["bits"], block["group_size"], block.get("mode") or "affine")
+        except (KeyError, TypeError, ConfigurationError) as error:
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: the quantization of {module} is none that MLX "
+                f"has ({error})"
+            ) from error
+
+    def _check(
+        self,
+        module: str,
+        spec: QuantSpec,
+        weight: TensorRef,
+        scales: TensorRef,
+        columns: int | None,
+    ) -> None:
+        fits = _fits(spec, weight, scales) and columns in (None, spec.columns(weight.shape[-1]))
+        biases = self.tensors.get(f"{module}.biases")
+        if spec.affine:
+            fits &= biases is not None
+            fits &= biases is None or (biases.shape, biases.dtype) == (scales.shape, scales.dtype)
+            fits &= scales.dtype in ("F16", "BF16", "F32")
+        else:
+            fits &= biases is None and scales.dtype == "U8"
+        if not fits:
+            raise CheckpointError(
+                f"{weight.file}: {module} has weight {weight.dtype} {list(weight.shape)} and "
+                f"scales {scales.dtype} {list(scales.shape)}, which is not {spec} as config.json "
+                "says; correct its quantization in config.json"
+            )
+
+
+def layer_count(config: Mapping[str, Any]) -> int | None:
+    """``num_hidden_layers``, also of a text model inside a multimodal configuration."""
+    text = config.get("text_config")
+    for block in (config, text if isinstance(text, dict) else {}):
+        for key in ("num_hidden_layers", "n_layers", "n_layer"):
+            if isinstance(block.get(key), int):
+                return int(block[key])
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: when the file is missing, too large, or holds no JSON object.
+    """
+    try:
+        if path.stat().st_size > 200_000_000:
+            raise CheckpointError(f"{path}: too large for a configuration file")
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: the file is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object")
+    return value
+
+
+def resolve_inside(folder: Path, name: str) -> Path:
+    """The real path of a file of a folder; a link may only lead to the folder or its Hub blobs.
+
+    A snapshot in huggingface_hub's cache is a folder of links to ``../../blobs``. Any other link
+    out of the folder could make us copy, and a later upload publish, a file that is not the
+    model's.
+
+    Raises:
+        CheckpointError: when the link leads elsewhere.
+    """
+    path = folder / name
+    real = path.resolve()
+    allowed = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        allowed.append(folder.resolve().parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise CheckpointError(
+            f"{path}: a link that leads out of the model's folder; put the file itself there"
+        )
+    return real
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the weight files, from the index where there is one."""
+    present = sorted(path.name for path in folder.glob("model*.safetensors"))
+    index = folder / INDEX_NAME
+    names = _indexed_files(index) if index.exists() else present
+    if not names:
+        other = next(
+            (p.name for p in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.npz"))), ""
+        )
+        hint = f"; {other} is pickled or old, convert it with mlx_lm.convert" if other else ""
+        raise CheckpointError(f"{folder}: no model*.safetensors file{hint}")
+    for name in names:
+        if name not in present:
+            raise CheckpointError(
+                f"{index}: names {name}, which is not in the folder; download the model again"
+            )
+        resolve_inside(folder, name)
+    if extra := sorted(set(present) - set(names)):
+        raise CheckpointError(
+            f"{folder / extra[0]}: not in {INDEX_NAME}, but mlx-lm would load it; remove the file, "
+            "or the index if that is out of date"
+        )
+    return names
+
+
+def _indexed_files(index: Path) -> list[str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map; download the model again")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _WEIGHT_FILE.fullmatch(name):
+            raise CheckpointError(
+                f"{index}: places tensor {tensor!r} in {name!r}; "
+                "only files model*.safetensors beside the index are allowed"
+            )
+    return sorted(set(weight_map.values()))
+
+
+def _check_index(folder: Path, tensors: Mapping[str, TensorRef]) -> None:
+    index = folder / INDEX_NAME
+    if not index.exists():
+        return
+    weight_map = read_json(index)["weight_map"]
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise CheckpointError(
+                f"{index}: places tensor {name!r} in {file}, where it is not; "
+                "download the model again"
+            )
+    if missing := next((name for name in tensors if name not in weight_map), None):
+        raise CheckpointError(
+            f"{tensors[missing].file}: tensor {missing!r} is not in {INDEX_NAME}; "
+            "remove the index if it is out of date"
+        )
+
+
+def _mode_defaults(override: Mapping[str, Any]) -> dict[str, Any]:
+    bits, group_size = CODEBOOK_MODES.get(override.get("mode", "affine"), (4, 64))
+    return {"bits": bits, "group_size": group_size}
+
+
+def _fits(spec: QuantSpec, weight: TensorRef, scales: TensorRef) -> bool:
+    return (
+        weight.dtype == "U32"
+        and len(weight.shape) >= 2
+        and weight.shape[:-1] == scales.shape[:-1]
+        and weight.shape[-1] * 32 == scales.shape[-1] * spec.group_size * spec.bits
+        and spec.affine == (scales.dtype != "U8")
+    )
+
+
+def _candidates(weight: TensorRef, scales: TensorRef) -> list[QuantSpec]:
+    affine = [QuantSpec(b, g) for b in (1, 2, 3, 4, 5, 6, 8) for g in (32, 64, 128)]
+    codebook = [QuantSpec(bits, group, mode) for mode, (bits, group) in CODEBOOK_MODES.items()]
+    return [spec for spec in affine + codebook if _fits(spec, weight, scales)]
+
+
+def _infer(weight: TensorRef, scales: TensorRef, columns: int) -> QuantSpec:
+    """The specification that gives ``columns``, as ``mlx_lm.utils.infer_quant_config`` finds it."""
+    for spec in _candidates(weight, scales):
+        if spec.columns(weight.shape[-1]) == columns:
+            return spec
+    raise CheckpointError(
+        f"{weight.file}: {weight.name} {list(weight.shape)} with scales {list(scales.shape)} is no "
+        f"quantization of {columns} columns that MLX has"
+    )
+
+
+def _only_candidate(folder: Path, weight: TensorRef, scales: TensorRef) -> QuantSpec:
+    candidates = _candidates(weight, scales)
+    if len(candidates) == 1:
+        return candidates[0]
+    known = " or ".join(str(spec) for spec in candidates) or "no format that MLX has"
+    raise CheckpointError(
+        f"{folder / 'config.json'}: does not say how {weight.name.removesuffix('.weight')} is "
+        f"quantized, and its shapes fit {known}; add it under 'quantization'"
+    )

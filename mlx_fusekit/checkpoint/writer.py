@@ -1,0 +1,226 @@
+"""Writing one safetensors file: untouched bytes copied, the others filled in by rows, in any order.
+
+A file whose layout equals a base file's is a clone of it, with only the touched ranges rewritten;
+where the file system cannot clone, it is laid out afresh and the untouched ranges are copied. Both
+ways give the same bytes.
+"""
+
+import json
+import math
+import os
+import struct
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from mlx_fusekit.checkpoint.clone import copy_range, reflink
+from mlx_fusekit.checkpoint.header import Header, TensorRef
+from mlx_fusekit.numerics import STORAGE, Array
+
+_COPY_PIECE = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor of a file to be written.
+
+    Attributes:
+        copied: where its bytes are copied from, or None when they are computed.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    copied: TensorRef | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
+        return math.prod(self.shape) * STORAGE[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """A file to be written: its header's bytes and where each tensor lies.
+
+    Attributes:
+        base: the base's file of the very same layout, which may be cloned.
+    """
+
+    name: str
+    tensors: tuple[OutputTensor, ...]
+    prefix: bytes
+    starts: Mapping[str, int]
+    base: Header | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole file."""
+        return len(self.prefix) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+def same_layout(name: str, base: Header, computed: frozenset[str]) -> FileLayout:
+    """The layout of a base's file, with the tensors in ``computed`` filled in afresh."""
+    tensors = tuple(
+        OutputTensor(ref.name, ref.dtype, ref.shape, None if ref.name in computed else ref)
+        for ref in base.tensors.values()
+    )
+    starts = {ref.name: ref.start for ref in base.tensors.values()}
+    return FileLayout(name, tensors, base.prefix, starts, base)
+
+
+def new_layout(name: str, tensors: Sequence[OutputTensor]) -> FileLayout:
+    """A file of these tensors in this order, as MLX writes it, its data aligned to 8 bytes."""
+    entries: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+    position, offsets = 0, {}
+    for tensor in tensors:
+        end = position + tensor.nbytes
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        offsets[tensor.name] = position
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    prefix = struct.pack("<Q", len(text)) + text
+    starts = {name: len(prefix) + offset for name, offset in offsets.items()}
+    return FileLayout(name, tuple(tensors), prefix, starts)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRange:
+    """A range of bytes to be copied into the output from a file of the base."""
+
+    source: Path
+    source_offset: int
+    target_offset: int
+    length: int
+
+
+class FileWriter:
+    """Fills one file of the staging folder; safe to use from several threads.
+
+    Args:
+        layout: what to write.
+        folder: an existing folder, where no file of that name exists.
+        clone: whether a file of the same layout may be cloned.
+    """
+
+    def __init__(self, layout: FileLayout, folder: Path, *, clone: bool = True) -> None:
+        self.layout = layout
+        self.path = folder / layout.name
+        base = layout.base
+        self.cloned = clone and base is not None and reflink(base.file, self.path)
+        self._file = open(self.path, "r+b" if self.cloned else "xb", buffering=0)  # noqa: SIM115
+        self._written: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._computed = {tensor.name: tensor for tensor in layout.tensors if not tensor.copied}
+        if not self.cloned:
+            self._file.truncate(layout.nbytes)
+            os.pwrite(self._file.fileno(), layout.prefix, 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def copies(self) -> Iterator[CopyRange]:
+        """What must be copied with :meth:`copy`; neighbours are joined, and long ranges cut."""
+        if self.cloned:
+            return
+        pending: CopyRange | None = None
+        for tensor in self.layout.tensors:
+            ref = tensor.copied
+            if ref is None:
+                continue
+            start = self.layout.starts[tensor.name]
+            if pending and _follows(pending, ref, start):
+                joined = pending.length + ref.nbytes
+                pending = CopyRange(
+                    pending.source, pending.source_offset, pending.target_offset, joined
+                )
+                continue
+            if pending:
+                yield from _pieces(pending)
+            pending = CopyRange(ref.file, ref.start, start, ref.nbytes)
+        if pending:
+            yield from _pieces(pending)
+
+    def copy(self, span: CopyRange) -> None:
+        """Copy one range."""
+        with open(span.source, "rb", buffering=0) as source:
+            copy_range(
+                source.fileno(),
+                self._file.fileno(),
+                span.source_offset,
+                span.target_offset,
+                span.length,
+            )
+
+    def write_rows(self, name: str, first_row: int, rows: Array) -> None:
+        """Fill in rows of a computed tensor, all axes but the last counting as rows.
+
+        Args:
+            rows: stored bits, ``[rows, columns]``.
+        """
+        tensor = self._computed[name]
+        columns = tensor.shape[-1] if tensor.shape else 1
+        item = STORAGE[tensor.dtype].itemsize
+        if rows.shape[1:] != (columns,) or rows.dtype.itemsize != item:
+            raise AssertionError(f"{name}: {rows.dtype} {rows.shape} written into {tensor}")
+        data = memoryview(rows.tobytes())
+        offset = self.layout.starts[name] + first_row * columns * item
+        while data:
+            count = os.pwrite(self._file.fileno(), data, offset)
+            data, offset = data[count:], offset + count
+        with self._lock:
+            self._written[name] += rows.nbytes
+
+    def finish(self) -> None:
+        """Check that every computed byte was written, and bring the file to the disk."""
+        for name, tensor in self._computed.items():
+            if self._written[name] != tensor.nbytes:
+                raise AssertionError(
+                    f"{name}: {self._written[name]} of {tensor.nbytes} bytes written"
+                )
+        sync(self._file.fileno())
+
+
+def sync(descriptor: int) -> None:
+    """Bring a file or folder to the disk itself, past the drive's cache where the OS allows."""
+    import fcntl
+
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        try:
+            fcntl.fcntl(descriptor, full)
+            return
+        except OSError:
+            pass  # a network volume; fsync is what it has
+    os.fsync(descriptor)
+
+
+def _follows(span: CopyRange, ref: TensorRef, start: int) -> bool:
+    return (
+        span.source == ref.file
+        and span.source_offset + span.length == ref.start
+        and span.target_offset + span.length == start
+    )
+
+
+def _pieces(span: CopyRange) -> Iterator[CopyRange]:
+    for done in range(0, span.length, _COPY_PIECE):
+        length = min(_COPY_PIECE, span.length - done)
+        yield CopyRange(span.source, span.source_offset + done, span.target_offset + done, length)

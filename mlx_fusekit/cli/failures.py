@@ -1,0 +1,49 @@
+"""From exceptions to one line and an exit code; everything unexpected is left to crash loudly."""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+import click
+
+from mlx_fusekit.errors import FusekitError
+
+FAILED = 1
+INTERRUPTED = 130
+
+
+def run(command: click.Command) -> None:
+    """Run a command and exit: 0 done, 1 failed with a line, 2 usage, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        status = command.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        _say("interrupted; nothing was left behind")
+        status = INTERRUPTED
+    except KeyboardInterrupt:
+        _say("interrupted; nothing was left behind")
+        status = INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except FusekitError as error:
+        if os.environ.get("FUSEKIT_DEBUG") == "1":
+            raise
+        _say(str(error))
+        status = FAILED
+    except BrokenPipeError:
+        # The reader of a pipe (head, say) has gone; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = FAILED
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _say(message: str) -> None:
+    click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    click.echo(" ".join(message.split()), err=True)
+
+
+def _terminate(signum: int, _frame: FrameType | None) -> None:
+    """Let ``finally`` blocks clean up before the process ends."""
+    sys.exit(128 + signum)

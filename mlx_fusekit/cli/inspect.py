@@ -1,0 +1,78 @@
+"""``mlx-fusekit inspect``."""
+
+import click
+
+from mlx_fusekit.cli import output
+from mlx_fusekit.inspection import AdapterFacts, DeltaFacts, ModelFacts, inspect
+
+
+@click.command("inspect")
+@click.argument("path")
+@click.option("--model", help="An adapter's base: compare its update with the quantization step.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the model's own *.py files.")
+def command(
+    path: str, model: str | None, revision: str | None, as_json: bool, trust_remote_code: bool
+) -> None:
+    """Show the facts of a model or adapter folder."""
+    facts = inspect(path, model=model, revision=revision, trust_remote_code=trust_remote_code)
+    if as_json:
+        output.print_json(facts.as_json())
+    elif isinstance(facts, ModelFacts):
+        _print_model(facts)
+    else:
+        _print_adapter(facts)
+
+
+def _print_model(facts: ModelFacts) -> None:
+    formats = ", ".join(f"{count} x {name}" for name, count in facts.formats.items())
+    rows = [
+        ("architecture", facts.architecture),
+        ("parameters", f"{facts.parameters:,}"),
+        ("layers", str(facts.layers) if facts.layers is not None else "unknown"),
+        ("size", f"{output.size(facts.bytes)} in {facts.files} file(s), {facts.tensors} tensors"),
+        ("bits per weight", f"{facts.bits_per_weight:.2f}"),
+        ("matrices", formats),
+    ]
+    if facts.fused:
+        rows.append(("fused from", str(facts.fused.get("base", {}).get("id"))))
+    output.print_facts(f"Model {facts.path}", rows)
+    if facts.exceptions:
+        output.print_rows("\nOther formats", ("module", "format"), list(facts.exceptions.items()))
+
+
+def _print_adapter(facts: AdapterFacts) -> None:
+    for warning in facts.warnings:
+        output.warn(warning)
+    targets = ", ".join(f"{name} x {count}" for name, count in facts.targets.items())
+    rows = [
+        ("type", facts.fine_tune_type),
+        ("trained on", facts.trained_on or "not recorded"),
+        ("rank", str(facts.rank) if facts.rank is not None else "-"),
+        ("scale", f"{facts.scale:g}" if facts.scale is not None else "-"),
+        ("layers", str(facts.num_layers) if facts.num_layers is not None else "not recorded"),
+        ("modules", f"{facts.modules}: {targets}"),
+        ("size", f"{output.size(facts.bytes)}, {facts.parameters:,} parameters"),
+    ]
+    output.print_facts(f"Adapter {facts.path}", rows)
+    if facts.deltas:
+        header = ("module", "format", "rank", "delta", "step", "delta/step")
+        output.print_rows(
+            "\nUpdate against the base",
+            header,
+            [_row(d) for d in sorted(facts.deltas, key=_in_order)],
+        )
+
+
+def _in_order(delta: DeltaFacts) -> list[str | int]:
+    """Sort key under which layer 2 comes before layer 10."""
+    return [int(part) if part.isdigit() else part for part in delta.module.split(".")]
+
+
+def _row(delta: DeltaFacts) -> tuple[str, ...]:
+    steps = f"{delta.delta_steps:.3f}" if delta.delta_steps is not None else "-"
+    step = f"{delta.step_rms:.2e}" if delta.step_rms is not None else "-"
+    name = delta.module.removeprefix("model.")
+    rank = str(delta.rank) if delta.rank is not None else "-"
+    return name, delta.format.replace(" group ", "/"), rank, f"{delta.delta_rms:.2e}", step, steps

@@ -1,0 +1,30 @@
+"""The errors this package raises on purpose.
+
+Every one has a message of one line that names the file, the tensor or the flag, and the cure. The
+command line prints that line; anything that is not a :class:`FusekitError` is a bug of ours and is
+left to crash loudly. Each kind also inherits the standard class a caller would expect to catch.
+"""
+
+
+class FusekitError(Exception):
+    """Root of all errors that mlx-fusekit raises on purpose."""
+
+
+class CheckpointError(FusekitError, ValueError):
+    """A model folder, its weights, its index or its configuration cannot be used."""
+
+
+class AdapterError(FusekitError, ValueError):
+    """An adapter is malformed, or does not fit the base model."""
+
+
+class ConfigurationError(FusekitError, ValueError):
+    """The options asked for contradict each other or the model."""
+
+
+class OutputError(FusekitError, OSError):
+    """The target cannot be written: it exists, is unsafe to write to, or the disk is full."""
+
+
+class HubError(FusekitError, OSError):
+    """A repository cannot be had from the Hugging Face Hub or its local cache."""

@@ -1,0 +1,463 @@
+"""Fusing: a base model and its adapters into one model folder.
+
+Reading never writes, planning reads headers only, and nothing touches the target until everything
+in the staging folder is checked.
+"""
+
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from mlx_fusekit import hub, recipe
+from mlx_fusekit.adapters import AdapterFolder
+from mlx_fusekit.adapters.combine import combine
+from mlx_fusekit.adapters.folder import CONFIG_NAME, WEIGHTS_NAME
+from mlx_fusekit.checkpoint.clone import copy_file, reflink
+from mlx_fusekit.checkpoint.companions import Companions, find_companions
+from mlx_fusekit.checkpoint.folder import INDEX_NAME, Checkpoint
+from mlx_fusekit.checkpoint.sanitized import open_base
+from mlx_fusekit.checkpoint.staging import check_target, staging_folder
+from mlx_fusekit.checkpoint.writer import sync
+from mlx_fusekit.errors import ConfigurationError, OutputError
+from mlx_fusekit.execute import default_workers, execute, working_memory
+from mlx_fusekit.numerics import DTYPE_NAMES
+from mlx_fusekit.plan import FuseOptions, FusePlan, plan_fuse
+from mlx_fusekit.requantize import Nearest, Requantizer
+
+Progress = Callable[[int, int], None]
+
+_REQUANTIZERS: dict[str, Callable[[], Requantizer]] = {"auto": Nearest, "nearest": Nearest}
+#: Round to nearest at this width or below loses much of a typical LoRA (shared/FACTS section 1).
+_LOSSY_BITS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterChoice:
+    """An adapter the user named, and the weight its update gets."""
+
+    folder: hub.LocalFolder
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What a fuse did, or with ``dry_run`` would do.
+
+    Attributes:
+        modules: merged modules by the format they were written in.
+        unchanged: how many of the adapter's modules have a zero update.
+        computed_bytes: how much of ``output_bytes`` was computed and not copied.
+        memory_bytes: working memory beyond the interpreter's own, estimated from the plan.
+        cloned: whether the file system shared the untouched bytes with the base.
+        left_out: files of the base that did not come along.
+    """
+
+    save_path: str
+    base: str
+    revision: str | None
+    adapters: tuple[str, ...]
+    kind: str
+    requantize: str
+    modules: dict[str, int]
+    unchanged: int
+    parameters: int
+    base_bytes: int
+    output_bytes: int
+    computed_bytes: int
+    memory_bytes: int
+    disk_free_bytes: int
+    files: tuple[str, ...]
+    cloned: bool
+    seconds: float
+    dry_run: bool
+    warnings: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as a JSON object."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PreparedFuse:
+    """A fuse that was checked and planned; nothing has been written."""
+
+    base_folder: hub.LocalFolder
+    adapters: tuple[AdapterChoice, ...]
+    target: Path
+    plan: FusePlan
+    companions: Companions
+    requantizer: Requantizer
+    seed: int
+
+    def report(
+        self, *, cloned: bool = False, seconds: float = 0.0, dry_run: bool = True
+    ) -> FuseReport:
+        """What will be done, from the plan alone."""
+        formats = Counter(
+            str(step.target_spec) if step.target_spec else _dtype_name(step.dtype)
+            for step in self.plan.merged
+        )
+        return FuseReport(
+            save_path=str(self.target),
+            base=self.base_folder.public_name,
+            revision=self.base_folder.revision,
+            adapters=tuple(choice.folder.public_name for choice in self.adapters),
+            kind=self.plan.adapter.kind,
+            requantize=self.requantizer.name,
+            modules=dict(formats),
+            unchanged=len(self.plan.unchanged),
+            parameters=len(self.plan.adapter.parameters),
+            base_bytes=self.plan.base_bytes,
+            output_bytes=self.plan.output_bytes,
+            computed_bytes=self.plan.computed_bytes,
+            memory_bytes=working_memory(self.plan, default_workers()),
+            disk_free_bytes=_free_bytes(self.target),
+            files=tuple(file.name for file in self.plan.files),
+            cloned=cloned,
+            seconds=seconds,
+            dry_run=dry_run,
+            warnings=(*self.plan.adapter.warnings, *self._rounding_warnings()),
+            left_out=self.companions.left_out,
+        )
+
+    def run(
+        self, *, clone: bool = True, workers: int | None = None, progress: Progress | None = None
+    ) -> FuseReport:
+        """Write the fused model.
+
+        Args:
+            clone: whether the file system may share unchanged blocks with the base.
+            workers: threads; the result does not depend on their number.
+            progress: called with bytes done and bytes in all.
+
+        Raises:
+            FusekitError: with a line for the user; the target is then as it was before.
+        """
+        start = time.perf_counter()
+        with staging_folder(self.target) as staging, _Hashing(self._hashed_files()) as hashing:
+            self._check_disk(staging, clone)
+            cloned = execute(
+                self.plan,
+                staging,
+                self.requantizer,
+                workers=workers,
+                clone=clone,
+                progress=_counted(self.plan, progress),
+            )
+            self._write_companions(staging)
+            _check_written(self.plan, staging)
+            self._write_recipe(staging, hashing.result())
+        return self.report(cloned=cloned, seconds=time.perf_counter() - start, dry_run=False)
+
+    def _rounding_warnings(self) -> tuple[str, ...]:
+        rounded = [
+            step
+            for step in self.plan.merged
+            if step.target_spec is not None and step.target_spec.bits <= _LOSSY_BITS
+        ]
+        if not rounded:
+            return ()
+        bits = min(step.target_spec.bits for step in rounded if step.target_spec)
+        return (
+            f"{len(rounded)} modules are rounded to nearest at {bits} bits, which loses much of a "
+            "typical fine-tune; --bits 8 keeps it, in a larger file",
+        )
+
+    def _hashed_files(self) -> dict[str, list[Path]]:
+        folder = self.plan.base.folder
+        weights = Checkpoint.open(folder).headers if isinstance(self.plan.base, Checkpoint) else {}
+        names = list(weights) or [path.name for path in sorted(folder.glob("model*.safetensors"))]
+        return {
+            "base": [folder / name for name in ("config.json", *names)],
+            **{
+                f"adapter {place}": [choice.folder.path / n for n in (CONFIG_NAME, WEIGHTS_NAME)]
+                for place, choice in enumerate(self.adapters)
+            },
+        }
+
+    def _check_disk(self, staging: Path, clone: bool) -> None:
+        """Refuse to start what the disk cannot hold."""
+        free = shutil.disk_usage(staging).free
+        needed = self.plan.output_bytes
+        if free >= needed:
+            return
+        base_file = next((file.base for file in self.plan.files if file.base), None)
+        if clone and base_file is not None and reflink(base_file.file, staging / ".probe"):
+            (staging / ".probe").unlink()
+            needed = self.plan.computed_bytes
+        if free < needed:
+            raise OutputError(
+                f"{self.target}: needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB "
+                "free; make room or choose another --save-path"
+            )
+
+    def _write_companions(self, staging: Path) -> None:
+        folder = self.plan.base.folder
+        for name in self.companions.copied:
+            (staging / name).parent.mkdir(exist_ok=True)
+            copy_file(folder / name, staging / name)
+        config = _changed_config(self.plan)
+        if config is None:
+            copy_file(folder / "config.json", staging / "config.json")
+        else:
+            (staging / "config.json").write_text(config, "utf-8")
+        _write_index(self.plan, staging)
+        for path in staging.rglob("*"):
+            if path.is_file() and path.suffix != ".safetensors":
+                with open(path, "rb") as file:
+                    sync(file.fileno())
+
+    def _write_recipe(self, staging: Path, digests: dict[str, dict[str, str]]) -> None:
+        adapters = [
+            {
+                "id": choice.folder.public_name,
+                "revision": choice.folder.revision,
+                "weight": choice.weight,
+                "sha256": digests[f"adapter {place}"],
+            }
+            for place, choice in enumerate(self.adapters)
+        ]
+        options = self.plan.options
+        text = recipe.as_text(
+            {
+                "base": {
+                    "id": self.base_folder.public_name,
+                    "revision": self.base_folder.revision,
+                    "sha256": digests["base"],
+                },
+                "adapters": adapters,
+                "kind": self.plan.adapter.kind,
+                "requantize": self.requantizer.name,
+                "bits": options.bits,
+                "dequantize": options.dequantize,
+                "dtype": _dtype_name(options.dtype) if options.dtype else None,
+                "seed": self.seed,
+                "modules": [step.module for step in self.plan.merged],
+                "parameters": list(self.plan.adapter.parameters),
+                "versions": recipe.versions(),
+            }
+        )
+        with open(staging / recipe.RECIPE_NAME, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            sync(file.fileno())
+
+
+def prepare_fuse(
+    model: str | Path,
+    adapter_path: str | Path | Sequence[str | Path],
+    save_path: str | Path,
+    *,
+    requantize: str = "auto",
+    bits: int | None = None,
+    dequantize: bool = False,
+    dtype: str | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> PreparedFuse:
+    """Check everything that can be refused, and plan the fuse; writes nothing.
+
+    Args: as :func:`fuse`.
+
+    Raises:
+        FusekitError: with one line that names the file, tensor or flag, and the cure.
+    """
+    if requantize not in _REQUANTIZERS:
+        raise ConfigurationError(
+            f"--requantize {requantize}: this version has {', '.join(_REQUANTIZERS)}"
+        )
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise ConfigurationError(f"--dtype {dtype}: choose {', '.join(DTYPE_NAMES)}")
+    options = FuseOptions(bits, dequantize, DTYPE_NAMES[dtype] if dtype else None)
+    choices = tuple(_choices(adapter_path))
+    base_folder = hub.resolve(model, revision=revision, code=trust_remote_code)
+    target = Path(save_path).expanduser()
+    sources = (base_folder.path, *(choice.folder.path for choice in choices))
+    check_target(target, overwrite=overwrite, sources=sources)
+    folders = [AdapterFolder.open(choice.folder.path) for choice in choices]
+    base = open_base(base_folder.path, trust_remote_code=trust_remote_code)
+    base_id = base_folder.repo_id or str(base_folder.path)
+    adapter = combine(
+        [(f.bind(base, base_id), c.weight) for f, c in zip(folders, choices, strict=True)]
+    )
+    return PreparedFuse(
+        base_folder=base_folder,
+        adapters=choices,
+        target=target,
+        plan=plan_fuse(base, adapter, options),
+        companions=find_companions(base_folder.path, trust_remote_code=trust_remote_code),
+        requantizer=_REQUANTIZERS[requantize](),
+        seed=seed,
+    )
+
+
+def fuse(
+    model: str | Path,
+    adapter_path: str | Path | Sequence[str | Path],
+    save_path: str | Path,
+    *,
+    requantize: str = "auto",
+    bits: int | None = None,
+    dequantize: bool = False,
+    dtype: str | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> FuseReport:
+    """Fuse adapters into a base model and write the result to a folder that mlx-lm loads.
+
+    Args:
+        model: folder or Hub id of the base, quantized by MLX or not.
+        adapter_path: folder or Hub id of an mlx-lm adapter, or several; each may be followed by
+            ``:WEIGHT`` to scale its update.
+        save_path: the folder to make.
+        requantize: how merged weights are brought back into the base's format: "nearest", or
+            "auto" for the best this version has.
+        bits: width to give merged modules instead of the base's.
+        dequantize: write the whole model unquantized.
+        dtype: "float16", "bfloat16" or "float32" for ``dequantize``; by default as stored scales.
+        seed: recorded, and used by strategies that draw random numbers.
+        revision: of the base on the Hub.
+        overwrite: replace an existing model folder.
+        trust_remote_code: let model code that lies in the base's folder run, and copy it.
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        FusekitError: with one line that names the file, tensor or flag, and the cure; the target
+            is then as it was before.
+    """
+    prepared = prepare_fuse(
+        model,
+        adapter_path,
+        save_path,
+        requantize=requantize,
+        bits=bits,
+        dequantize=dequantize,
+        dtype=dtype,
+        seed=seed,
+        revision=revision,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    return prepared.run(progress=progress)
+
+
+class _Hashing:
+    """Hashes of files, computed while other work goes on."""
+
+    def __init__(self, files: dict[str, list[Path]]) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._futures = {
+            name: {path.name: self._pool.submit(recipe.sha256, path) for path in paths}
+            for name, paths in files.items()
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def result(self) -> dict[str, dict[str, str]]:
+        """Digest of each file, by group and file name."""
+        return {
+            name: {file: future.result() for file, future in futures.items()}
+            for name, futures in self._futures.items()
+        }
+
+
+def _choices(adapter_path: str | Path | Sequence[str | Path]) -> list[AdapterChoice]:
+    named = [adapter_path] if isinstance(adapter_path, str | Path) else list(adapter_path)
+    if not named:
+        raise ConfigurationError("--adapter-path: give at least one adapter")
+    choices = []
+    for name in named:
+        path, weight = _split_weight(str(name))
+        choices.append(AdapterChoice(hub.resolve(path, what="--adapter-path"), weight))
+    return choices
+
+
+def _split_weight(name: str) -> tuple[str, float]:
+    """``PATH:0.5`` as path and weight; a path that exists with the colon in it is left alone."""
+    path, colon, weight = name.rpartition(":")
+    if not colon or Path(name).expanduser().exists():
+        return name, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        return name, 1.0
+
+
+def _changed_config(plan: FusePlan) -> str | None:
+    """``config.json`` of the fused model, or None when the base's serves unchanged."""
+    if plan.quantization is None and plan.options.dtype is None:
+        return None
+    config = dict(plan.base.config)
+    if plan.quantization:
+        config["quantization"] = dict(plan.quantization)
+        config["quantization_config"] = dict(plan.quantization)
+    elif plan.quantization is not None:
+        for key in ("quantization", "quantization_config"):
+            config.pop(key, None)
+            if isinstance(text := config.get("text_config"), dict):
+                config["text_config"] = {k: v for k, v in text.items() if k != key}
+    if plan.options.dtype is not None:
+        for key in ("dtype", "torch_dtype"):
+            if key in config:
+                config[key] = _dtype_name(plan.options.dtype)
+    return json.dumps(config, indent=4, ensure_ascii=False) + "\n"
+
+
+def _write_index(plan: FusePlan, staging: Path) -> None:
+    base_index = plan.base.folder / INDEX_NAME
+    if all(file.base is not None for file in plan.files):
+        if base_index.exists():
+            copy_file(base_index, staging / INDEX_NAME)
+        return
+    weight_map = {tensor.name: file.name for file in plan.files for tensor in file.tensors}
+    total = sum(tensor.nbytes for file in plan.files for tensor in file.tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (staging / INDEX_NAME).write_text(json.dumps(index, indent=4) + "\n", "utf-8")
+
+
+def _check_written(plan: FusePlan, staging: Path) -> None:
+    """Read the result back as a stranger would, and compare it with the plan."""
+    written = Checkpoint.open(staging)
+    planned = {t.name: (t.dtype, t.shape) for file in plan.files for t in file.tensors}
+    found = {t.name: (t.dtype, t.shape) for t in written.tensors.values()}
+    if planned != found:
+        raise AssertionError(f"written and planned tensors differ: {set(planned) ^ set(found)}")
+
+
+def _counted(plan: FusePlan, progress: Progress | None) -> Callable[[int], None]:
+    total, done = plan.output_bytes, 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(min(done, total), total)
+
+    return count
+
+
+def _free_bytes(target: Path) -> int:
+    folder = target.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _dtype_name(dtype: str) -> str:
+    return {stored: name for name, stored in DTYPE_NAMES.items()}.get(dtype, dtype)

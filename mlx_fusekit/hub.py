@@ -1,0 +1,117 @@
+"""From what a user names, a folder or a Hugging Face Hub id, to a local folder."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_fusekit.errors import HubError
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+#: What a model or adapter is made of; ``*.py`` comes along only for models whose code is trusted.
+_DATA_PATTERNS = (
+    "*.json",
+    "model*.safetensors",
+    "adapters.safetensors",
+    "tokenizer.model",
+    "*.tiktoken",
+    "tiktoken.model",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFolder:
+    """A model's or adapter's folder on this machine.
+
+    Attributes:
+        repo_id: its id on the Hub, when it came from there.
+        revision: the commit, when it came from the Hub.
+    """
+
+    path: Path
+    repo_id: str | None = None
+    revision: str | None = None
+
+    @property
+    def public_name(self) -> str:
+        """Hub id, or the folder's own name: never a path of this machine."""
+        return self.repo_id or self.path.resolve().name
+
+
+def resolve(
+    name: str | Path, *, revision: str | None = None, what: str = "--model", code: bool = False
+) -> LocalFolder:
+    """The local folder of a path or Hub id; downloads what is missing.
+
+    huggingface_hub's own rules hold for the cache (``HF_HOME``), the token (``HF_TOKEN``) and
+    offline work (``HF_HUB_OFFLINE``).
+
+    Args:
+        name: a folder, or a Hub id like "mlx-community/Llama-3.2-1B-Instruct-4bit".
+        revision: branch, tag or commit; for Hub ids only.
+        what: the flag to name in a message.
+        code: whether ``*.py`` files are wanted.
+
+    Raises:
+        HubError: with the cure, when there is no such folder or repository.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise HubError(
+                f"--revision {revision}: {path} is a folder and has no revisions; drop the flag"
+            )
+        return _known_snapshot(path)
+    if not _REPO_ID.fullmatch(str(name)):
+        raise HubError(f"{what} {name}: neither a folder here nor a Hub id (owner/name)")
+    return _download(str(name), revision, what, code)
+
+
+def _known_snapshot(path: Path) -> LocalFolder:
+    """A folder; its Hub id and revision when it is a snapshot in the Hub's cache."""
+    real = path.resolve()
+    if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
+        repo_id = "/".join(real.parent.parent.name.split("--")[1:])
+        return LocalFolder(path, repo_id, real.name)
+    return LocalFolder(path)
+
+
+def _download(repo_id: str, revision: str | None, what: str, code: bool) -> LocalFolder:
+    from huggingface_hub import errors, snapshot_download
+
+    patterns = [*_DATA_PATTERNS, *(["*.py"] if code else [])]
+    at = f" at revision {revision}" if revision else ""
+    try:
+        path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError as error:
+        raise HubError(
+            f"{what} {repo_id}: access is gated; ask for it on the model's page, "
+            "then log in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise HubError(
+            f"{what} {repo_id}: no such folder here and no such repository on the Hub; "
+            "check the name, and log in with `hf auth login` if it is private"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise HubError(
+            f"--revision {revision}: {repo_id} has no such revision; check the name"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise HubError(
+            f"{what} {repo_id}{at}: not in the local cache, and the Hub cannot be reached; "
+            "connect (or unset HF_HUB_OFFLINE), or give a folder"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        raise HubError(f"{what} {repo_id}: the Hub answered {status}; try again later") from error
+    except OSError as error:
+        raise HubError(
+            f"{what} {repo_id}: could not be downloaded ({type(error).__name__})"
+        ) from error
+    return LocalFolder(path, repo_id, path.name)

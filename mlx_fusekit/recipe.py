@@ -1,0 +1,51 @@
+"""``fusekit.json``: how a fused model was made, and from what."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RECIPE_NAME = "fusekit.json"
+_LFS_BLOB = re.compile(r"[0-9a-f]{64}")
+_READ = 4 << 20
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal.
+
+    Large files in the Hub's cache are named by it, so that it need not be computed.
+    """
+    real = path.resolve()
+    if real.parent.name == "blobs" and _LFS_BLOB.fullmatch(real.name):
+        return real.name
+    digest = hashlib.sha256()
+    with open(real, "rb", buffering=0) as file:
+        buffer = bytearray(_READ)
+        view = memoryview(buffer)
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+    return digest.hexdigest()
+
+
+def hashes(paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of each file, by its name."""
+    return {path.name: sha256(path) for path in paths}
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what the result depends on."""
+    found = {}
+    for package in ("mlx-fusekit", "mlx", "mlx-lm", "numpy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def as_text(recipe: dict[str, Any]) -> str:
+    """The recipe as the text of ``fusekit.json``; the same recipe gives the same bytes."""
+    return json.dumps(recipe, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,65 @@
+"""What a re-quantization strategy is, and the simplest one."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from mlx_fusekit.merge import RowRange
+from mlx_fusekit.numerics import Float32
+from mlx_fusekit.quantization import QuantizedRows, QuantSpec, quantize_nearest
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFormat:
+    """The format merged rows are brought into.
+
+    Attributes:
+        scale_dtype: of affine scales and biases; "U8" for codebook modes.
+        global_scale: nvfp4's, of this expert.
+    """
+
+    spec: QuantSpec
+    scale_dtype: str
+    global_scale: float | None = None
+
+
+class Requantizer(Protocol):
+    """Brings blocks of merged weights into a quantized format; called from several threads."""
+
+    @property
+    def name(self) -> str:
+        """What ``--requantize`` calls it, and the recipe records."""
+
+    def __call__(
+        self,
+        module: str,
+        rows: RowRange,
+        merged: Float32,
+        base: QuantizedRows,
+        target: TargetFormat,
+    ) -> QuantizedRows:
+        """Quantize a block of merged weights.
+
+        Args:
+            module: path of the module, for what a strategy knows of it.
+            rows: which of its rows these are.
+            merged: float32 ``[columns, rows]``; may be overwritten.
+            base: the same rows of the base, in the base's format.
+            target: the format to return.
+        """
+
+
+class Nearest:
+    """Round to nearest on a fresh min-max grid: what ``mlx_lm.fuse`` does."""
+
+    name = "nearest"
+
+    def __call__(
+        self,
+        module: str,
+        rows: RowRange,
+        merged: Float32,
+        base: QuantizedRows,
+        target: TargetFormat,
+    ) -> QuantizedRows:
+        """Quantize without looking at anything but the merged weights."""
+        return quantize_nearest(merged, target.spec, target.scale_dtype, target.global_scale)
