@@ -3,14 +3,15 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.checkpoint.sanitized import LazyTensor
-from mlx_fusekit.merge import RowRange
+from mlx_fusekit.merge import BaseBlock, RowRange
 from mlx_fusekit.numerics import Float32, to_float32
-from mlx_fusekit.quantization import QuantizedRows, QuantSpec, dequantize
+from mlx_fusekit.quantization import QuantizedRows, QuantSpec, dequantize, dequantize_as_stored
 
 #: Elements of a row block: 1 MiB of float32, so that a core's cache holds a block's working set.
 BLOCK_ELEMENTS = 1 << 18
@@ -53,13 +54,13 @@ class WeightReader:
             for first in range(0, rows, size):
                 yield RowRange(expert, first, min(first + size, rows))
 
-    def read(self, rows: RowRange) -> tuple[QuantizedRows | None, Float32]:
-        """A block as stored (when quantized), and as float32 ``[columns, rows]``."""
+    def read(self, rows: RowRange) -> tuple[QuantizedRows | None, BaseBlock]:
+        """A block as stored (when quantized), and its values."""
         start = rows.expert * self.shape[1]
         span = (start + rows.first, start + rows.last)
         weight = self.sources["weight"].read_rows(*span)
         if self.spec is None:
-            return None, to_float32(weight, self.sources["weight"].dtype).T
+            return None, BaseBlock(to_float32(weight, self.sources["weight"].dtype).T)
         scales = self.sources["scales"]
         quantized = QuantizedRows(
             weight.view(np.uint32),
@@ -68,7 +69,8 @@ class WeightReader:
             scales.dtype,
             of_expert(self.global_scales, rows.expert),
         )
-        return quantized, dequantize(quantized, self.spec)
+        as_run = partial(dequantize_as_stored, quantized, self.spec)
+        return quantized, BaseBlock(dequantize(quantized, self.spec), as_run)
 
 
 def weight_sources(base: BaseModel, module: str, spec: QuantSpec | None) -> dict[str, TensorSource]:

@@ -65,7 +65,7 @@ def encode_e4m3(values: Float32) -> Codes:
     """Nearest E4M3 code of each value, ties to even, saturating at 448."""
     magnitude = np.minimum(np.abs(values), E4M3_MAX)
     # Spacing of E4M3 around each magnitude: 2**(exponent - 3), and 2**-9 for subnormals.
-    exponent = np.maximum(np.frexp(magnitude)[1] - 1, -6)
+    exponent = np.where(magnitude == 0, -6, np.maximum(np.frexp(magnitude)[1] - 1, -6))
     steps = np.rint(np.ldexp(magnitude, 3 - exponent)).astype(np.int32)
     # 8 to 15 steps are the mantissas of a normal number; 16 carries into the next exponent, which
     # the addition does by itself, and below 8 the exponent field is zero.

@@ -184,13 +184,13 @@ class _WeightJob:
 
     def _run(self, rows: RowRange) -> int:
         """Compute and write one block; the number of bytes written."""
-        base, block = self.reader.read(rows)
-        update = self.step.update
+        base, block_of_base = self.reader.read(rows)
+        block, update = block_of_base.values, self.step.update
         keep = np.ones(rows.last - rows.first, bool)
         if update is not None:
-            keep = unchanged_rows(block, update, rows)
+            keep = unchanged_rows(block_of_base, update, rows)
             if not keep.all():
-                block = merge(block, update, rows)
+                block = merge(block_of_base, update, rows)
             if not np.isfinite(block).all():
                 raise AdapterError(
                     f"{self.step.module}.weight: merging gives NaN or infinity; "

@@ -231,8 +231,9 @@ def _delta_norm(reader: WeightReader, update: Update) -> float:
         return update.delta_norm
     total = 0.0
     for rows in reader.blocks():
-        block = reader.read(rows)[1]
-        change = merge(block.copy(order="A"), update, rows) - block
+        base = reader.read(rows)[1]
+        before = base.values.copy(order="A")
+        change = merge(base, update, rows) - before
         total += float(np.square(change, dtype=np.float64).sum())
     return math.sqrt(total)
 

@@ -5,9 +5,10 @@ of one expert's weight matrix.
 
 LoRA (Hu et al. 2021, arXiv 2106.09685): ``W' = W + scale * B A``.
 DoRA (Liu et al. 2024, arXiv 2402.09353): ``W' = m * (W + scale * B A) / ||W + scale * B A||``,
-the norm taken over the inputs of each output row, as mlx-lm does.
+the norm taken over the inputs of each output row, and of the weights as mlx-lm dequantizes them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,11 +35,24 @@ class RowRange:
     last: int
 
 
-def merge(block: Float32, update: Update, rows: RowRange) -> Float32:
+@dataclass(frozen=True, slots=True)
+class BaseBlock:
+    """A block of the base's weights.
+
+    Attributes:
+        values: exact, float32 ``[columns, rows]``.
+        as_run: gives the values as mlx-lm's dequantization rounds them; None where it does not.
+    """
+
+    values: Float32
+    as_run: Callable[[], Float32] | None = None
+
+
+def merge(base: BaseBlock, update: Update, rows: RowRange) -> Float32:
     """Merge an update into a block of base weights.
 
     Args:
-        block: base weights, float32 ``[columns, rows]``; may be overwritten.
+        base: the weights; its values may be overwritten.
         update: what the adapter adds to this module.
         rows: which rows of the module the block holds.
 
@@ -47,34 +61,39 @@ def merge(block: Float32, update: Update, rows: RowRange) -> Float32:
     """
     if isinstance(update, FullUpdate):
         return _replacement(update, rows)
-    block += _delta(update, rows, transposed=not block.flags.c_contiguous)
+    merged = base.values
+    delta = _delta(update, rows, transposed=not merged.flags.c_contiguous)
+    merged += delta
     if update.magnitude is not None:
-        norms = np.sqrt(np.einsum("cr,cr->r", block, block))
+        # The magnitude was learned against the norms that mlx-lm computes, of rounded weights.
+        adapted = merged if base.as_run is None else base.as_run() + delta
         with np.errstate(divide="ignore", invalid="ignore"):
-            block *= update.magnitude[rows.first : rows.last] / norms
-    return block
+            merged *= update.magnitude[rows.first : rows.last] / _row_norms(adapted)
+    return merged
 
 
-def unchanged_rows(base: Float32, update: Update, rows: RowRange) -> npt.NDArray[np.bool_]:
+def unchanged_rows(base: BaseBlock, update: Update, rows: RowRange) -> npt.NDArray[np.bool_]:
     """Which rows of a block the update leaves as they are, boolean ``[rows]``.
 
     They keep the base's bytes: requantizing even an unchanged weight would change 12 to 15 % of
     its codes (shared/FACTS section 1).
-
-    Args:
-        base: the base's weights, float32 ``[columns, rows]``.
     """
     if isinstance(update, FullUpdate):
-        return np.asarray((base == _replacement(update, rows)).all(axis=0))
+        return np.asarray((base.values == _replacement(update, rows)).all(axis=0))
     if update.down[rows.expert].any():
         still = np.logical_not(update.up[rows.expert, rows.first : rows.last].any(axis=1))
     else:
         still = np.ones(rows.last - rows.first, bool)
     if update.magnitude is not None and still.any():
-        norms = np.sqrt(np.einsum("cr,cr->r", base, base))
+        norms = _row_norms(base.values if base.as_run is None else base.as_run())
         learned = update.magnitude[rows.first : rows.last]
         still &= np.abs(norms - learned) <= _SAME_NORM * np.abs(learned)
     return still
+
+
+def _row_norms(block: Float32) -> Float32:
+    norms: Float32 = np.sqrt(np.einsum("cr,cr->r", block, block))
+    return norms
 
 
 def _replacement(update: FullUpdate, rows: RowRange) -> Float32:

@@ -10,7 +10,7 @@ bit first, so that 32 codes fill exactly ``bits`` 32-bit words.
 Source: MLX's documentation of ``mlx.core.quantize`` and measured round trips (tests).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -151,6 +151,23 @@ def dequantize(quantized: QuantizedRows, spec: QuantSpec) -> Float32:
     grouped *= _over_groups(to_float32(quantized.scales, quantized.scale_dtype))
     grouped += _over_groups(to_float32(quantized.biases, quantized.scale_dtype))
     return block
+
+
+def dequantize_as_stored(quantized: QuantizedRows, spec: QuantSpec) -> Float32:
+    """The values that ``mx.dequantize`` gives in the scales' own type, as a float32 block.
+
+    It rounds the product and then the sum to that type. DoRA's row norms were taken of these.
+    """
+    if not spec.affine or quantized.scale_dtype == "F32":
+        return dequantize(quantized, spec)
+    dtype = quantized.scale_dtype
+    zero = from_float32(np.zeros(quantized.scales.shape, np.float32), dtype)
+    products = dequantize(replace(quantized, biases=zero), spec)
+    block = to_float32(from_float32(products, dtype), dtype)
+    assert quantized.biases is not None, "affine weights have biases"
+    grouped = _grouped(block, spec)
+    grouped += _over_groups(to_float32(quantized.biases, dtype))
+    return to_float32(from_float32(block, dtype), dtype)
 
 
 def quantize_nearest(

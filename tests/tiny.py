@@ -125,7 +125,9 @@ def make_adapter(
             tensors[name] = mx.random.normal(value.shape) * math.sqrt(strength / scale)
         elif leaf == "m":
             tensors[name] = value * (1 + 0.1 * mx.random.normal(value.shape))
-    return save_adapter(folder, tensors, kind=kind, keys=keys, num_layers=num_layers, rank=rank, scale=scale)
+    return save_adapter(
+        folder, tensors, kind=kind, keys=keys, num_layers=num_layers, rank=rank, scale=scale
+    )
 
 
 def save_adapter(
@@ -201,13 +203,17 @@ def in_float32(model: nn.Module) -> nn.Module:
 
     replaced = []
     for path, module in model.named_modules():
-        if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding | QuantizedSwitchLinear):
+        if not isinstance(
+            module, nn.QuantizedLinear | nn.QuantizedEmbedding | QuantizedSwitchLinear
+        ):
             continue
         weight = dequantized(module)
         if isinstance(module, nn.QuantizedEmbedding):
             dense: nn.Module = nn.Embedding(*weight.shape)
         elif isinstance(module, QuantizedSwitchLinear):
-            dense = SwitchLinear(weight.shape[2], weight.shape[1], weight.shape[0], bias="bias" in module)
+            dense = SwitchLinear(
+                weight.shape[2], weight.shape[1], weight.shape[0], bias="bias" in module
+            )
         else:
             dense = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in module)
         dense.weight = weight
@@ -232,7 +238,12 @@ def dequantized(module: nn.Module) -> mx.array:
     return mx.stack(
         [
             mx.dequantize(
-                module.weight[e], scales[e], None, global_scale=global_scale[e], dtype=mx.float32, **more
+                module.weight[e],
+                scales[e],
+                None,
+                global_scale=global_scale[e],
+                dtype=mx.float32,
+                **more,
             )
             for e in range(module.weight.shape[0])
         ]

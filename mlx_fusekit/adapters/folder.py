@@ -220,7 +220,11 @@ class AdapterFolder:
         largest = (
             float(np.abs(up).max(initial=0)) * float(np.abs(down).max(initial=0)) * up.shape[-1]
         )
-        if largest > 1e38 and not np.isfinite(up @ down).all():
+        if largest < 1e38:
+            return
+        with np.errstate(over="ignore", invalid="ignore"):
+            finite = np.isfinite(up @ down).all()
+        if not finite:
             raise AdapterError(
                 f"{self.header.file}: the update of {module} overflows float32 at scale "
                 f"{self.scale:g}; correct 'scale' in {CONFIG_NAME}"

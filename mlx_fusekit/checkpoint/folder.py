@@ -90,10 +90,9 @@ class Checkpoint:
     def quantization(self, module: str, columns: int | None = None) -> QuantSpec | None:
         """How a module's weight is quantized, or None when it is not.
 
-        As mlx-lm: what ``config.json`` says for this module, else what follows from the shapes of
-        weight and scales. Shapes alone give only the product of bits and group size, so they need
-        ``columns``, the logical width of the weight; without it the default of the configuration
-        decides where it agrees with the shapes.
+        What ``config.json`` says for this module, else its default where that agrees with the
+        shapes of weight and scales, else what follows from the shapes. Shapes alone give only the
+        product of bits and group size, so they need ``columns``, the logical width of the weight.
 
         Raises:
             CheckpointError: when shapes and configuration contradict each other.
@@ -106,12 +105,10 @@ class Checkpoint:
         override = block.get(module)
         if isinstance(override, dict):
             spec = self._spec(module, {**_mode_defaults(override), **override})
+        elif block and _fits(default := self._spec(module, block), weight, scales):
+            spec = default
         elif columns is not None:
             spec = _infer(weight, scales, columns)
-        elif block:
-            spec = self._spec(module, block)
-            if not _fits(spec, weight, scales):
-                spec = _only_candidate(self.folder, weight, scales)
         else:
             spec = _only_candidate(self.folder, weight, scales)
         self._check(module, spec, weight, scales, columns)

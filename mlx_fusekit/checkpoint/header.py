@@ -131,15 +131,15 @@ def read_header(path: Path) -> Header:
 
 
 def _header_length(path: Path, first: bytes, size: int) -> int:
-    if first[:2] == b"PK" or first[:1] == b"\x80":
-        raise CheckpointError(
-            f"{path}: this is a pickle or zip archive, not safetensors; it is never opened; "
-            "convert it on a machine you trust"
-        )
     if len(first) < 8:
         raise CheckpointError(f"{path}: {size} bytes are no safetensors file; download it again")
     length: int = struct.unpack("<Q", first)[0]
     if length > _LARGEST_HEADER or 8 + length > size:
+        if first[:2] == b"PK" or first[:1] == b"\x80":
+            raise CheckpointError(
+                f"{path}: this is a pickle or zip archive, not safetensors; it is never opened; "
+                "convert it on a machine you trust"
+            )
         raise CheckpointError(
             f"{path}: its header claims {length} bytes, but the file has {size}; it is damaged or "
             "not safetensors; download it again"

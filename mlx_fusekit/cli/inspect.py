@@ -65,9 +65,9 @@ def _print_adapter(facts: AdapterFacts) -> None:
         )
 
 
-def _in_order(delta: DeltaFacts) -> list[str | int]:
+def _in_order(delta: DeltaFacts) -> list[tuple[int, str]]:
     """Sort key under which layer 2 comes before layer 10."""
-    return [int(part) if part.isdigit() else part for part in delta.module.split(".")]
+    return [(int(part) if part.isdigit() else -1, part) for part in delta.module.split(".")]
 
 
 def _row(delta: DeltaFacts) -> tuple[str, ...]:
