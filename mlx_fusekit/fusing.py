@@ -278,8 +278,8 @@ def prepare_fuse(
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise ConfigurationError(f"--dtype {dtype}: choose {', '.join(DTYPE_NAMES)}")
     options = FuseOptions(bits, dequantize, DTYPE_NAMES[dtype] if dtype else None)
-    choices = tuple(_choices(adapter_path))
     base_folder = hub.resolve(model, revision=revision, code=trust_remote_code)
+    choices = tuple(_choices(adapter_path))
     target = Path(save_path).expanduser()
     sources = (base_folder.path, *(choice.folder.path for choice in choices))
     check_target(target, overwrite=overwrite, sources=sources)

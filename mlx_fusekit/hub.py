@@ -3,8 +3,12 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_fusekit.errors import HubError
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -103,15 +107,28 @@ def _download(repo_id: str, revision: str | None, what: str, code: bool) -> Loca
             f"--revision {revision}: {repo_id} has no such revision; check the name"
         ) from error
     except errors.LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            raise _refusal(what, repo_id, error.__cause__) from error
         raise HubError(
             f"{what} {repo_id}{at}: not in the local cache, and the Hub cannot be reached; "
             "connect (or unset HF_HUB_OFFLINE), or give a folder"
         ) from error
     except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no answer"
-        raise HubError(f"{what} {repo_id}: the Hub answered {status}; try again later") from error
+        raise _refusal(what, repo_id, error) from error
     except OSError as error:
         raise HubError(
             f"{what} {repo_id}: could not be downloaded ({type(error).__name__})"
         ) from error
     return LocalFolder(path, repo_id, path.name)
+
+
+def _refusal(what: str, repo_id: str, error: "HfHubHTTPError") -> HubError:
+    """What the Hub's answer means; its own text may hold addresses, so it is not repeated."""
+    status = error.response.status_code
+    cure = {
+        401: "log in with `hf auth login`, or check HF_TOKEN",
+        403: "your token may not read it; check its rights",
+        404: "check the name",
+        429: "too many requests; wait a little",
+    }.get(status, "try again later")
+    return HubError(f"{what} {repo_id}: the Hub answered {status}; {cure}")

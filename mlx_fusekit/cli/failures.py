@@ -16,6 +16,8 @@ INTERRUPTED = 130
 def run(command: click.Command) -> None:
     """Run a command and exit: 0 done, 1 failed with a line, 2 usage, 130 interrupted."""
     signal.signal(signal.SIGTERM, _terminate)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         status = command.main(standalone_mode=False)
     except click.exceptions.Abort:

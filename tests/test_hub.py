@@ -1,0 +1,149 @@
+"""Hub ids instead of folders, against a local server that speaks the Hub's protocol."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import COMMIT, Hub
+from tiny import make_adapter, make_model
+
+TOKEN = "hf_thisIsASecretToken"
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("hub")
+    base = make_model(folder / "tiny-4bit")
+    (base / "tokenizer.json").write_text("{}")
+    (base / "modeling.py").write_text("print('code')")
+    (base / "training.bin").write_text("not wanted")
+    adapter = make_adapter(folder / "tiny-lora", base)
+    return {"owner/tiny-4bit": base, "owner/tiny-lora": adapter}
+
+
+@pytest.fixture
+def hub(repositories: dict[str, Path]) -> Iterator[Hub]:
+    server = Hub(repositories)
+    yield server
+    server.close()
+
+
+def run(
+    hub: Hub, home: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    variables |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "mlx_fusekit", *arguments],
+        capture_output=True,
+        text=True,
+        env=variables,
+        check=False,
+        timeout=120,
+    )
+
+
+FUSE = ("fuse", "--model", "owner/tiny-4bit", "--adapter-path", "owner/tiny-lora", "--save-path")
+
+
+def test_ids_are_downloaded_and_recorded(
+    hub: Hub, tmp_path: Path, repositories: dict[str, Path]
+) -> None:
+    result = run(
+        hub, tmp_path / "home", *FUSE, str(tmp_path / "fused"), "--json", "--revision", "v1"
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["base"], report["revision"]) == ("owner/tiny-4bit", COMMIT)
+    recipe = json.loads((tmp_path / "fused" / "fusekit.json").read_text())
+    assert recipe["base"]["revision"] == COMMIT
+    assert recipe["adapters"][0]["id"] == "owner/tiny-lora"
+    digest = hashed(repositories["owner/tiny-4bit"] / "model.safetensors")
+    assert recipe["base"]["sha256"]["model.safetensors"] == digest
+    wanted = {path for _, path, _ in hub.requests if "resolve" in path}
+    assert not any(path.endswith((".py", ".bin")) for path in wanted)
+    assert any(token == f"Bearer {TOKEN}" for _, _, token in hub.requests)
+    assert TOKEN not in result.stdout + result.stderr
+    # The snapshot's files are links to blobs; the result has files of its own.
+    assert not any(path.is_symlink() for path in (tmp_path / "fused").iterdir())
+    assert (tmp_path / "fused" / "tokenizer.json").read_text() == "{}"
+
+
+def hashed(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_offline_uses_the_cache(hub: Hub, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    assert run(hub, home, *FUSE, str(tmp_path / "one")).returncode == 0
+    count = len(hub.requests)
+    result = run(hub, home, *FUSE, str(tmp_path / "two"), HF_HUB_OFFLINE="1")
+    assert result.returncode == 0, result.stderr
+    assert len(hub.requests) == count
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+
+
+def test_the_cache_is_not_written_to(hub: Hub, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    assert run(hub, home, *FUSE, str(tmp_path / "one")).returncode == 0
+    blobs = {p: p.read_bytes() for p in home.rglob("blobs/*")}
+    assert run(hub, home, *FUSE, str(tmp_path / "two")).returncode == 0
+    assert {p: p.read_bytes() for p in home.rglob("blobs/*")} == blobs
+    snapshot = next(home.glob("hub/models--owner--tiny-4bit/snapshots/*"))
+    result = run(hub, home, *FUSE, str(snapshot), "--overwrite")
+    assert result.returncode == 1
+    assert {p: p.read_bytes() for p in home.rglob("blobs/*")} == blobs
+
+
+@pytest.mark.parametrize(
+    ("refusal", "message"),
+    [
+        ((404, "RepoNotFound"), "no such repository on the Hub"),
+        ((401, "RepoNotFound"), "no such repository on the Hub"),
+        ((403, "GatedRepo"), "access is gated"),
+        ((401, "Unauthorized"), "log in with|no such repository"),
+        ((403, "Forbidden"), "the Hub answered 403"),
+        ((500, "Internal"), "the Hub answered 500; try again later"),
+    ],
+)
+def test_what_the_hub_refuses_is_said(
+    hub: Hub, tmp_path: Path, refusal: tuple[int, str], message: str
+) -> None:
+    import re
+
+    hub.refusals["owner/tiny-4bit"] = refusal
+    result = run(hub, tmp_path / "home", *FUSE, str(tmp_path / "fused"))
+    assert result.returncode == 1
+    assert re.search(message, result.stderr), result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert TOKEN not in result.stderr
+    assert not (tmp_path / "fused").exists()
+
+
+def test_an_unknown_revision_is_said(hub: Hub, tmp_path: Path) -> None:
+    result = run(hub, tmp_path / "home", *FUSE, str(tmp_path / "fused"), "--revision", "v9")
+    assert result.returncode == 1
+    assert "--revision v9: owner/tiny-4bit has no such revision" in result.stderr
+
+
+def test_a_revision_of_a_folder_makes_no_sense(
+    hub: Hub, tmp_path: Path, repositories: dict[str, Path]
+) -> None:
+    folder = str(repositories["owner/tiny-4bit"])
+    result = run(hub, tmp_path, "fuse", "--model", folder, "--revision", "v1")
+    assert result.returncode == 1
+    assert "drop the flag" in result.stderr
+
+
+def test_no_network_is_said(hub: Hub, tmp_path: Path) -> None:
+    result = run(hub, tmp_path, *FUSE, str(tmp_path / "f"), HF_ENDPOINT="http://127.0.0.1:9")
+    assert result.returncode == 1
+    assert "cannot be reached" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
