@@ -169,8 +169,8 @@ def test_inspect_measures_the_delta(tmp_path: Path, kind: str) -> None:
 
     base = make_model(tmp_path / "base", dtype=mx.float32)
     adapter = make_adapter(tmp_path / "adapter", base, kind=kind, keys=["mlp.up_proj"])
-    run("fuse", "--model", str(base), "--adapter-path", str(adapter), "--save-path", str(tmp_path / "f"),
-        "--dequantize", "--dtype", "float32")  # fmt: skip
+    paths = ["--model", "base", "--adapter-path", "adapter", "--save-path", "f"]
+    run("fuse", *paths, "--dequantize", "--dtype", "float32", cwd=tmp_path)
     facts = json.loads(run("inspect", str(adapter), "--model", str(base), "--json").stdout)
     delta = next(d for d in facts["deltas"] if d["module"] == "model.layers.0.mlp.up_proj")
     stored = mx.load(str(base / "model.safetensors"))

@@ -168,6 +168,28 @@ def test_zero_adapter_changes_no_byte(tmp_path: Path, kind: str, name: str) -> N
         assert (tmp_path / "fused" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_global_scale_grows_with_its_expert(tmp_path: Path) -> None:
+    """A weight that outgrows nvfp4's global scale would be clipped."""
+    base = make_model(tmp_path / "base", QWEN3_MOE, **GLOBAL["nvfp4-global"])
+    name = "model.layers.1.mlp.switch_mlp.up_proj"
+    a, b = mx.zeros((4, 4, 128)), mx.zeros((4, 64, 4))
+    a[2, 0, 5], b[2, 7, 0] = 1.0, 3.0
+    adapter = save_adapter(tmp_path / "adapter", {f"{name}.lora_a": a, f"{name}.lora_b": b})
+    fuse(base, adapter, tmp_path / "fused")
+    before, after = (mx.load(str(p / "model.safetensors")) for p in (base, tmp_path / "fused"))
+    old_scales, new_scales = (w[f"{name}.global_scale"].tolist() for w in (before, after))
+    assert [old == new for old, new in zip(old_scales, new_scales, strict=True)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    fused = dict(_parameters(loaded(tmp_path / "fused")))[f"{name}.weight"]
+    old = dict(_parameters(loaded(base)))[f"{name}.weight"]
+    assert fused[2, 7, 5].item() == pytest.approx(old[2, 7, 5].item() + 6.0, rel=0.05)
+    assert mx.array_equal(fused[1], old[1])
+
+
 def test_rows_without_update_keep_their_bytes(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base, keys=["mlp.up_proj"])
