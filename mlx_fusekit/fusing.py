@@ -50,6 +50,7 @@ class FuseReport:
     """What a fuse did, or with ``dry_run`` would do.
 
     Attributes:
+        requantize: the strategy, None where nothing was re-quantized.
         modules: merged modules by the format they were written in.
         unchanged: how many of the adapter's modules have a zero update.
         computed_bytes: how much of ``output_bytes`` was computed and not copied.
@@ -63,7 +64,7 @@ class FuseReport:
     revision: str | None
     adapters: tuple[str, ...]
     kind: str
-    requantize: str
+    requantize: str | None
     modules: dict[str, int]
     unchanged: int
     parameters: int
@@ -110,7 +111,7 @@ class PreparedFuse:
             revision=self.base_folder.revision,
             adapters=tuple(choice.folder.public_name for choice in self.adapters),
             kind=self.plan.adapter.kind,
-            requantize=self.requantizer.name,
+            requantize=self._strategy(),
             modules=dict(formats),
             unchanged=len(self.plan.unchanged),
             parameters=len(self.plan.adapter.parameters),
@@ -155,6 +156,11 @@ class PreparedFuse:
             _check_written(self.plan, staging)
             self._write_recipe(staging, hashing.result())
         return self.report(cloned=cloned, seconds=time.perf_counter() - start, dry_run=False)
+
+    def _strategy(self) -> str | None:
+        """Name of the strategy, None where nothing is re-quantized."""
+        requantized = any(step.target_spec is not None for step in self.plan.merged)
+        return self.requantizer.name if requantized else None
 
     def _rounding_warnings(self) -> tuple[str, ...]:
         rounded = [
@@ -234,7 +240,7 @@ class PreparedFuse:
                 },
                 "adapters": adapters,
                 "kind": self.plan.adapter.kind,
-                "requantize": self.requantizer.name,
+                "requantize": self._strategy(),
                 "bits": options.bits,
                 "dequantize": options.dequantize,
                 "dtype": _dtype_name(options.dtype) if options.dtype else None,
@@ -284,7 +290,11 @@ def prepare_fuse(
     sources = (base_folder.path, *(choice.folder.path for choice in choices))
     check_target(target, overwrite=overwrite, sources=sources)
     folders = [AdapterFolder.open(choice.folder.path) for choice in choices]
-    base = open_base(base_folder.path, trust_remote_code=trust_remote_code)
+    base = open_base(
+        base_folder.path,
+        trust_remote_code=trust_remote_code,
+        wanted={name for folder in folders for name in folder.target_tensors},
+    )
     base_id = base_folder.repo_id or str(base_folder.path)
     adapter = combine(
         [(f.bind(base, base_id), c.weight) for f, c in zip(folders, choices, strict=True)]

@@ -139,6 +139,11 @@ def plan_fuse(base: BaseModel, adapter: Adapter, options: FuseOptions) -> FusePl
     Raises:
         ConfigurationError: when the options do not fit the base.
     """
+    if options.bits is not None and not base.quantized_modules:
+        raise ConfigurationError(
+            f"--bits {options.bits}: the base is not quantized; drop the flag, or quantize the "
+            "result with mlx_lm.convert"
+        )
     steps: list[Step] = []
     unchanged: list[str] = []
     for module, update in adapter.weights.items():

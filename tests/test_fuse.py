@@ -362,6 +362,7 @@ def test_the_recipe_has_no_path_of_this_machine(tmp_path: Path) -> None:
     [
         ({"bits": 3}, "has 4 bits already"),
         ({"bits": 7}, "--bits 7"),
+        ({"bits": -1}, "--bits -1"),
         ({"bits": 8, "dequantize": True}, "exclude each other"),
         ({"dtype": "float16"}, "goes with --dequantize"),
         ({"dtype": "int8", "dequantize": True}, "--dtype int8"),
@@ -374,6 +375,13 @@ def test_options_that_do_not_fit(tmp_path: Path, options: dict[str, Any], messag
     with pytest.raises(ConfigurationError, match=message):
         fuse(base, adapter, tmp_path / "fused", **options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_bits_of_a_dense_base(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", bits=None)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    with pytest.raises(ConfigurationError, match="not quantized"):
+        fuse(base, adapter, tmp_path / "fused", bits=8)
 
 
 def test_float16_overflow_is_refused_and_leaves_nothing(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ WEIGHTS_NAME = "adapters.safetensors"
 _LORA_LEAVES = ("lora_a", "lora_b")
 _DORA_LEAVES = ("lora_a", "lora_b", "m")
 _PICKLED = ("*.npz", "*.bin", "*.pt", "*.pth", "*.pkl")
-_FULL_READ_BYTES = 64 << 20
+_FULL_READ_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,13 @@ class AdapterFolder:
                     f"{module}.{next(iter(tensors))}; the adapter was not saved whole"
                 )
         return modules
+
+    @property
+    def target_tensors(self) -> set[str]:
+        """Names of the base's tensors that the adapter changes."""
+        if self.kind == "full":
+            return set(self.header.tensors)
+        return {f"{module}.weight" for module in self.modules}
 
     def bind(self, base: BaseModel, base_id: str | None = None) -> Adapter:
         """Check every tensor against the base and read the adapter into its neutral form.

@@ -5,7 +5,7 @@ another quantization format. mlx-lm's ``sanitize`` methods know how to convert e
 let it, lazily: nothing is computed before a tensor is read, and one tensor at a time is held.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -140,12 +140,16 @@ class _SanitizeRecord:
         self.unchanged = all(before.get(name) is array for name, array in after.items())
 
 
-def open_base(folder: Path, *, trust_remote_code: bool = False) -> BaseModel:
+def open_base(
+    folder: Path, *, trust_remote_code: bool = False, wanted: Collection[str] = ()
+) -> BaseModel:
     """Open a base model so that its tensors carry the module paths adapters use.
 
     Args:
         folder: a model folder.
         trust_remote_code: whether model code that lies in the folder may run.
+        wanted: names of tensors the caller will look for; a checkpoint of MLX's that has them all
+            is taken as it is, without importing mlx-lm.
 
     Returns:
         The checkpoint itself where its tensors are the model's parameters, else a
@@ -155,10 +159,15 @@ def open_base(folder: Path, *, trust_remote_code: bool = False) -> BaseModel:
         CheckpointError: naming what is wrong with the folder.
     """
     checkpoint = Checkpoint.open(folder)
-    if checkpoint.written_by_mlx:
+    if checkpoint.written_by_mlx and all(name in checkpoint.tensors for name in wanted):
         return checkpoint
     record = _SanitizeRecord()
-    model, config = _load_lazily(folder, record, trust_remote_code)
+    try:
+        model, config = _load_lazily(folder, record, trust_remote_code)
+    except CheckpointError:
+        if checkpoint.written_by_mlx:
+            return checkpoint  # what is missing will be said by whoever looks for it
+        raise
     if record.unchanged and config.get("quantization") == checkpoint.config.get("quantization"):
         return checkpoint
     return _sanitized(checkpoint, model, config)

@@ -6,6 +6,7 @@ was left by a killed run, and the next run for the same target removes it.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -15,6 +16,17 @@ from pathlib import Path
 
 from mlx_fusekit.checkpoint.writer import sync
 from mlx_fusekit.errors import OutputError
+
+#: What a disk or its rights can do to us; any other OSError is a bug of ours.
+_OF_THE_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+)
 
 _STAGING = ".fusekit-new-"
 _REPLACED = ".fusekit-old-"
@@ -62,6 +74,9 @@ def staging_folder(target: Path) -> Iterator[Path]:
     """A folder to fill; renamed to ``target`` when the block ends well, removed when it does not.
 
     An existing target is replaced; call :func:`check_target` first.
+
+    Raises:
+        OutputError: when the disk or its rights do not let the folder be written.
     """
     parent = target.absolute().parent
     made = _make_parents(parent)
@@ -77,11 +92,15 @@ def staging_folder(target: Path) -> Iterator[Path]:
         yield staging
         sync(descriptor)
         _put_in_place(staging, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            raise OutputError(
+                f"{target}: could not be written ({error.strerror}); nothing was left behind"
+            ) from error
         raise
     finally:
         os.close(descriptor)

@@ -79,7 +79,7 @@ def _print(report: FuseReport) -> None:
         facts.append(("replaced", f"{report.parameters} parameters"))
     growth = report.output_bytes / report.base_bytes - 1
     facts += [
-        ("re-quantized by", report.requantize),
+        ("re-quantized by", report.requantize or "not needed"),
         ("size", f"{output.size(report.output_bytes)} ({growth:+.1%} against the base)"),
         ("computed", output.size(report.computed_bytes)),
     ]

@@ -202,6 +202,24 @@ def test_an_interrupt_leaves_no_trace(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, base: Path, adapter: Path) -> None:
+    """A limit on the size of files stands in for a disk that fills up during the writing."""
+    code = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "from mlx_fusekit.cli import main\n"
+        "main()"
+    )
+    paths = ["--model", base, "--adapter-path", adapter, "--save-path", tmp_path / "fused"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, "fuse", *paths], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "fused: could not be written (File too large)" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
 def test_dry_run_and_preparing_write_nothing(tmp_path: Path, base: Path, adapter: Path) -> None:
     report = prepare_fuse(base, adapter, tmp_path / "a" / "b" / "fused").report()
     assert report.dry_run
