@@ -42,11 +42,8 @@ def default_workers() -> int:
 
 def working_memory(plan: FusePlan, workers: int) -> int:
     """Bytes the work takes at its peak beyond the interpreter and the adapter, an estimate."""
-    largest = max(
-        (columns for s in plan.steps if isinstance(s, WeightStep) for columns in s.shape[2:]),
-        default=0,
-    )
-    block = max(BLOCK_ELEMENTS, LEAST_ROWS * largest) * 4
+    columns = [step.shape[2] for step in plan.steps if isinstance(step, WeightStep)]
+    block = max(BLOCK_ELEMENTS, LEAST_ROWS * max(columns, default=0)) * 4
     held = [t.nbytes for t in plan.base.tensors.values() if isinstance(t, LazyTensor)]
     return workers * _BLOCK_COPIES * block + max(held, default=0)
 

@@ -6,6 +6,7 @@ in the staging folder is checked.
 
 import json
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -368,8 +369,9 @@ class _Hashing:
 
     def __init__(self, files: dict[str, list[Path]]) -> None:
         self._pool = ThreadPoolExecutor(1)
+        self._stopped = threading.Event()
         self._futures = {
-            name: {path.name: self._pool.submit(recipe.sha256, path) for path in paths}
+            name: {path.name: self._pool.submit(self._digest, path) for path in paths}
             for name, paths in files.items()
         }
 
@@ -377,7 +379,11 @@ class _Hashing:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stopped.set()
         self._pool.shutdown(cancel_futures=True)
+
+    def _digest(self, path: Path) -> str:
+        return recipe.sha256(path, self._stopped.is_set)
 
     def result(self) -> dict[str, dict[str, str]]:
         """Digest of each file, by group and file name."""

@@ -1,6 +1,6 @@
 """What a fuse will do, decided from headers alone: which tensors are computed, which are copied."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from mlx_fusekit.adapters import Adapter, FullUpdate, Update
@@ -79,7 +79,6 @@ class ParameterStep:
 
     source: TensorSource
     output: OutputTensor
-    replaced: bool
 
 
 Step = WeightStep | ParameterStep
@@ -152,6 +151,7 @@ def plan_fuse(base: BaseModel, adapter: Adapter, options: FuseOptions) -> FusePl
             unchanged.append(module)
         else:
             steps.append(step)
+    _check_bits(options, steps)
     steps += [
         _parameter_step(base.tensors[name], update, options)
         for name, update in adapter.parameters.items()
@@ -159,6 +159,16 @@ def plan_fuse(base: BaseModel, adapter: Adapter, options: FuseOptions) -> FusePl
     if options.dequantize:
         steps += _dequantize_steps(base, steps, options)
     return _lay_out(base, adapter, options, steps, tuple(unchanged))
+
+
+def _check_bits(options: FuseOptions, steps: Iterable[Step]) -> None:
+    """``--bits`` widens what is narrower; where nothing is, it was a mistake."""
+    specs = [s.source_spec for s in steps if isinstance(s, WeightStep) and s.source_spec]
+    if options.bits is not None and specs and all(spec.bits > options.bits for spec in specs):
+        raise ConfigurationError(
+            f"--bits {options.bits}: the merged modules have {min(s.bits for s in specs)} bits "
+            "already, and the flag only widens; give a larger number or drop it"
+        )
 
 
 def _weight_step(
@@ -182,13 +192,10 @@ def _target_spec(
 ) -> QuantSpec | None:
     if spec is None or options.dequantize:
         return None
-    if options.bits is None or (spec.affine and spec.bits == options.bits):
+    if options.bits is None or spec.bits > options.bits:
         return spec
-    if options.bits < spec.bits:
-        raise ConfigurationError(
-            f"--bits {options.bits}: {module} has {spec.bits} bits already; "
-            "the flag widens merged modules, so give a larger number or drop it"
-        )
+    if spec.affine and spec.bits == options.bits:
+        return spec
     group_size = spec.group_size if spec.group_size in AFFINE_GROUPS else 32
     if columns is not None and columns % group_size:
         raise ConfigurationError(
@@ -247,7 +254,7 @@ def _parameter_step(
     target: TensorSource, update: FullUpdate, options: FuseOptions
 ) -> ParameterStep:
     dtype = options.dtype or target.dtype
-    return ParameterStep(update.tensor, OutputTensor(target.name, dtype, target.shape), True)
+    return ParameterStep(update.tensor, OutputTensor(target.name, dtype, target.shape))
 
 
 def _dequantize_steps(base: BaseModel, planned: list[Step], options: FuseOptions) -> Iterable[Step]:
@@ -265,7 +272,7 @@ def _dequantize_steps(base: BaseModel, planned: list[Step], options: FuseOptions
         assert options.dtype is not None
         # What a 16-bit model keeps in float32 (a router's bias, say) is kept so on purpose.
         if tensor.dtype == main or (tensor.dtype in FLOAT_DTYPES and options.dtype == "F32"):
-            yield ParameterStep(tensor, OutputTensor(name, options.dtype, tensor.shape), False)
+            yield ParameterStep(tensor, OutputTensor(name, options.dtype, tensor.shape))
 
 
 def _lay_out(
@@ -328,9 +335,10 @@ def _added_after(steps: Iterable[Step]) -> dict[str, list[OutputTensor]]:
 
 
 def _keep_files(
-    base: Checkpoint, outputs_for: object, computed: frozenset[str]
+    base: Checkpoint,
+    outputs_for: Callable[[TensorSource], Iterable[OutputTensor]],
+    computed: frozenset[str],
 ) -> tuple[FileLayout, ...]:
-    assert callable(outputs_for)
     files = []
     for name, header in base.headers.items():
         tensors = [output for ref in header.tensors.values() for output in outputs_for(ref)]

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ _LFS_BLOB = re.compile(r"[0-9a-f]{64}")
 _READ = 4 << 20
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
     """SHA-256 of a file's content, in hexadecimal.
 
     Large files in the Hub's cache are named by it, so that it need not be computed.
+
+    Args:
+        stopped: asked between pieces; once true, what has been read is all that counts.
     """
     real = path.resolve()
     if real.parent.name == "blobs" and _LFS_BLOB.fullmatch(real.name):
@@ -25,14 +28,9 @@ def sha256(path: Path) -> str:
     with open(real, "rb", buffering=0) as file:
         buffer = bytearray(_READ)
         view = memoryview(buffer)
-        while count := file.readinto(buffer):
+        while not stopped() and (count := file.readinto(buffer)):
             digest.update(view[:count])
     return digest.hexdigest()
-
-
-def hashes(paths: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of each file, by its name."""
-    return {path.name: sha256(path) for path in paths}
 
 
 def versions() -> dict[str, str]:

@@ -57,6 +57,9 @@ KINDS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "experts": (QWEN3_MOE, "lora", [*EXPERTS, "mlp.gate", "lm_head"]),
 }
 CASES = [(kind, name) for kind in KINDS for name in FORMATS] + [("experts", n) for n in GLOBAL]
+# mlx-lm's DoRA of an embedding takes the packed width of a quantized one for its own.
+KINDS["dora-embedding"] = (LLAMA, "dora", ["self_attn.q_proj", "model.embed_tokens"])
+CASES += [("dora-embedding", name) for name in DENSE]
 
 
 def teacher(base: Path, adapter: Path, kind: str, keys: list[str]) -> Any:
@@ -360,7 +363,7 @@ def test_the_recipe_has_no_path_of_this_machine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 3}, "has 4 bits already"),
+        ({"bits": 3}, "have 4 bits already"),
         ({"bits": 7}, "--bits 7"),
         ({"bits": -1}, "--bits -1"),
         ({"bits": 8, "dequantize": True}, "exclude each other"),
@@ -375,6 +378,28 @@ def test_options_that_do_not_fit(tmp_path: Path, options: dict[str, Any], messag
     with pytest.raises(ConfigurationError, match=message):
         fuse(base, adapter, tmp_path / "fused", **options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_bits_widen_what_is_narrower_only(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", **MIXED["mixed"])
+    adapter = make_adapter(tmp_path / "adapter", base)
+    report = fuse(base, adapter, tmp_path / "fused", bits=6)
+    assert report.modules == {"6-bit group 64": 10, "8-bit group 32": 2, "bfloat16": 2}
+    reference = teacher(base, adapter, "lora", LINEARS)
+    assert difference(loaded(tmp_path / "fused"), reference) < 0.5
+
+
+@pytest.mark.parametrize("name", ["affine-4-64", "affine-4-32", "mixed", "nvfp4"])
+def test_a_silent_configuration(tmp_path: Path, name: str) -> None:
+    """The shapes say how a base is quantized; the result says it too, so that mlx-lm loads it."""
+    base = make_model(tmp_path / "base", **FORMATS[name])
+    adapter = make_adapter(tmp_path / "adapter", base)
+    fuse(base, adapter, tmp_path / "told")
+    config = json.loads((base / "config.json").read_text())
+    silent = {k: v for k, v in config.items() if not k.startswith("quantization")}
+    (base / "config.json").write_text(json.dumps(silent))
+    fuse(base, adapter, tmp_path / "fused")
+    assert difference(load_model(tmp_path / "fused")[0], load_model(tmp_path / "told")[0]) == 0
 
 
 def test_bits_of_a_dense_base(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config, save_model
 
@@ -175,6 +175,8 @@ def teacher_layers(
             continue
         if isinstance(module, SwitchLinear | QuantizedSwitchLinear):
             chosen[path] = LoRASwitchLinear.from_base(module, rank, 0.0, scale)
+        elif kind == "dora" and isinstance(module, nn.Embedding):
+            chosen[path] = DoRAEmbedding.from_base(module, rank, 0.0, scale)
         elif isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
             chosen[path] = LoRAEmbedding.from_base(module, rank, 0.0, scale)
         elif kind == "dora":

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
+from mlx_fusekit.checkpoint.model_class import logical_columns
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.quantization import CODEBOOK_MODES, QuantSpec
 
@@ -91,8 +92,13 @@ class Checkpoint:
         """How a module's weight is quantized, or None when it is not.
 
         What ``config.json`` says for this module, else its default where that agrees with the
-        shapes of weight and scales, else what follows from the shapes. Shapes alone give only the
-        product of bits and group size, so they need ``columns``, the logical width of the weight.
+        shapes of weight and scales, else what follows from the shapes, as mlx-lm does. Shapes give
+        only the product of bits and group size, so they need the logical width of the weight,
+        which mlx-lm's model class knows.
+
+        Args:
+            module: path of the module.
+            columns: the width the caller takes it to have.
 
         Raises:
             CheckpointError: when shapes and configuration contradict each other.
@@ -107,12 +113,23 @@ class Checkpoint:
             spec = self._spec(module, {**_mode_defaults(override), **override})
         elif block and _fits(default := self._spec(module, block), weight, scales):
             spec = default
-        elif columns is not None:
-            spec = _infer(weight, scales, columns)
+            if columns not in (None, spec.columns(weight.shape[-1])):
+                # The default fits by its product only, or the caller is mistaken.
+                spec = self._inferred(module, weight, scales) or default
         else:
-            spec = _only_candidate(self.folder, weight, scales)
+            spec = self._inferred(module, weight, scales) or _only_candidate(weight, scales)
         self._check(module, spec, weight, scales, columns)
         return spec
+
+    @cached_property
+    def _logical_columns(self) -> dict[str, int]:
+        return logical_columns(self.config)
+
+    def _inferred(self, module: str, weight: TensorRef, scales: TensorRef) -> QuantSpec | None:
+        """As ``mlx_lm.utils.infer_quant_config``; None where mlx-lm does not know the module."""
+        columns = self._logical_columns.get(module)
+        fitting = (s for s in _candidates(weight, scales) if s.columns(weight.shape[-1]) == columns)
+        return next(fitting, None)
 
     def _spec(self, module: str, block: Mapping[str, Any]) -> QuantSpec:
         try:
@@ -277,23 +294,13 @@ def _candidates(weight: TensorRef, scales: TensorRef) -> list[QuantSpec]:
     return [spec for spec in affine + codebook if _fits(spec, weight, scales)]
 
 
-def _infer(weight: TensorRef, scales: TensorRef, columns: int) -> QuantSpec:
-    """The specification that gives ``columns``, as ``mlx_lm.utils.infer_quant_config`` finds it."""
-    for spec in _candidates(weight, scales):
-        if spec.columns(weight.shape[-1]) == columns:
-            return spec
-    raise CheckpointError(
-        f"{weight.file}: {weight.name} {list(weight.shape)} with scales {list(scales.shape)} is no "
-        f"quantization of {columns} columns that MLX has"
-    )
-
-
-def _only_candidate(folder: Path, weight: TensorRef, scales: TensorRef) -> QuantSpec:
+def _only_candidate(weight: TensorRef, scales: TensorRef) -> QuantSpec:
     candidates = _candidates(weight, scales)
     if len(candidates) == 1:
         return candidates[0]
     known = " or ".join(str(spec) for spec in candidates) or "no format that MLX has"
     raise CheckpointError(
-        f"{folder / 'config.json'}: does not say how {weight.name.removesuffix('.weight')} is "
-        f"quantized, and its shapes fit {known}; add it under 'quantization'"
+        f"{weight.file.parent / 'config.json'}: does not say how "
+        f"{weight.name.removesuffix('.weight')} is quantized, and its shapes fit {known}; "
+        "add it under 'quantization'"
     )

@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.folder import Checkpoint, layer_count
+from mlx_fusekit.checkpoint.model_class import model_classes
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.numerics import STORAGE, Array
 from mlx_fusekit.quantization import QuantSpec
@@ -176,14 +177,10 @@ def open_base(
 def _load_lazily(
     folder: Path, record: _SanitizeRecord, trust_remote_code: bool
 ) -> tuple[Any, dict[str, Any]]:
-    import inspect
-
     from mlx_lm.utils import load_model
 
-    classes_of = inspect.signature(load_model).parameters["get_model_classes"].default
-
     def recorded_classes(config: dict[str, Any]) -> tuple[type, type]:
-        model_class, arguments_class = classes_of(config)
+        model_class, arguments_class = model_classes(config)
 
         class Recorded(model_class):  # type: ignore[misc,valid-type]
             def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:

@@ -148,8 +148,16 @@ def test_codebook_modes_from_shapes(tmp_path: Path, mode: str, bits: int, group_
     assert Checkpoint.open(base).quantization(Q, columns=128) == QuantSpec(bits, group_size, mode)
 
 
+def test_a_default_that_fits_by_its_product_only(tmp_path: Path) -> None:
+    """4 bits in groups of 64 and 8 bits in groups of 32 have the same shapes for half the width."""
+    base = make_model(tmp_path / "base", bits=8, group_size=32)
+    block = {"bits": 4, "group_size": 64}
+    change_config(base, quantization=block, quantization_config=None)
+    assert Checkpoint.open(base).quantization(Q, columns=128) == QuantSpec(8, 32)
+
+
 def test_ambiguous_shapes_are_said(base: Path) -> None:
-    change_config(base, quantization=None, quantization_config=None)
+    change_config(base, quantization=None, quantization_config=None, model_type="unknown")
     with pytest.raises(CheckpointError, match="does not say how"):
         Checkpoint.open(base).quantization(Q)
 
