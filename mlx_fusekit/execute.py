@@ -6,29 +6,30 @@ base that mlx-lm converts on the fly holds one whole tensor at a time.
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import numpy.typing as npt
 
-from mlx_fusekit.blocks import BLOCK_ELEMENTS, LEAST_ROWS, WeightReader, of_expert, taken_from
+from mlx_fusekit.blocks import BLOCK_ELEMENTS, WeightReader, of_expert, taken_from
 from mlx_fusekit.checkpoint.base import TensorSource
 from mlx_fusekit.checkpoint.sanitized import LazyTensor
 from mlx_fusekit.checkpoint.writer import CopyRange, FileWriter
 from mlx_fusekit.errors import AdapterError
 from mlx_fusekit.merge import RowRange, merge, unchanged_rows
 from mlx_fusekit.numerics import STORAGE, Array, Float32, from_float32, to_float32
-from mlx_fusekit.plan import FusePlan, ParameterStep, WeightStep
-from mlx_fusekit.quantization import QuantizedRows
+from mlx_fusekit.plan import FusePlan, ParameterStep, WeightStep, outputs_of
+from mlx_fusekit.quantization import QuantizedRows, to_matrix
 from mlx_fusekit.requantize import Requantizer, TargetFormat
 
 _PARAMETER_ELEMENTS = 1 << 20
 #: Arrays of a block's size that one worker holds at most.
-_BLOCK_COPIES = 6
+_BLOCK_COPIES = 3
 
 Progress = Callable[[int], None]
 Task = Callable[[], int]
@@ -43,7 +44,7 @@ def default_workers() -> int:
 def working_memory(plan: FusePlan, workers: int) -> int:
     """Bytes the work takes at its peak beyond the interpreter and the adapter, an estimate."""
     columns = [step.shape[2] for step in plan.steps if isinstance(step, WeightStep)]
-    block = max(BLOCK_ELEMENTS, LEAST_ROWS * max(columns, default=0)) * 4
+    block = max(BLOCK_ELEMENTS, *columns, 0) * 4
     held = [t.nbytes for t in plan.base.tensors.values() if isinstance(t, LazyTensor)]
     return workers * _BLOCK_COPIES * block + max(held, default=0)
 
@@ -91,14 +92,16 @@ def _run(
     pool: ThreadPoolExecutor, tasks: Iterator[Task], in_flight: int, progress: Progress
 ) -> None:
     """Run tasks with at most ``in_flight`` of them submitted, which bounds what they hold."""
-    pending: set[Future[int]] = set()
+    finished: SimpleQueue[Future[int]] = SimpleQueue()
+    running = 0
     for task in tasks:
-        pending.add(pool.submit(task))
-        if len(pending) >= in_flight:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            progress(sum(future.result() for future in done))
-    for future in pending:
-        progress(future.result())
+        if running == in_flight:
+            progress(finished.get().result())
+            running -= 1
+        pool.submit(task).add_done_callback(finished.put)
+        running += 1
+    for _ in range(running):
+        progress(finished.get().result())
 
 
 def _tasks(
@@ -107,17 +110,23 @@ def _tasks(
     by_tensor: dict[str, FileWriter],
     requantizer: Requantizer,
 ) -> Iterator[Task]:
+    copies = [partial(_copy, writer, span) for writer in writers for span in writer.copies()]
+    computed, copied = 0, 0
     for step in plan.steps:
         if isinstance(step, WeightStep):
             yield from _WeightJob.make(step, by_tensor, requantizer).tasks()
         else:
             yield from _parameter_tasks(step, by_tensor[step.output.name])
+        # Writes to one file wait for each other, so two copies at a time gain nothing, but a copy
+        # beside computations does: deal them out evenly.
+        computed += sum(output.nbytes for output in outputs_of(step))
+        due = len(copies) * computed // max(plan.computed_bytes, 1)
+        yield from copies[copied:due]
+        copied = due
     for output in plan.raw_copies:
         source = taken_from(plan.base.tensors[output.name])
         yield from _row_tasks(source, by_tensor[output.name], output.dtype)
-    for writer in writers:
-        for span in writer.copies():
-            yield partial(_copy, writer, span)
+    yield from copies[copied:]
 
 
 def _copy(writer: FileWriter, span: CopyRange) -> int:
@@ -194,7 +203,9 @@ class _WeightJob:
                     "check the adapter's scale and the base's scales"
                 )
         if self.step.target_spec is None:
-            stored = _stored_exactly(block.T, self.step.dtype, f"{self.step.module}.weight")
+            stored = _stored_exactly(
+                to_matrix(block), self.step.dtype, f"{self.step.module}.weight"
+            )
             return self._write(rows, {"weight": stored})
         assert base is not None, "only a quantized weight has a quantized target"
         written = self._quantized(rows, block, base, keep)

@@ -232,7 +232,7 @@ def _delta_norm(reader: WeightReader, update: Update) -> float:
     total = 0.0
     for rows in reader.blocks():
         base = reader.read(rows)[1]
-        before = base.values.copy(order="A")
+        before = base.values.copy()
         change = merge(base, update, rows) - before
         total += float(np.square(change, dtype=np.float64).sum())
     return math.sqrt(total)

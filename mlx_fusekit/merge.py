@@ -1,7 +1,7 @@
 """The arithmetic of merging: base weight and update to merged weight, in float32.
 
-Works on *blocks* (see :mod:`mlx_fusekit.quantization`): float32 ``[columns, rows]`` of some rows
-of one expert's weight matrix.
+Works on *blocks* (see :mod:`mlx_fusekit.quantization`): float32 ``[planes, rows, periods]`` of some
+rows of one expert's weight matrix.
 
 LoRA (Hu et al. 2021, arXiv 2106.09685): ``W' = W + scale * B A``.
 DoRA (Liu et al. 2024, arXiv 2402.09353): ``W' = m * (W + scale * B A) / ||W + scale * B A||``,
@@ -10,12 +10,14 @@ the norm taken over the inputs of each output row, and of the weights as mlx-lm 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from mlx_fusekit.adapters.updates import FullUpdate, LowRankUpdate, Update
 from mlx_fusekit.numerics import Float32, to_float32
+from mlx_fusekit.quantization import to_block
 
 # OpenBLAS starts threads for products above this many multiplications. Row blocks are already
 # spread over the cores, and threads inside threads are several times slower.
@@ -40,7 +42,7 @@ class BaseBlock:
     """A block of the base's weights.
 
     Attributes:
-        values: exact, float32 ``[columns, rows]``.
+        values: exact, a float32 block.
         as_run: gives the values as mlx-lm's dequantization rounds them; None where it does not.
     """
 
@@ -57,18 +59,19 @@ def merge(base: BaseBlock, update: Update, rows: RowRange) -> Float32:
         rows: which rows of the module the block holds.
 
     Returns:
-        The merged weights, float32 ``[columns, rows]``.
+        The merged weights, a block.
     """
     if isinstance(update, FullUpdate):
-        return _replacement(update, rows)
+        return _replacement(update, rows, len(base.values))
     merged = base.values
-    delta = _delta(update, rows, transposed=not merged.flags.c_contiguous)
+    delta = _delta(update, rows, len(merged))
     merged += delta
     if update.magnitude is not None:
         # The magnitude was learned against the norms that mlx-lm computes, of rounded weights.
         adapted = merged if base.as_run is None else base.as_run() + delta
         with np.errstate(divide="ignore", invalid="ignore"):
-            merged *= update.magnitude[rows.first : rows.last] / _row_norms(adapted)
+            ratios = update.magnitude[rows.first : rows.last] / _row_norms(adapted)
+        merged *= ratios[:, None]
     return merged
 
 
@@ -79,7 +82,9 @@ def unchanged_rows(base: BaseBlock, update: Update, rows: RowRange) -> npt.NDArr
     its codes (shared/FACTS section 1).
     """
     if isinstance(update, FullUpdate):
-        return np.asarray((base.values == _replacement(update, rows)).all(axis=0))
+        return np.asarray(
+            (base.values == _replacement(update, rows, len(base.values))).all(axis=(0, 2))
+        )
     if update.down[rows.expert].any():
         still = np.logical_not(update.up[rows.expert, rows.first : rows.last].any(axis=1))
     else:
@@ -92,29 +97,32 @@ def unchanged_rows(base: BaseBlock, update: Update, rows: RowRange) -> npt.NDArr
 
 
 def _row_norms(block: Float32) -> Float32:
-    norms: Float32 = np.sqrt(np.einsum("cr,cr->r", block, block))
+    norms: Float32 = np.sqrt(np.einsum("krp,krp->r", block, block))
     return norms
 
 
-def _replacement(update: FullUpdate, rows: RowRange) -> Float32:
+def _replacement(update: FullUpdate, rows: RowRange, planes: int) -> Float32:
     shape = update.tensor.shape
     start = rows.expert * (shape[-2] if len(shape) > 2 else 0)
     stored = update.tensor.read_rows(start + rows.first, start + rows.last)
-    return np.ascontiguousarray(to_float32(stored, update.tensor.dtype).T)
+    return to_block(to_float32(stored, update.tensor.dtype), planes)
 
 
-def _delta(update: LowRankUpdate, rows: RowRange, *, transposed: bool) -> Float32:
+def _delta(update: LowRankUpdate, rows: RowRange, planes: int) -> Float32:
+    """``up @ down`` as a block, in slabs of rows for which the BLAS library starts no threads."""
     up = update.up[rows.expert, rows.first : rows.last]
-    down = update.down[rows.expert]
-    if transposed:
-        return _product(up, down).T
-    return _product(np.ascontiguousarray(down.T), np.ascontiguousarray(up.T))
-
-
-def _product(left: Float32, right: Float32) -> Float32:
-    """A matrix product, in slabs small enough that the BLAS library starts no threads for them."""
-    out = np.empty((left.shape[0], right.shape[1]), np.float32)
-    slab = max(1, _SINGLE_THREADED_PRODUCT // max(right.size, 1))
-    for start in range(0, len(left), slab):
-        np.matmul(left[start : start + slab], right, out=out[start : start + slab])
+    down = _in_planes(update, rows.expert, planes)
+    out = np.empty((planes, len(up), down.shape[2]), np.float32)
+    slab = max(1, _SINGLE_THREADED_PRODUCT // max(down[0].size, 1))
+    # Accelerate raises floating-point flags for finite products; the caller checks the result.
+    with np.errstate(all="ignore"):
+        for start in range(0, len(up), slab):
+            np.matmul(up[start : start + slab], down, out=out[:, start : start + slab])
     return out
+
+
+# The blocks of a matrix follow each other, in a few threads.
+@lru_cache(maxsize=8)
+def _in_planes(update: LowRankUpdate, expert: int, planes: int) -> Float32:
+    """The update's ``down`` of an expert, ``[planes, rank, periods]``."""
+    return to_block(update.down[expert], planes)

@@ -10,7 +10,7 @@ from typing import Any
 
 RECIPE_NAME = "fusekit.json"
 _LFS_BLOB = re.compile(r"[0-9a-f]{64}")
-_READ = 4 << 20
+_READ = 1 << 20
 
 
 def sha256(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:

@@ -18,6 +18,8 @@ from mlx_fusekit.quantization import (
     dequantize,
     pack,
     quantize_nearest,
+    to_block,
+    to_matrix,
     unpack,
 )
 
@@ -48,7 +50,7 @@ def affine(weight: mx.array, spec: QuantSpec, dtype: str) -> tuple[QuantizedRows
 def test_affine_dequantize_is_exact(bits: int, group_size: int, dtype: str) -> None:
     spec = QuantSpec(bits, group_size)
     rows, values = affine(mx.random.normal((48, 384)), spec, dtype)
-    assert np.array_equal(dequantize(rows, spec).T, values)
+    assert np.array_equal(to_matrix(dequantize(rows, spec)), values)
 
 
 @pytest.mark.parametrize("bits", AFFINE_BITS)
@@ -58,7 +60,7 @@ def test_affine_nearest_is_not_worse_than_mlx(bits: int, group_size: int) -> Non
     weight = mx.random.normal((64, 512)).astype(mx.bfloat16)
     _, by_mlx = affine(weight, spec, "BF16")
     exact = np.array(weight.astype(mx.float32))
-    ours = dequantize(quantize_nearest(exact.T.copy(), spec, "BF16"), spec).T
+    ours = to_matrix(dequantize(quantize_nearest(to_block(exact), spec, "BF16"), spec))
     error = np.square(ours - exact).sum()
     assert error <= np.square(by_mlx - exact).sum() * 1.0001
     assert error > 0
@@ -69,7 +71,7 @@ def test_affine_nearest_without_rounded_scales_is_mlx() -> None:
     spec = QuantSpec(4, 64)
     weight = mx.random.normal((64, 512))
     rows, _ = affine(weight, spec, "F32")
-    ours = quantize_nearest(np.array(weight).T.copy(), spec, "F32")
+    ours = quantize_nearest(to_block(np.array(weight)), spec, "F32")
     assert np.allclose(ours.scales, rows.scales, rtol=1e-6)
     assert np.allclose(ours.biases, rows.biases, rtol=1e-6)
     codes = unpack(ours.codes, 4).astype(int), unpack(rows.codes, 4).astype(int)
@@ -80,9 +82,18 @@ def test_affine_nearest_without_rounded_scales_is_mlx() -> None:
 @pytest.mark.parametrize("value", [0.0, 0.5, -3.0, 1e-30])
 def test_affine_nearest_of_a_constant(value: float) -> None:
     spec = QuantSpec(4, 32)
-    block = np.full((64, 3), value, np.float32)
+    block = np.full((32, 3, 2), value, np.float32)
     values = dequantize(quantize_nearest(block.copy(), spec, "F16"), spec)
     assert np.abs(values - block).max() <= 2e-3 * abs(value) + 1e-6
+
+
+@pytest.mark.parametrize("planes", [1, 32])
+def test_a_block_is_its_matrix_in_planes(planes: int) -> None:
+    matrix = np.arange(3 * 96).reshape(3, 96)
+    block = to_block(matrix, planes)
+    assert block.shape == (planes, 3, 96 // planes)
+    assert block[-1, 2, 1] == matrix[2, 2 * planes - 1]
+    assert np.array_equal(to_matrix(block), matrix)
 
 
 @given(st.integers(1, 8), st.integers(1, 3), st.integers(1, 5), st.integers(0, 2**32 - 1))
@@ -90,7 +101,7 @@ def test_affine_nearest_of_a_constant(value: float) -> None:
 def test_pack_inverts_unpack(bits: int, blocks: int, rows: int, seed: int) -> None:
     words = np.random.default_rng(seed).integers(0, 2**32, (rows, blocks * bits), np.uint32)
     codes = unpack(words, bits)
-    assert codes.shape == (32 * blocks, rows)
+    assert codes.shape == (32, rows, blocks)
     assert codes.max() < 1 << bits
     assert np.array_equal(pack(codes, bits), words)
 
@@ -99,7 +110,7 @@ def test_unpack_reads_a_little_endian_bit_stream() -> None:
     codes = [5, 0, 7, 1, 2, 6, 3, 4] * 4
     stream = sum(code << (3 * place) for place, code in enumerate(codes))
     words = np.array([[(stream >> shift) & 0xFFFFFFFF for shift in (0, 32, 64)]], np.uint32)
-    assert unpack(words, 3)[:, 0].tolist() == codes
+    assert unpack(words, 3)[:, 0, 0].tolist() == codes
 
 
 CODEBOOKS = [(mode, False) for mode in CODEBOOK_MODES] + [("nvfp4", True)]
@@ -123,7 +134,7 @@ def codebook(
 def test_codebook_dequantize_is_exact(mode: str, with_global: bool) -> None:
     spec = QuantSpec(*CODEBOOK_MODES[mode], mode)
     rows, values = codebook(mx.random.normal((48, 256)) * 0.02, spec, with_global)
-    assert np.array_equal(dequantize(rows, spec).T, values)
+    assert np.array_equal(to_matrix(dequantize(rows, spec)), values)
 
 
 @pytest.mark.parametrize(("mode", "with_global"), CODEBOOKS)
@@ -132,7 +143,9 @@ def test_codebook_nearest_is_not_worse_than_mlx(mode: str, with_global: bool) ->
     weight = mx.random.normal((64, 256)) * 0.02
     rows, by_mlx = codebook(weight, spec, with_global)
     exact = np.array(weight)
-    ours = dequantize(quantize_nearest(exact.T.copy(), spec, "U8", rows.global_scale), spec).T
+    ours = to_matrix(
+        dequantize(quantize_nearest(to_block(exact), spec, "U8", rows.global_scale), spec)
+    )
     error = np.square(ours - exact).sum()
     assert 0 < error <= np.square(by_mlx - exact).sum() * 1.0001
 
@@ -142,8 +155,8 @@ def test_codebook_values_survive(mode: str, with_global: bool) -> None:
     """Values that are on a codebook's grid stay there, but for nvfp4's rounded scales."""
     spec = QuantSpec(*CODEBOOK_MODES[mode], mode)
     rows, values = codebook(mx.random.normal((64, 256)) * 0.02, spec, with_global)
-    again = quantize_nearest(values.T.copy(), spec, "U8", rows.global_scale)
-    unchanged = values == dequantize(again, spec).T
+    again = quantize_nearest(to_block(values), spec, "U8", rows.global_scale)
+    unchanged = values == to_matrix(dequantize(again, spec))
     assert unchanged.mean() > (0.99 if mode == "nvfp4" else 0.9999)
 
 

@@ -10,7 +10,7 @@ from mlx_fusekit.checkpoint.header import TensorRef
 from mlx_fusekit.numerics import Float32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRankUpdate:
     """LoRA, and DoRA when there is a magnitude: weight + up @ down, rows then scaled to a norm.
 

@@ -59,19 +59,22 @@ class TensorRef:
         return self._read(first * stride, (last - first) * stride).reshape(last - first, columns)
 
     def _read(self, offset: int, length: int) -> Array:
-        data = bytearray(length)
-        with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.start + offset)
-            filled, view = 0, memoryview(data)
+        data = np.empty(length, np.uint8)
+        file = os.open(self.file, os.O_RDONLY)
+        try:
+            os.lseek(file, self.start + offset, os.SEEK_SET)
+            filled, view = 0, data.data
             while filled < length:
-                count = file.readinto(view[filled:])
+                count = os.readv(file, [view[filled:]])
                 if not count:
                     raise CheckpointError(
                         f"{self.file}: the file ended inside tensor {self.name}; "
                         "it changed while it was read"
                     )
                 filled += count
-        return np.frombuffer(data, STORAGE[self.dtype])
+        finally:
+            os.close(file)
+        return data.view(STORAGE[self.dtype])
 
 
 @dataclass(frozen=True, slots=True)

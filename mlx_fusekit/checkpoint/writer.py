@@ -17,11 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from mlx_fusekit.checkpoint.clone import copy_range, reflink
 from mlx_fusekit.checkpoint.header import Header, TensorRef
 from mlx_fusekit.numerics import STORAGE, Array
 
-_COPY_PIECE = 64 << 20
+_COPY_PIECE = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,7 @@ class FileWriter:
         item = STORAGE[tensor.dtype].itemsize
         if rows.shape[1:] != (columns,) or rows.dtype.itemsize != item:
             raise AssertionError(f"{name}: {rows.dtype} {rows.shape} written into {tensor}")
-        data = memoryview(rows.tobytes())
+        data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
         offset = self.layout.starts[name] + first_row * columns * item
         while data:
             count = os.pwrite(self._file.fileno(), data, offset)

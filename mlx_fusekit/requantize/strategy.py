@@ -42,7 +42,7 @@ class Requantizer(Protocol):
         Args:
             module: path of the module, for what a strategy knows of it.
             rows: which of its rows these are.
-            merged: float32 ``[columns, rows]``; may be overwritten.
+            merged: a float32 block (see :mod:`mlx_fusekit.quantization`); may be overwritten.
             base: the same rows of the base, in the base's format.
             target: the format to return.
         """
