@@ -1,0 +1,62 @@
+# Works with GNU make 3.81 (the one of macOS) and any POSIX shell.
+#
+#   PYTHON=python3.12   the Python to make the environment with
+#   VENV=.venv          where the environment is
+#   ARGS="-k adapters"  passed on to pytest, the demo or the benchmark
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-real test-wheel lint types bench-fuse clean
+
+help: ## List these targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1 \2/p' Makefile | \
+		while read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
+
+install: $(INSTALLED) ## Make .venv with everything that development needs
+
+demo: $(INSTALLED) ## Fuse the embedded sample model, and show what became of its fine-tune
+	@$(PY) scripts/demo.py $(ARGS)
+
+test: $(INSTALLED) ## Run the tests
+	$(PY) -m pytest -m "not real" -n auto $(ARGS)
+
+test-real: $(INSTALLED) ## Run the tests on a real model (downloads 100 MB and trains, once)
+	@sh scripts/fast_blas.sh install >/dev/null
+	LD_PRELOAD="$$(sh scripts/fast_blas.sh)" $(PY) -m pytest -m real $(ARGS)
+
+test-wheel: $(INSTALLED) ## Build the wheel, check it, and run the tests against it installed
+	rm -rf dist $(VENV)-wheel
+	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PY) scripts/check_wheel.py dist/*.whl
+	@sh scripts/bootstrap.sh $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet 'pip>=25.1'
+	$(VENV)-wheel/bin/python -m pip install --quiet dist/*.whl --group dev
+	$(VENV)-wheel/bin/pytest -m "not real" -n auto $(ARGS)
+
+lint: $(INSTALLED) ## Check style and formatting
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+
+types: $(INSTALLED) ## Check types
+	$(PY) -m mypy
+
+bench-fuse: $(INSTALLED) ## Time fusing
+	$(PY) benchmarks/fuse_speed.py $(ARGS)
+
+clean: ## Remove the environment and everything that was built
+	rm -rf $(VENV) $(VENV)-wheel dist demo
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find mlx_fusekit scripts tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(PY):
+	@sh scripts/bootstrap.sh $(VENV)
+
+$(INSTALLED): $(PY) pyproject.toml scripts/bootstrap.sh
+	@sh scripts/bootstrap.sh $(VENV)
+	@echo "Installing mlx-fusekit and what it needs into $(VENV); the first time takes a minute or two"
+	@$(PY) -m pip install --quiet 'pip>=25.1'
+	@$(PY) -m pip install --quiet --editable . --group dev
+	@touch $@
