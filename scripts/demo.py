@@ -178,15 +178,17 @@ def conclude(results: dict[Contender, Result]) -> None:
     if results[OURS].score < KEPT * teacher:
         console.print(
             "mlx_lm.fuse and this version of mlx-fusekit round every merged weight to the\n"
-            "nearest of the base's 4-bit steps, and that rounding costs the difference. --bits 8\n"
-            "has finer steps and needs a larger file. Calibrated re-quantization, planned for\n"
+            "nearest of the base's 4-bit steps, and that costs the difference. --bits 8 has\n"
+            "finer steps and needs a larger file. Calibrated re-quantization, planned for\n"
             "the next version, is meant to keep the fine-tune at the base's size; it is not in\n"
             "this one."
         )
     else:
         console.print(
-            "Here, rounding to the base's 4-bit steps cost little. How much it costs depends on\n"
-            "the adapter; --bits 8 has finer steps and needs a larger file."
+            "Here, rounding to the base's 4-bit steps cost little: this adapter changes the\n"
+            "weights by more than a step. Where one changes them by less, rounding can cost\n"
+            "most of the fine-tune; --bits 8 has finer steps and needs a larger file.\n"
+            "`mlx-fusekit inspect ADAPTER --model BASE` shows the change against the step."
         )
     console.print(f"\nThe fused models are in {OUT.name}/.")
 

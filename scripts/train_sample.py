@@ -57,7 +57,7 @@ def _preload_openblas() -> None:
 
 
 def _make_model(out: Path, float_folder: Path, arguments: argparse.Namespace) -> None:
-    """Write general.jsonl and model/."""
+    """Write general.jsonl and sample-4bit/."""
     import mlx.core as mx
     from sample import adapter, model, text
 
@@ -70,7 +70,7 @@ def _make_model(out: Path, float_folder: Path, arguments: argparse.Namespace) ->
     print(f"pre-training, {arguments.steps} steps", flush=True)
     trained = model.pretrain(tokenizer, texts, rng, arguments.steps)
     model.save_float_model(trained, float_folder)
-    model.quantize(float_folder, out / "model")
+    model.quantize(float_folder, out / "sample-4bit")
 
 
 def _make_adapter(out: Path, arguments: argparse.Namespace) -> None:
@@ -79,7 +79,7 @@ def _make_adapter(out: Path, arguments: argparse.Namespace) -> None:
 
     adapter.write_task(out / "sql", Random(arguments.seed + 1))
     adapter.train_adapter(
-        out / "model",
+        out / "sample-4bit",
         out / "sql",
         out / "adapter",
         arguments.iters,
@@ -99,7 +99,7 @@ def _print_figures(out: Path, fused: Path) -> None:
     """Measure on every test item; float32 arithmetic is only for speed, the weights are equal."""
     from sample import adapter
 
-    model, lora, test = out / "model", out / "adapter", out / "sql" / "test.jsonl"
+    model, lora, test = out / "sample-4bit", out / "adapter", out / "sql" / "test.jsonl"
     adapter.fuse_with_mlx_lm(model, lora, fused)
     print("exact match on unseen questions, float32 arithmetic:")
     print(f"  base          {adapter.measure(model, None, test):.4f}")

@@ -11,7 +11,7 @@ _DATA = Path(__file__).parent / "data"
 
 def model_path() -> Path:
     """Folder of the 4-bit (affine, group 64) Llama-architecture base model."""
-    return _DATA / "model"
+    return _DATA / "sample-4bit"
 
 
 def adapter_path() -> Path:
