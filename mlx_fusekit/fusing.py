@@ -34,7 +34,7 @@ from mlx_fusekit.requantize import Nearest, Requantizer
 Progress = Callable[[int, int], None]
 
 _REQUANTIZERS: dict[str, Callable[[], Requantizer]] = {"auto": Nearest, "nearest": Nearest}
-#: Round to nearest at this width or below loses much of a typical LoRA (shared/FACTS section 1).
+#: Round to nearest at this width or below can lose most of a LoRA (shared/FACTS section 1).
 _LOSSY_BITS = 6
 
 
@@ -173,8 +173,9 @@ class PreparedFuse:
             return ()
         bits = min(step.target_spec.bits for step in rounded if step.target_spec)
         return (
-            f"{len(rounded)} modules are rounded to nearest at {bits} bits, which loses much of a "
-            "typical fine-tune; --bits 8 keeps it, in a larger file",
+            f"{len(rounded)} modules are rounded to nearest at {bits} bits, which can lose most of a "
+            "fine-tune (`mlx-fusekit inspect ADAPTER --model BASE` shows its size in steps); "
+            "--bits 8 keeps it, in a larger file",
         )
 
     def _hashed_files(self) -> dict[str, list[Path]]:
