@@ -173,8 +173,8 @@ class PreparedFuse:
             return ()
         bits = min(step.target_spec.bits for step in rounded if step.target_spec)
         return (
-            f"{len(rounded)} modules are rounded to nearest at {bits} bits, which can lose most of a "
-            "fine-tune (`mlx-fusekit inspect ADAPTER --model BASE` shows its size in steps); "
+            f"{len(rounded)} modules are rounded to nearest at {bits} bits, which can lose most of "
+            "a fine-tune (`mlx-fusekit inspect ADAPTER --model BASE` shows its size in steps); "
             "--bits 8 keeps it, in a larger file",
         )
 
