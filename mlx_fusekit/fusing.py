@@ -175,7 +175,7 @@ class PreparedFuse:
         return (
             f"{len(rounded)} modules are rounded to nearest at {bits} bits, which can lose most of "
             "a fine-tune (`mlx-fusekit inspect ADAPTER --model BASE` shows its size in steps); "
-            "--bits 8 keeps it, in a larger file",
+            "--bits 8 keeps more, in a larger file",
         )
 
     def _hashed_files(self) -> dict[str, list[Path]]:

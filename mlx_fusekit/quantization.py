@@ -165,14 +165,14 @@ def _unpacked(codes: Words, bits: int) -> Iterator[tuple[int, npt.NDArray[np.uin
     rows, words = codes.shape
     cycles, periods = math.gcd(32, bits), words // bits
     streams = np.ascontiguousarray(codes.reshape(rows, periods, bits).transpose(2, 0, 1))
-    streams = streams.reshape(cycles, bits // cycles, rows, periods)
+    by_cycle = streams.reshape(cycles, bits // cycles, rows, periods)
     plane = np.empty((cycles, rows, periods), np.uint32)
     mask = np.uint32((1 << bits) - 1)
     for place in range(32 // cycles):
         word, shift = divmod(place * bits, 32)
-        np.right_shift(streams[:, word], np.uint32(shift), out=plane)
+        np.right_shift(by_cycle[:, word], np.uint32(shift), out=plane)
         if shift + bits > 32:
-            plane |= streams[:, word + 1] << np.uint32(32 - shift)
+            plane |= by_cycle[:, word + 1] << np.uint32(32 - shift)
         if shift + bits != 32:
             plane &= mask
         yield place, plane

@@ -23,7 +23,7 @@ from mlx_fusekit.checkpoint.clone import copy_range, reflink
 from mlx_fusekit.checkpoint.header import Header, TensorRef
 from mlx_fusekit.numerics import STORAGE, Array
 
-_COPY_PIECE = 16 << 20
+_COPY_PIECE = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
