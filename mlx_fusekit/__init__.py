@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mlx_fusekit.fusing import FuseReport, PreparedFuse, fuse, prepare_fuse
+    from mlx_fusekit.verifying import ParityReport, verify
 
 # The public names load on first use: importing NumPy and MLX takes longer than `--help` may.
 _HOMES = {
@@ -13,9 +14,19 @@ _HOMES = {
     "prepare_fuse": "fusing",
     "FuseReport": "fusing",
     "PreparedFuse": "fusing",
+    "verify": "verifying",
+    "ParityReport": "verifying",
 }
 
-__all__ = ["FuseReport", "PreparedFuse", "__version__", "fuse", "prepare_fuse"]
+__all__ = [
+    "FuseReport",
+    "ParityReport",
+    "PreparedFuse",
+    "__version__",
+    "fuse",
+    "prepare_fuse",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -178,7 +178,7 @@ class _WeightJob:
     ) -> "_WeightJob":
         reader = WeightReader.open(step.sources, step.source_spec)
         writers = {leaf: by_tensor[output.name] for leaf, output in step.outputs.items()}
-        scales = _grown_global_scales(step, reader) if "global_scale" in step.outputs else None
+        scales = grown_global_scales(step, reader) if "global_scale" in step.outputs else None
         return cls(step, reader, writers, requantizer, scales)
 
     def tasks(self) -> Iterator[Task]:
@@ -190,18 +190,7 @@ class _WeightJob:
 
     def _run(self, rows: RowRange) -> int:
         """Compute and write one block; the number of bytes written."""
-        base, block_of_base = self.reader.read(rows)
-        block, update = block_of_base.values, self.step.update
-        keep = np.ones(rows.last - rows.first, bool)
-        if update is not None:
-            keep = unchanged_rows(block_of_base, update, rows)
-            if not keep.all():
-                block = merge(block_of_base, update, rows)
-            if not np.isfinite(block).all():
-                raise AdapterError(
-                    f"{self.step.module}.weight: merging gives NaN or infinity; "
-                    "check the adapter's scale and the base's scales"
-                )
+        base, block, keep = merged_block(self.step, self.reader, rows)
         if self.step.target_spec is None:
             stored = _stored_exactly(
                 to_matrix(block), self.step.dtype, f"{self.step.module}.weight"
@@ -224,7 +213,7 @@ class _WeightJob:
             return base
         quantized = self.requantizer(self.step.module, rows, block, base, target)
         _check_scales(quantized, self.step.module)
-        return _with_rows_kept(quantized, base, keep) if same_format and keep.any() else quantized
+        return with_rows_kept(quantized, base, keep) if same_format and keep.any() else quantized
 
     def _write(self, rows: RowRange, leaves: Mapping[str, Array | None]) -> int:
         first = rows.expert * self.reader.shape[1] + rows.first
@@ -236,7 +225,28 @@ class _WeightJob:
         return total
 
 
-def _grown_global_scales(step: WeightStep, reader: WeightReader) -> Float32:
+def merged_block(
+    step: WeightStep, reader: WeightReader, rows: RowRange
+) -> tuple[QuantizedRows | None, Float32, npt.NDArray[np.bool_]]:
+    """A block of a step's weight: as the base stores it, merged, and which rows do not change.
+
+    Raises:
+        AdapterError: when the merged weights are not finite.
+    """
+    base, block_of_base = reader.read(rows)
+    if step.update is None:
+        return base, block_of_base.values, np.ones(rows.last - rows.first, bool)
+    keep = unchanged_rows(block_of_base, step.update, rows)
+    block = block_of_base.values if keep.all() else merge(block_of_base, step.update, rows)
+    if not np.isfinite(block).all():
+        raise AdapterError(
+            f"{step.module}.weight: merging gives NaN or infinity; "
+            "check the adapter's scale and the base's scales"
+        )
+    return base, block, keep
+
+
+def grown_global_scales(step: WeightStep, reader: WeightReader) -> Float32:
     """nvfp4 global scales that hold the merged weights: the base's, or larger where needed.
 
     A global scale is the largest magnitude of its matrix, so a weight that grew past it would be
@@ -266,9 +276,10 @@ def _check_scales(quantized: QuantizedRows, module: str) -> None:
             )
 
 
-def _with_rows_kept(
+def with_rows_kept(
     merged: QuantizedRows, base: QuantizedRows, keep: npt.NDArray[np.bool_]
 ) -> QuantizedRows:
+    """Merged rows, but the base's where ``keep`` is true."""
     chosen = keep[:, None]
     biases = None
     if merged.biases is not None and base.biases is not None:

@@ -281,11 +281,11 @@ def _dequantize_codebook(quantized: QuantizedRows, spec: QuantSpec) -> Float32:
     for place, plane in _unpacked(quantized.codes, spec.bits):
         _cycles(block, spec.bits)[:, place] = values[plane]
     grouped = _grouped(block, spec)
-    grouped *= _over_groups(_scale_values(quantized.scales, spec, quantized.global_scale), spec)
+    grouped *= _over_groups(codebook_scales(quantized.scales, spec, quantized.global_scale), spec)
     return block
 
 
-def _scale_values(scales: Array, spec: QuantSpec, global_scale: float | None) -> Float32:
+def codebook_scales(scales: Array, spec: QuantSpec, global_scale: float | None) -> Float32:
     """Float32 scales of a codebook mode; nvfp4's global scale is the matrix's largest magnitude."""
     codes = scales.view(np.uint8)
     if spec.mode != "nvfp4":
@@ -326,7 +326,7 @@ def _encode(
     block: Float32, scales: Array, spec: QuantSpec, global_scale: float | None
 ) -> npt.NDArray[np.uint8]:
     """Nearest codes of a block's values for scales ``[rows, groups]``."""
-    values = _scale_values(scales, spec, global_scale)
+    values = codebook_scales(scales, spec, global_scale)
     with np.errstate(divide="ignore"):
         inverse = np.where(values == 0, np.float32(0), np.float32(1) / values)
     encode = codebooks.encode_e2m1 if spec.bits == 4 else codebooks.encode_e4m3
@@ -338,7 +338,7 @@ def _squared_error(block: Float32, scales: Array, spec: QuantSpec) -> Float32:
     table = codebooks.E2M1 if spec.bits == 4 else codebooks.E4M3
     rounded: Float32 = table[_encode(block, scales, spec, None)]
     grouped = _grouped(rounded, spec)
-    grouped *= _over_groups(_scale_values(scales, spec, None), spec)
+    grouped *= _over_groups(codebook_scales(scales, spec, None), spec)
     rounded -= block
     return _over_members(np.add, np.square(rounded, out=rounded), spec)
 

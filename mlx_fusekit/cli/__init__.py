@@ -11,6 +11,7 @@ from mlx_fusekit.cli.failures import run
 # name -> one line of help, so that the overview imports no command
 _COMMANDS = {
     "fuse": "Fuse adapters into a base model; one model folder comes out.",
+    "verify": "Measure how close a fused model is to base and adapter.",
     "inspect": "Show the facts of a model or adapter folder.",
 }
 

@@ -10,11 +10,16 @@ import click
 from mlx_fusekit.errors import FusekitError
 
 FAILED = 1
+#: What a command returns when it has done its work, but the result is not as good as was asked for.
+BELOW_THRESHOLD = 3
 INTERRUPTED = 130
 
 
 def run(command: click.Command) -> None:
-    """Run a command and exit: 0 done, 1 failed with a line, 2 usage, 130 interrupted."""
+    """Run a command and exit: 0 done, 1 failed with a line, 2 usage, 130 interrupted.
+
+    A command's function may return another code, such as ``BELOW_THRESHOLD``.
+    """
     signal.signal(signal.SIGTERM, _terminate)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,379 @@
+"""Re-quantization that keeps the layers' outputs under the teacher's own activations.
+
+The fused model grows layer by layer beside the teacher. For each group of modules with the same
+inputs, the second moments of these inputs are gathered in both; the merged weights are first
+changed so that they make good what the layers before did, and then quantized so that the outputs
+change least (:mod:`mlx_fusekit.requantize.solver`).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import mlx.nn as nn
+import numpy as np
+
+from mlx_fusekit.blocks import WeightReader, of_expert
+from mlx_fusekit.execute import grown_global_scales, merged_block, with_rows_kept
+from mlx_fusekit.merge import RowRange
+from mlx_fusekit.numerics import Float32
+from mlx_fusekit.plan import FusePlan, WeightStep
+from mlx_fusekit.quantization import QuantizedRows, to_matrix
+from mlx_fusekit.requantize.fused import FusedModules
+from mlx_fusekit.requantize.moments import (
+    InputMoments,
+    compensated,
+    expert_moments,
+    input_groups,
+    noted_inputs,
+)
+from mlx_fusekit.requantize.solver import Moments, Solution, solve
+from mlx_fusekit.requantize.strategy import TargetFormat
+from mlx_fusekit.requantize.taps import ModuleInput
+from mlx_fusekit.requantize.walk import LayerChain, layers_of, token_batches
+from mlx_fusekit.running import RunningModel, place
+from mlx_fusekit.texts.sequences import TokenSequence
+
+#: Bytes that second moments held at once may take: those of experts, and of models whose layers
+#: are no chain.
+MOMENTS_BYTES = 2 << 30
+#: Weights solved at once; more rows than this are solved one part after the other.
+_SOLVED_ELEMENTS = 1 << 24
+
+#: Called with modules done and modules in all.
+Progress = Callable[[int, int], None]
+#: Gives a module's calls in a batch, by the batch's index.
+Inputs = Callable[[int], list[ModuleInput]]
+
+
+@dataclass(frozen=True)
+class ModuleResult:
+    """What became of one module.
+
+    Attributes:
+        error: squared change of its outputs, over that of rounding to nearest; 1 where nothing
+            could be gained.
+        tokens: whose inputs were seen; 0 where the module was never called.
+        skipped: tokens left out because their inputs were not finite.
+    """
+
+    error: float
+    tokens: int
+    skipped: int
+
+
+@dataclass
+class SolvedWeights:
+    """Re-quantized weights of all merged modules; a :class:`Requantizer` that hands them out.
+
+    Attributes:
+        experts: by module path, of each expert; a plain matrix counts as one.
+        results: by module path.
+    """
+
+    experts: dict[str, list[QuantizedRows]] = field(default_factory=dict)
+    results: dict[str, ModuleResult] = field(default_factory=dict)
+    name: str = "calibrated"
+
+    def __call__(
+        self,
+        module: str,
+        rows: RowRange,
+        merged: Float32,
+        base: QuantizedRows,
+        target: TargetFormat,
+    ) -> QuantizedRows:
+        """The solved rows; see :class:`~mlx_fusekit.requantize.strategy.Requantizer`."""
+        return part_of(self.experts[module][rows.expert], rows.first, rows.last)
+
+
+def part_of(rows: QuantizedRows, first: int, last: int) -> QuantizedRows:
+    """Rows ``first`` to ``last`` (exclusive)."""
+    biases = None if rows.biases is None else rows.biases[first:last]
+    return replace(
+        rows, codes=rows.codes[first:last], scales=rows.scales[first:last], biases=biases
+    )
+
+
+def stacked(parts: Sequence[QuantizedRows]) -> QuantizedRows:
+    """Rows below each other."""
+    if len(parts) == 1:
+        return parts[0]
+    biases = [part.biases for part in parts if part.biases is not None]
+    return replace(
+        parts[0],
+        codes=np.concatenate([part.codes for part in parts]),
+        scales=np.concatenate([part.scales for part in parts]),
+        biases=np.concatenate(biases) if biases else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """One matrix to be solved: a module's, or one of its experts'.
+
+    Attributes:
+        merged: ``[columns, rows]``.
+        base: the base's rows.
+        base_serves: whether they have the target's format.
+    """
+
+    step: WeightStep
+    merged: Float32
+    base: QuantizedRows
+    keep: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    target: TargetFormat
+
+    @classmethod
+    def read(cls, step: WeightStep, expert: int = 0) -> "_Matrix":
+        reader = WeightReader.open(step.sources, step.source_spec)
+        scales = grown_global_scales(step, reader) if "global_scale" in step.outputs else None
+        base, block, keep = merged_block(step, reader, RowRange(expert, 0, step.shape[1]))
+        assert base is not None, "only quantized weights are re-quantized"
+        assert step.target_spec is not None, "likewise"
+        target = TargetFormat(step.target_spec, step.dtype, of_expert(scales, expert))
+        return cls(step, np.ascontiguousarray(to_matrix(block).T), base, keep, target)
+
+    @property
+    def base_serves(self) -> bool:
+        return (
+            self.step.source_spec == self.step.target_spec
+            and self.base.global_scale == self.target.global_scale
+        )
+
+    def finished(self, solved: QuantizedRows) -> QuantizedRows:
+        """The solved rows, but the base's where the update changes nothing."""
+        if self.base_serves and self.keep.any():
+            return with_rows_kept(solved, self.base, self.keep)
+        return solved
+
+
+class Calibration:
+    """Re-quantizes the modules of a plan one after the other.
+
+    Args:
+        plan: the fuse.
+        teacher: base and adapter, in memory.
+        sequences: the calibration text.
+    """
+
+    def __init__(
+        self, plan: FusePlan, teacher: RunningModel, sequences: Sequence[TokenSequence]
+    ) -> None:
+        self._teacher = teacher
+        self._steps = {step.module: step for step in plan.merged if step.target_spec is not None}
+        self._batches = token_batches(sequences)
+        self.fused = FusedModules(teacher)
+        self.solved = SolvedWeights()
+
+    def run(self, progress: Progress | None = None) -> SolvedWeights:
+        """Solve all modules.
+
+        Args:
+            progress: called with modules done and modules in all.
+        """
+        self._progress = progress
+        self._embeddings()
+        layers = layers_of(self._teacher.model)
+        of_layer = self._paths_in(layers)
+        touched = [index for index, paths in enumerate(of_layer) if paths]
+        if touched:
+            chain = LayerChain.recorded(self._teacher, self.fused, self._batches, touched[0])
+            if chain is not None:
+                self._walk(chain, of_layer, touched[-1])
+        self._rest()
+        for path in [path for path in self._steps if path not in self.solved.experts]:
+            self._solve([path], None)
+        return self.solved
+
+    def _paths_in(self, layers: Sequence[nn.Module]) -> list[list[str]]:
+        names = {id(module): path for path, module in self._teacher.model.named_modules()}
+        prefixes = [f"{names[id(layer)]}." for layer in layers if id(layer) in names]
+        return [[p for p in self._steps if p.startswith(prefix)] for prefix in prefixes]
+
+    def _current(self, paths: Sequence[str]) -> dict[str, nn.Module]:
+        """Modules that stand in the model now."""
+        modules = {}
+        for path in paths:
+            owner, key = place(self._teacher.model, path)
+            modules[path] = owner[key]
+        return modules
+
+    def _embeddings(self) -> None:
+        """Embeddings come first; where they are the output head too, its inputs count."""
+        paths = [p for p in self._steps if hasattr(self._teacher.bare(p), "as_linear")]
+        for path in paths:
+            calls = [
+                call
+                for batch in range(len(self._batches))
+                for call in self._whole(path, False, batch)
+            ]
+            columns = self._steps[path].shape[2]
+            moments = InputMoments.zero(columns, cross=False)
+            for call in calls:
+                moments.add(call.rows(np.ones(call.inputs.shape[:-1], bool)), None)
+            if moments.count:
+                # As an embedding, each of its columns counts the same.
+                mean = float(np.trace(moments.fused)) / columns
+                moments.fused[np.diag_indices(columns)] += np.float32(mean)
+            self._solve([path], moments)
+
+    def _walk(self, chain: LayerChain, of_layer: Sequence[Sequence[str]], last: int) -> None:
+        for layer in range(chain.start, last + 1):
+            paths = of_layer[layer]
+            groups = []
+            if paths:
+                run = partial(chain.run, layer, 0, fused=False)
+                groups = input_groups(run, self._current(paths))
+            calls = chain.run_teacher(layer, self._current([group[0] for group in groups]))
+            for group in groups:
+                ours = [[call for call in batch if call.path == group[0]] for batch in calls]
+                self._solve_group(
+                    group, ours.__getitem__, self._fused_inputs(chain, layer, group[0])
+                )
+            if layer < last:
+                chain.run_student(layer)
+
+    def _fused_inputs(self, chain: LayerChain, layer: int, path: str) -> Inputs | None:
+        """How to get a module's inputs in the fused model, None where they are the teacher's."""
+        if not len(self.fused):
+            return None
+        module = self._current([path])[path]
+        return lambda batch: noted_inputs(
+            partial(chain.run, layer, batch, fused=True), path, module
+        )
+
+    def _whole(self, path: str, fused: bool, batch: int) -> list[ModuleInput]:
+        """A module's inputs when the whole model runs."""
+        run = partial(self._teacher.model, self._batches[batch].tokens)
+        with self.fused.active() if fused else contextlib.nullcontext():
+            return noted_inputs(run, path, self._current([path])[path])
+
+    def _rest(self) -> None:
+        """What is in no layer, or in layers that are no chain: the whole model runs for it."""
+        paths = [path for path in self._steps if path not in self.solved.experts]
+        if not paths:
+            return
+        run = partial(self._teacher.model, self._batches[0].tokens)
+        for group in input_groups(run, self._current(paths)):
+            ours = partial(self._whole, group[0], False)
+            theirs = partial(self._whole, group[0], True)
+            self._solve_group(group, ours, theirs if len(self.fused) else None)
+
+    def _solve_group(self, group: Sequence[str], ours: Inputs, theirs: Inputs | None) -> None:
+        """Solve modules that have the same inputs.
+
+        Args:
+            group: their paths.
+            ours: gives the calls of the first of them in a batch, by its index, in the teacher.
+            theirs: the same in the fused model; None where it does not differ yet.
+        """
+        if ours(0)[0].experts is not None:
+            self._solve_experts(group, ours)
+            return
+        columns = self._steps[group[0]].shape[2]
+        moments = InputMoments.zero(columns, cross=theirs is not None)
+        for index, batch in enumerate(self._batches):
+            calls = ours(index)
+            others = [None] * len(calls) if theirs is None else theirs(index)
+            for call, other in zip(calls, others, strict=True):
+                fused = None if other is None else other.rows(batch.valid)
+                moments.add(call.rows(batch.valid), fused)
+        self._solve(group, moments)
+
+    def _solve(self, group: Sequence[str], moments: InputMoments | None) -> None:
+        """Solve plain matrices, those of one format together; without moments, by weight error."""
+        columns = self._steps[group[0]].shape[2]
+        if moments is None:
+            moments = InputMoments.zero(columns, cross=False)
+        prepared = Moments.prepared(moments.fused)
+        by_format: dict[tuple[TargetFormat, bool], list[_Matrix]] = {}
+        for path in group:
+            matrix = _Matrix.read(self._steps[path])
+            by_format.setdefault((matrix.target, matrix.base_serves), []).append(matrix)
+        for matrices in by_format.values():
+            merged = np.concatenate([m.merged for m in matrices], axis=1)
+            base = stacked([m.base for m in matrices]) if matrices[0].base_serves else None
+            solution = _solve_parts(merged, base, matrices[0].target, moments, prepared)
+            first = 0
+            for matrix in matrices:
+                last = first + matrix.merged.shape[1]
+                rows = matrix.finished(part_of(solution.quantized, first, last))
+                self._finish(matrix.step, [rows], solution, moments)
+                first = last
+
+    def _solve_experts(self, group: Sequence[str], inputs: Inputs) -> None:
+        """Solve expert layers, as many experts at a time as their moments fit the budget.
+
+        The fused model may send a token to other experts than the teacher, so that their inputs
+        cannot be compared; the teacher's count.
+        """
+        experts, _, columns = self._steps[group[0]].shape
+
+        def calls() -> Iterator[ModuleInput]:
+            for index in range(len(self._batches)):
+                yield from inputs(index)
+
+        at_once = max(1, MOMENTS_BYTES // (columns * columns * 4) - 1)
+        solved: dict[str, list[Solution]] = {path: [] for path in group}
+        rows: dict[str, list[QuantizedRows]] = {path: [] for path in group}
+        seen = InputMoments.zero(1, cross=False)
+        for first in range(0, experts, at_once):
+            chosen = range(first, min(first + at_once, experts))
+            of_experts, everyone = expert_moments(calls, chosen, columns)
+            seen.count, seen.skipped = everyone.count, everyone.skipped
+            for expert, moments in zip(chosen, of_experts, strict=True):
+                prepared = Moments.prepared(moments.fused)
+                for path in group:
+                    matrix = _Matrix.read(self._steps[path], expert)
+                    base = matrix.base if matrix.base_serves else None
+                    solution = _solve_parts(matrix.merged, base, matrix.target, moments, prepared)
+                    solved[path].append(solution)
+                    rows[path].append(matrix.finished(solution.quantized))
+        for path in group:
+            total = Solution(
+                rows[path][0],
+                sum(solution.error for solution in solved[path]),
+                sum(solution.nearest_error for solution in solved[path]),
+            )
+            self._finish(self._steps[path], rows[path], total, seen)
+
+    def _finish(
+        self,
+        step: WeightStep,
+        experts: list[QuantizedRows],
+        solution: Solution,
+        moments: InputMoments,
+    ) -> None:
+        assert step.target_spec is not None, "a solved module is quantized"
+        self.solved.experts[step.module] = experts
+        ratio = solution.error / solution.nearest_error if solution.nearest_error > 0 else 1.0
+        self.solved.results[step.module] = ModuleResult(ratio, moments.count, moments.skipped)
+        self.fused.put(step.module, experts, step.target_spec)
+        if self._progress is not None:
+            self._progress(len(self.solved.experts), len(self._steps))
+
+
+def _solve_parts(
+    merged: Float32,
+    base: QuantizedRows | None,
+    target: TargetFormat,
+    moments: InputMoments,
+    prepared: Moments,
+) -> Solution:
+    """Solve a matrix ``[columns, rows]`` in parts of rows, which do not depend on each other."""
+    columns, rows = merged.shape
+    size = max(1, _SOLVED_ELEMENTS // columns)
+    solutions = []
+    for first in range(0, rows, size):
+        last = min(first + size, rows)
+        part = np.ascontiguousarray(merged[:, first:last])
+        wanted = compensated(part, moments, prepared)
+        own = None if base is None else part_of(base, first, last)
+        solutions.append(solve(wanted, part, prepared, target, own))
+    return Solution(
+        stacked([solution.quantized for solution in solutions]),
+        sum(solution.error for solution in solutions),
+        sum(solution.nearest_error for solution in solutions),
+    )

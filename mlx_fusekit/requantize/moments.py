@@ -1,0 +1,128 @@
+"""Second moments of modules' inputs, gathered from the running teacher and fused model."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_fusekit.numerics import Float32
+from mlx_fusekit.requantize.solver import WIDEST_FLOAT64, Moments
+from mlx_fusekit.requantize.taps import ModuleInput, evaluate, inputs_noted
+
+#: Pseudo-observations, as a share of the columns, by which an expert's moments lean on those of
+#: all experts: few tokens say little about the second moments of many columns.
+_EXPERT_PRIOR = 0.25
+
+
+@dataclass
+class InputMoments:
+    """Sums over tokens of a module's inputs, ``x`` in the teacher and ``y`` in the fused model.
+
+    Attributes:
+        fused: sum of ``y y^T``, float32 ``[columns, columns]``.
+        cross: sum of ``x y^T``; None where both models have the same inputs.
+        count: tokens.
+        skipped: tokens whose inputs were not finite.
+    """
+
+    fused: Float32
+    cross: Float32 | None
+    count: int = 0
+    skipped: int = 0
+
+    @classmethod
+    def zero(cls, columns: int, *, cross: bool) -> "InputMoments":
+        """Of no tokens."""
+        shape = (columns, columns)
+        return cls(np.zeros(shape, np.float32), np.zeros(shape, np.float32) if cross else None)
+
+    def add(self, teacher: Float32, fused: Float32 | None) -> None:
+        """Count some tokens' inputs ``[tokens, columns]``; None where the fused are the same."""
+        finite = np.isfinite(teacher).all(1)
+        if fused is not None:
+            finite &= np.isfinite(fused).all(1)
+        if not finite.all():
+            self.skipped += int((~finite).sum())
+            teacher = teacher[finite]
+            fused = None if fused is None else fused[finite]
+        own = teacher if fused is None else fused
+        self.fused += own.T @ own
+        if self.cross is not None:
+            self.cross += teacher.T @ own
+        self.count += len(own)
+
+
+def input_groups(run: Callable[[], mx.array], modules: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Which of the modules have the same inputs, in the order in which they are called.
+
+    Nothing is computed. Modules that are not called are in no group.
+    """
+    with inputs_noted(modules) as noted:
+        run()
+    groups: dict[int, list[str]] = {}
+    seen: set[str] = set()
+    for call in noted:
+        if call.path not in seen:
+            seen.add(call.path)
+            groups.setdefault(id(call.inputs), []).append(call.path)
+    return list(groups.values())
+
+
+def noted_inputs(run: Callable[[], mx.array], path: str, module: nn.Module) -> list[ModuleInput]:
+    """What a module is called with; only what leads to it is computed."""
+    with inputs_noted({path: module}) as noted:
+        run()
+    evaluate(noted)
+    return noted
+
+
+def expert_moments(
+    calls: Callable[[], Iterator[ModuleInput]], experts: Sequence[int], columns: int
+) -> tuple[list[InputMoments], InputMoments]:
+    """Moments of some experts' inputs, and of all experts' together.
+
+    Args:
+        calls: gives every call of the layer, batch after batch.
+        experts: which experts' moments are wanted.
+        columns: width of the inputs.
+    """
+    chosen = {expert: InputMoments.zero(columns, cross=False) for expert in experts}
+    everyone = InputMoments.zero(columns, cross=False)
+    for call in calls():
+        rows, of = call.rows_of_experts()
+        everyone.add(rows, None)
+        for expert in np.unique(of):
+            if int(expert) in chosen:
+                chosen[int(expert)].add(rows[of == expert], None)
+    for moments in chosen.values():
+        _lean_on(moments, everyone, columns)
+    return [chosen[expert] for expert in experts], everyone
+
+
+def _lean_on(moments: InputMoments, everyone: InputMoments, columns: int) -> None:
+    if everyone.count:
+        prior = _EXPERT_PRIOR * columns / everyone.count
+        moments.fused += everyone.fused * np.float32(prior)
+
+
+def compensated(weights: Float32, moments: InputMoments, prepared: Moments) -> Float32:
+    """Weights that give the teacher's outputs from the fused model's inputs, by least squares.
+
+    What the layers before did to the inputs is made good as far as a linear map can: the target of
+    asymmetric calibration (Li et al. 2025, GPTAQ, arXiv 2504.02692). Damping pulls it towards the
+    weights.
+
+    Args:
+        weights: the merged ones, ``[columns, rows]``.
+        moments: of the inputs.
+        prepared: the same moments, damped.
+    """
+    if moments.cross is None or not moments.count:
+        return weights
+    dtype = np.float64 if len(weights) <= WIDEST_FLOAT64 else np.float32
+    # (fused + d) target = (cross^T + d) weights, written as a correction of the weights.
+    drift = (moments.cross.T - moments.fused) * np.float32(prepared.scale)
+    correction = np.linalg.solve(prepared.matrix.astype(dtype), (drift @ weights).astype(dtype))
+    return weights + correction.astype(np.float32)
