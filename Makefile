@@ -9,11 +9,11 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-real test-wheel lint types bench-fuse clean
+.PHONY: help install demo test test-real test-wheel lint types bench-fuse bench-preserve clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1 \2/p' Makefile | \
-		while read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
+		while read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
 
 install: $(INSTALLED) ## Make .venv with everything that development needs
 
@@ -45,6 +45,10 @@ types: $(INSTALLED) ## Check types
 
 bench-fuse: $(INSTALLED) ## Time fusing
 	$(PY) benchmarks/fuse_speed.py $(ARGS)
+
+bench-preserve: $(INSTALLED) ## Measure what fusing leaves of a fine-tune (trains two adapters, once)
+	@sh scripts/fast_blas.sh install >/dev/null
+	LD_PRELOAD="$$(sh scripts/fast_blas.sh)" $(PY) benchmarks/preserve.py $(ARGS)
 
 clean: ## Remove the environment and everything that was built
 	rm -rf $(VENV) $(VENV)-wheel dist demo

@@ -4,6 +4,7 @@ Memory is bounded by the workers' blocks (a few MiB each), whatever the size of 
 base that mlx-lm converts on the fly holds one whole tensor at a time.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +40,14 @@ def default_workers() -> int:
     """Worker threads: the cores this process may use, at most 8 since the disk is next."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(available or 1, 8))
+
+
+def memory_bytes() -> int:
+    """Memory of the machine, or of the container where that has less."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):
+        return min(physical, int(Path("/sys/fs/cgroup/memory.max").read_text("ascii")))
+    return physical
 
 
 def working_memory(plan: FusePlan, workers: int) -> int:

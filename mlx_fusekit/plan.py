@@ -1,7 +1,7 @@
 """What a fuse will do, decided from headers alone: which tensors are computed, which are copied."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mlx_fusekit.adapters import Adapter, FullUpdate, Update
 from mlx_fusekit.blocks import LEAVES, logical_shape, weight_sources
@@ -25,11 +25,13 @@ class FuseOptions:
         bits: width of the merged modules, or None for the base's.
         dequantize: write the whole model unquantized.
         dtype: safetensors dtype of a dequantized model; None keeps each module's own.
+        widths: bits of single modules, by path, where they are to be wider than all that.
     """
 
     bits: int | None = None
     dequantize: bool = False
     dtype: str | None = None
+    widths: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.bits is not None and self.dequantize:
@@ -192,17 +194,18 @@ def _target_spec(
 ) -> QuantSpec | None:
     if spec is None or options.dequantize:
         return None
-    if options.bits is None or spec.bits > options.bits:
+    bits = options.widths.get(module, options.bits)
+    if bits is None or spec.bits > bits:
         return spec
-    if spec.affine and spec.bits == options.bits:
+    if spec.affine and spec.bits == bits:
         return spec
     group_size = spec.group_size if spec.group_size in AFFINE_GROUPS else 32
     if columns is not None and columns % group_size:
         raise ConfigurationError(
-            f"--bits {options.bits}: {module} has {columns} columns, no multiple of {group_size}; "
+            f"{bits} bits: {module} has {columns} columns, no multiple of {group_size}; "
             "use --dequantize"
         )
-    return QuantSpec(options.bits, group_size)
+    return QuantSpec(bits, group_size)
 
 
 def _written_dtype(

@@ -6,7 +6,6 @@ rounding: what is then compared are the weights of two models, not the kernels t
 """
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +28,7 @@ from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.header import TensorRef
 from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import AdapterError, CheckpointError
+from mlx_fusekit.execute import memory_bytes
 
 #: The share of the machine's memory that a model made float32 may take.
 MEMORY_SHARE = 0.6
@@ -219,7 +219,7 @@ def _first_line(error: BaseException) -> str:
 def _may_run_in_float32(model: nn.Module, memory_share: float) -> bool:
     if mx.default_device().type != mx.cpu:
         return False
-    return _float32_bytes(model) <= memory_share * _memory_bytes()
+    return _float32_bytes(model) <= memory_share * memory_bytes()
 
 
 def _float32_bytes(model: nn.Module) -> int:
@@ -231,14 +231,6 @@ def _float32_bytes(model: nn.Module) -> int:
             packed = ("weight", "scales", "biases", "global_scale")
             count -= sum(module[leaf].size for leaf in packed if leaf in module)
     return 4 * int(count)
-
-
-def _memory_bytes() -> int:
-    """Memory of the machine, or of the container where that has less."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):
-        return min(physical, int(Path("/sys/fs/cgroup/memory.max").read_text("ascii")))
-    return physical
 
 
 def _to_float32(model: nn.Module) -> bool:

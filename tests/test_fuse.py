@@ -369,7 +369,17 @@ def test_the_recipe_has_no_path_of_this_machine(tmp_path: Path) -> None:
         ({"bits": 8, "dequantize": True}, "exclude each other"),
         ({"dtype": "float16"}, "goes with --dequantize"),
         ({"dtype": "int8", "dequantize": True}, "--dtype int8"),
-        ({"requantize": "calibrated"}, "--requantize calibrated"),
+        ({"requantize": "calibrated"}, "--requantize calibrated: .* has no tokenizer"),
+        ({"requantize": "nearset"}, "--requantize nearset: choose auto"),
+        ({"max_kl": 0.1}, "has no tokenizer"),
+        ({"max_kl": 0.1, "requantize": "nearest"}, "--max-kl goes with"),
+        ({"max_kl": -1.0}, "--max-kl -1.0"),
+        ({"max_kl": float("nan")}, "--max-kl nan"),
+        ({"max_growth": -0.1}, "--max-growth -0.1"),
+        ({"max_growth": 0.1, "requantize": "calibrated"}, "--max-growth goes with"),
+        ({"calibration": "missing.jsonl"}, "--calibration missing.jsonl: there is no such"),
+        ({"calibration": "x", "requantize": "nearest"}, "--calibration goes with"),
+        ({"calibration_tokens": 0}, "--calibration-tokens 0"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -1,11 +1,14 @@
 """``mlx-fusekit fuse``."""
 
+from collections import Counter
 from typing import Any
 
 import click
 
 from mlx_fusekit.cli import output
+from mlx_fusekit.cli.failures import BELOW_THRESHOLD
 from mlx_fusekit.fusing import FuseReport, prepare_fuse
+from mlx_fusekit.requantize.options import CALIBRATION_TOKENS
 
 
 @click.command("fuse")
@@ -23,10 +26,12 @@ from mlx_fusekit.fusing import FuseReport, prepare_fuse
 @click.option("--save-path", default="fused_model", show_default=True, help="Folder to make.")
 @click.option(
     "--requantize",
-    type=click.Choice(["auto", "nearest"]),
+    type=click.Choice(["auto", "calibrated", "nearest"]),
     default="auto",
     show_default=True,
-    help="How merged weights return to the base's format; auto takes the best there is.",
+    help="How merged weights return to the base's format: calibrated on text, so that outputs "
+    "change least; nearest by rounding, fast and lossy; auto calibrated, and wider where "
+    "--max-kl asks for it.",
 )
 @click.option("--bits", type=int, help="Give merged modules this many bits instead of the base's.")
 @click.option("--dequantize", is_flag=True, help="Write the whole model unquantized.")
@@ -35,33 +40,67 @@ from mlx_fusekit.fusing import FuseReport, prepare_fuse
     type=click.Choice(["float16", "bfloat16", "float32"]),
     help="Type for --dequantize.  [default: that of the base's scales]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Recorded in fusekit.json.")
+@click.option(
+    "--calibration",
+    metavar="FILE",
+    help="Text to calibrate on: JSONL as mlx-lm trains on, a folder with train.jsonl, or plain "
+    "text.  [default: the adapter's training data where it lies, else text written by base and "
+    "adapter]",
+)
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(min=1),
+    default=CALIBRATION_TOKENS,
+    show_default=True,
+    metavar="N",
+    help="About how many tokens to calibrate on.",
+)
+@click.option(
+    "--max-kl",
+    type=float,
+    metavar="X",
+    help="Bound on the mean KL from base+adapter, in nats a token: auto gives the modules that "
+    "hurt most wider bits until it holds; exits with code 3 when it does not.  "
+    "[auto's default: 0.1]",
+)
+@click.option(
+    "--max-growth",
+    type=float,
+    metavar="SHARE",
+    help="How much larger auto may make the model.  [default: 0.1, without a cap with --max-kl]",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the calibration text.")
 @click.option("--revision", help="Branch, tag or commit of a Hub base.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing model folder.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; read headers only, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--trust-remote-code", is_flag=True, help="Run and copy the model's own *.py files.")
-def command(as_json: bool, dry_run: bool, **options: Any) -> None:
+def command(as_json: bool, dry_run: bool, **options: Any) -> int:
     """Fuse adapters into a base model; one model folder comes out.
 
     The result loads with mlx_lm.load and needs no adapter. It has the base's format and size
-    unless --bits or --dequantize says otherwise.
+    unless --bits, --dequantize or --max-kl says otherwise. Exits with code 3 when --max-kl does
+    not hold; the model is there all the same.
     """
     options["adapter_path"] = list(options["adapter_path"])
     prepared = prepare_fuse(
         options.pop("model"), options.pop("adapter_path"), options.pop("save_path"), **options
     )
-    for warning in prepared.report().warnings:
+    before = prepared.report()
+    for warning in before.warnings:
         output.warn(warning)
-    if dry_run:
-        report = prepared.report()
-    else:
-        with output.progress_bar("fusing") as progress:
+    report = before
+    if not dry_run:
+        with output.steps_bar() as progress:
             report = prepared.run(progress=progress)
+        for warning in report.warnings:
+            if warning not in before.warnings:
+                output.warn(warning)
     if as_json:
         output.print_json(report.as_json())
     else:
         _print(report)
+    return 0 if report.passed else BELOW_THRESHOLD
 
 
 def _print(report: FuseReport) -> None:
@@ -79,7 +118,8 @@ def _print(report: FuseReport) -> None:
         facts.append(("replaced", f"{report.parameters} parameters"))
     growth = report.output_bytes / report.base_bytes - 1
     facts += [
-        ("re-quantized by", report.requantize or "not needed"),
+        ("re-quantized", _strategy(report)),
+        *_calibration(report),
         ("size", f"{output.size(report.output_bytes)} ({growth:+.1%} against the base)"),
         ("computed", output.size(report.computed_bytes)),
     ]
@@ -95,3 +135,35 @@ def _print(report: FuseReport) -> None:
     if report.left_out:
         facts.append(("left out", ", ".join(report.left_out)))
     output.print_facts(title, facts)
+
+
+def _strategy(report: FuseReport) -> str:
+    if report.requantize is None:
+        return "not needed"
+    if report.requantize == "nearest":
+        return "rounded to nearest"
+    return "calibrated, so that the layers' outputs change least"
+
+
+def _calibration(report: FuseReport) -> list[tuple[str, str]]:
+    facts = report.calibration
+    if facts is None:
+        return []
+    general = f", {facts.general_tokens:,} of them written by the base" * bool(facts.general_tokens)
+    rows = [
+        ("calibrated on", f"{facts.source}: {facts.tokens:,} tokens{general}"),
+        (
+            "output error",
+            f"{facts.output_error:.2f} of rounding to nearest (median of modules)",
+        ),
+        (
+            "KL",
+            f"{facts.kl_mean:.3g} nats a token from base+adapter (the base: "
+            f"{facts.kl_base_mean:.3g}), on {facts.kl_tokens:,} tokens not calibrated on",
+        ),
+    ]
+    if facts.widened:
+        widths = Counter(facts.widened.values())
+        names = ", ".join(f"{count} modules to {bits} bits" for bits, count in widths.items())
+        rows.append(("widened", f"{names}, for {output.size(facts.added_bytes)}"))
+    return rows

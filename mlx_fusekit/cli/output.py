@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     Progress,
     TaskID,
     TaskProgressColumn,
@@ -54,24 +53,6 @@ def warn(message: str) -> None:
     Console(stderr=True, highlight=False).print(
         f"[yellow]warning:[/] {_plain(message)}", soft_wrap=True
     )
-
-
-@contextlib.contextmanager
-def progress_bar(label: str) -> Iterator[Report | None]:
-    """A bar of bytes on stderr with the time left; None where stderr is no terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextlib.contextmanager

@@ -125,16 +125,6 @@ class _Matrix:
     keep: np.ndarray[tuple[int], np.dtype[np.bool_]]
     target: TargetFormat
 
-    @classmethod
-    def read(cls, step: WeightStep, expert: int = 0) -> "_Matrix":
-        reader = WeightReader.open(step.sources, step.source_spec)
-        scales = grown_global_scales(step, reader) if "global_scale" in step.outputs else None
-        base, block, keep = merged_block(step, reader, RowRange(expert, 0, step.shape[1]))
-        assert base is not None, "only quantized weights are re-quantized"
-        assert step.target_spec is not None, "likewise"
-        target = TargetFormat(step.target_spec, step.dtype, of_expert(scales, expert))
-        return cls(step, np.ascontiguousarray(to_matrix(block).T), base, keep, target)
-
     @property
     def base_serves(self) -> bool:
         return (
@@ -149,6 +139,33 @@ class _Matrix:
         return solved
 
 
+@dataclass(frozen=True)
+class _Weight:
+    """A module's weight, to be read matrix by matrix.
+
+    Attributes:
+        global_scales: nvfp4's, as they will be written.
+    """
+
+    step: WeightStep
+    reader: WeightReader
+    global_scales: Float32 | None
+
+    @classmethod
+    def open(cls, step: WeightStep) -> "_Weight":
+        reader = WeightReader.open(step.sources, step.source_spec)
+        scales = grown_global_scales(step, reader) if "global_scale" in step.outputs else None
+        return cls(step, reader, scales)
+
+    def matrix(self, expert: int = 0) -> _Matrix:
+        step = self.step
+        base, block, keep = merged_block(step, self.reader, RowRange(expert, 0, step.shape[1]))
+        assert base is not None, "only quantized weights are re-quantized"
+        assert step.target_spec is not None, "likewise"
+        target = TargetFormat(step.target_spec, step.dtype, of_expert(self.global_scales, expert))
+        return _Matrix(step, np.ascontiguousarray(to_matrix(block).T), base, keep, target)
+
+
 class Calibration:
     """Re-quantizes the modules of a plan one after the other.
 
@@ -156,6 +173,10 @@ class Calibration:
         plan: the fuse.
         teacher: base and adapter, in memory.
         sequences: the calibration text.
+
+    Attributes:
+        fused: the modules solved so far, to run the fused model with.
+        groups: paths of modules with the same inputs, in the order they were solved in.
     """
 
     def __init__(
@@ -164,8 +185,10 @@ class Calibration:
         self._teacher = teacher
         self._steps = {step.module: step for step in plan.merged if step.target_spec is not None}
         self._batches = token_batches(sequences)
+        self._progress: Progress | None = None
         self.fused = FusedModules(teacher)
         self.solved = SolvedWeights()
+        self.groups: list[tuple[str, ...]] = []
 
     def run(self, progress: Progress | None = None) -> SolvedWeights:
         """Solve all modules.
@@ -174,6 +197,14 @@ class Calibration:
             progress: called with modules done and modules in all.
         """
         self._progress = progress
+        if self._batches:
+            self._seen()
+        for path in [path for path in self._steps if path not in self.solved.experts]:
+            self._solve_unseen(path)
+        return self.solved
+
+    def _seen(self) -> None:
+        """Solve the modules that the calibration text reaches."""
         self._embeddings()
         layers = layers_of(self._teacher.model)
         of_layer = self._paths_in(layers)
@@ -183,9 +214,6 @@ class Calibration:
             if chain is not None:
                 self._walk(chain, of_layer, touched[-1])
         self._rest()
-        for path in [path for path in self._steps if path not in self.solved.experts]:
-            self._solve([path], None)
-        return self.solved
 
     def _paths_in(self, layers: Sequence[nn.Module]) -> list[list[str]]:
         names = {id(module): path for path, module in self._teacher.model.named_modules()}
@@ -204,15 +232,11 @@ class Calibration:
         """Embeddings come first; where they are the output head too, its inputs count."""
         paths = [p for p in self._steps if hasattr(self._teacher.bare(p), "as_linear")]
         for path in paths:
-            calls = [
-                call
-                for batch in range(len(self._batches))
-                for call in self._whole(path, False, batch)
-            ]
             columns = self._steps[path].shape[2]
             moments = InputMoments.zero(columns, cross=False)
-            for call in calls:
-                moments.add(call.rows(np.ones(call.inputs.shape[:-1], bool)), None)
+            for index, batch in enumerate(self._batches):
+                for call in self._whole(path, False, index):
+                    moments.add(call.rows(batch.valid), None)
             if moments.count:
                 # As an embedding, each of its columns counts the same.
                 mean = float(np.trace(moments.fused)) / columns
@@ -272,6 +296,11 @@ class Calibration:
         if ours(0)[0].experts is not None:
             self._solve_experts(group, ours)
             return
+        if self._steps[group[0]].shape[0] > 1:
+            # A matrix for each head (mlx-lm's MultiLinear), which may multiply from either side.
+            for path in group:
+                self._solve_unseen(path)
+            return
         columns = self._steps[group[0]].shape[2]
         moments = InputMoments.zero(columns, cross=theirs is not None)
         for index, batch in enumerate(self._batches):
@@ -282,15 +311,23 @@ class Calibration:
                 moments.add(call.rows(batch.valid), fused)
         self._solve(group, moments)
 
+    def _solve_unseen(self, path: str) -> None:
+        """Solve a module of whose inputs nothing is known: its weights' own error counts."""
+        if self._steps[path].shape[0] > 1:
+            self._solve_experts([path], lambda _: [])
+        else:
+            self._solve([path], None)
+
     def _solve(self, group: Sequence[str], moments: InputMoments | None) -> None:
         """Solve plain matrices, those of one format together; without moments, by weight error."""
+        self.groups.append(tuple(group))
         columns = self._steps[group[0]].shape[2]
         if moments is None:
             moments = InputMoments.zero(columns, cross=False)
         prepared = Moments.prepared(moments.fused)
         by_format: dict[tuple[TargetFormat, bool], list[_Matrix]] = {}
         for path in group:
-            matrix = _Matrix.read(self._steps[path])
+            matrix = _Weight.open(self._steps[path]).matrix()
             by_format.setdefault((matrix.target, matrix.base_serves), []).append(matrix)
         for matrices in by_format.values():
             merged = np.concatenate([m.merged for m in matrices], axis=1)
@@ -310,11 +347,13 @@ class Calibration:
         cannot be compared; the teacher's count.
         """
         experts, _, columns = self._steps[group[0]].shape
+        self.groups.append(tuple(group))
 
         def calls() -> Iterator[ModuleInput]:
             for index in range(len(self._batches)):
                 yield from inputs(index)
 
+        weights = {path: _Weight.open(self._steps[path]) for path in group}
         at_once = max(1, MOMENTS_BYTES // (columns * columns * 4) - 1)
         solved: dict[str, list[Solution]] = {path: [] for path in group}
         rows: dict[str, list[QuantizedRows]] = {path: [] for path in group}
@@ -326,7 +365,7 @@ class Calibration:
             for expert, moments in zip(chosen, of_experts, strict=True):
                 prepared = Moments.prepared(moments.fused)
                 for path in group:
-                    matrix = _Matrix.read(self._steps[path], expert)
+                    matrix = weights[path].matrix(expert)
                     base = matrix.base if matrix.base_serves else None
                     solution = _solve_parts(matrix.merged, base, matrix.target, moments, prepared)
                     solved[path].append(solution)

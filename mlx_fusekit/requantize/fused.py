@@ -71,6 +71,8 @@ def _module(
         if experts[0].global_scale is not None and spec.mode == "nvfp4":
             scales = [rows.global_scale for rows in experts]
             module.global_scale = mx.array(scales).reshape(bare["global_scale"].shape)
+        elif "global_scale" in bare:
+            module.global_scale = None
     else:
         dense = [to_matrix(dequantize(rows, spec)) for rows in experts]
         module.weight = _array(dense, stacked).astype(bare["weight"].dtype)

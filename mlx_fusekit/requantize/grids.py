@@ -4,7 +4,7 @@ Arrays here have columns first: weights ``[columns, rows]`` and grids ``[groups,
 one column of all rows, or one group's scales, lie together in memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -155,9 +155,12 @@ class CodebookGrid:
         scales = codebook_scales(codes, spec, global_scale)
         return cls(codes, scales, _inverse(scales), spec, global_scale)
 
-    @property
-    def _encode(self) -> Callable[[Float32], npt.NDArray[np.uint8]]:
-        return codebooks.encode_e2m1 if self.spec.bits == 4 else codebooks.encode_e4m3
+    def _codes(self, values: Float32, inverse: Float32) -> codebooks.Codes:
+        # Of a group of zeros the scale is so small that others overflow: to the largest code.
+        with np.errstate(over="ignore"):
+            scaled = values * inverse
+        encode = codebooks.encode_e2m1 if self.spec.bits == 4 else codebooks.encode_e4m3
+        return encode(scaled)
 
     @property
     def _table(self) -> Float32:
@@ -165,20 +168,20 @@ class CodebookGrid:
 
     def nearest(self, values: Float32, group: int) -> Float32:
         """See :class:`Grid`."""
-        rounded: Float32 = self._table[self._encode(values * self.inverse[group])]
+        rounded: Float32 = self._table[self._codes(values, self.inverse[group])]
         rounded *= self.scales[group]
         return rounded
 
     def rounded(self, values: Float32) -> Float32:
         """The grid's nearest values to ``[groups, members, rows]``."""
-        rounded: Float32 = self._table[self._encode(values * self.inverse[:, None])]
+        rounded: Float32 = self._table[self._codes(values, self.inverse[:, None])]
         rounded *= self.scales[:, None]
         return rounded
 
     def quantized(self, values: Float32) -> QuantizedRows:
         """See :class:`Grid`."""
-        scaled = _grouped(values, len(self.scales)) * self.inverse[:, None]
-        codes = self._encode(scaled.reshape(values.shape))
+        grouped = _grouped(values, len(self.scales))
+        codes = self._codes(grouped, self.inverse[:, None]).reshape(values.shape)
         return QuantizedRows(
             pack(to_block(np.ascontiguousarray(codes.T)), self.spec.bits),
             np.ascontiguousarray(self.scale_codes.T),
@@ -261,7 +264,7 @@ def _fitted_affine(weights: Float32, importance: Float32, start: AffineGrid) -> 
             error += grid.biases[:, None]
             error -= weights
             squared = (importance * np.square(error, out=error)).sum(1)
-            best, least = best.mixed(grid, squared < least), np.minimum(squared, least)
+            best, least = best.mixed(grid, squared < least), np.fmin(squared, least)
             scales, biases = _line_through(codes, weights, importance, total, mean, grid)
     return best
 
@@ -293,7 +296,7 @@ def _fitted_codebook(weights: Float32, importance: Float32, start: CodebookGrid)
         error = grid.rounded(weights)
         error -= weights
         squared = (importance * np.square(error, out=error)).sum(1)
-        best, least = best.mixed(grid, squared < least), np.minimum(squared, least)
+        best, least = best.mixed(grid, squared < least), np.fmin(squared, least)
     return best
 
 

@@ -14,6 +14,8 @@ from mlx_fusekit.requantize.taps import ModuleInput, evaluate, inputs_noted
 #: Pseudo-observations, as a share of the columns, by which an expert's moments lean on those of
 #: all experts: few tokens say little about the second moments of many columns.
 _EXPERT_PRIOR = 0.25
+#: Inputs must be below this, so that float32 holds the sums of their squares.
+_LARGEST = np.float32(1e15)
 
 
 @dataclass
@@ -24,7 +26,7 @@ class InputMoments:
         fused: sum of ``y y^T``, float32 ``[columns, columns]``.
         cross: sum of ``x y^T``; None where both models have the same inputs.
         count: tokens.
-        skipped: tokens whose inputs were not finite.
+        skipped: tokens whose inputs were not finite, or too large for sums of their squares.
     """
 
     fused: Float32
@@ -40,9 +42,10 @@ class InputMoments:
 
     def add(self, teacher: Float32, fused: Float32 | None) -> None:
         """Count some tokens' inputs ``[tokens, columns]``; None where the fused are the same."""
-        finite = np.isfinite(teacher).all(1)
+        # NaN is not below anything.
+        finite = (np.abs(teacher) < _LARGEST).all(1)
         if fused is not None:
-            finite &= np.isfinite(fused).all(1)
+            finite &= (np.abs(fused) < _LARGEST).all(1)
         if not finite.all():
             self.skipped += int((~finite).sum())
             teacher = teacher[finite]

@@ -34,6 +34,8 @@ _SUB_BLOCK = 16
 #: Coordinate descent ends when a pass gains less than this share of the error, or after as many.
 _SMALLEST_GAIN = 0.003
 _MOST_PASSES = 12
+#: A mean second moment at or below this is numerical dust.
+_SMALLEST_MOMENT = 1e-30
 #: Cholesky factors of wider matrices are computed in float32, to save memory and time.
 WIDEST_FLOAT64 = 8192
 
@@ -54,10 +56,14 @@ class Moments:
 
     @classmethod
     def prepared(cls, second_moments: Float32, damping: float = DAMPING) -> "Moments":
-        """Damp and factor second moments ``[columns, columns]``; zeros count as the identity."""
+        """Damp and factor second moments ``[columns, columns]``.
+
+        Those that say nothing, being all zeros, too small for float32 or not finite, count as the
+        identity.
+        """
         columns = len(second_moments)
         scale = float(np.trace(second_moments)) / columns
-        if not np.isfinite(scale) or scale <= 0:
+        if not scale > _SMALLEST_MOMENT or not np.isfinite(second_moments).all():
             identity = np.eye(columns, dtype=np.float32)
             return cls(identity, identity, 1.0)
         matrix = second_moments * np.float32(1 / scale)
@@ -121,12 +127,12 @@ def solve(
     grid = fitted_grid(target, np.diag(moments.matrix), format_)
     values = _with_error_feedback(target, moments, grid)
     errors = moments.errors(values, target)
-    starts = [nearest] if base is None else [nearest, base]
     nearest_error = 0.0
-    for start in starts:
+    for start in [nearest] if base is None else [nearest, base]:
         start_values = values_of(start, format_.spec)
         start_errors = moments.errors(start_values, target)
-        nearest_error = nearest_error or float(start_errors.sum())
+        if start is nearest:
+            nearest_error = float(start_errors.sum())
         if (better := start_errors < errors).any():
             values = np.where(better, start_values, values)
             errors = np.where(better, start_errors, errors)

@@ -1,0 +1,575 @@
+"""What fusing leaves of a fine-tune: ``mlx_lm.fuse`` and ``mlx-fusekit fuse`` side by side.
+
+    LD_PRELOAD=$(sh scripts/fast_blas.sh) python benchmarks/preserve.py --case sample
+    python benchmarks/preserve.py --case sql --base-bits 3 --max-kl 0.001 --json preserve.json
+
+Each contender fuses the same adapter into the same base, in a process of its own, whose time and
+peak memory are taken. What it wrote is then read back from disk, run, and compared with base and
+adapter unmerged, on items of the adapter's task that no contender saw, and off the task.
+
+Cases: ``sample`` is the model embedded in the package. ``sql`` (a crisp task) and ``style`` are
+adapters for SmolLM2-135M-Instruct, trained here at the first run (learning rate 1e-4, at which
+rounding to nearest leaves something to compare with: usual smaller updates it loses altogether).
+Their off-task texts are each other's test items, and "prose": the contents of the package's
+``samples.general_data_path()``, simple English conversations and stories, as plain text without
+any template. That of ``sample`` are the same conversations as such, which are of its base's domain.
+
+With ``--base-bits 3`` or ``--mode`` the base is made from SmolLM2's bfloat16 weights, and the
+adapter, though trained on the 4-bit base, is applied to it: base and adapter remain what all are
+compared with, but may do worse at the task themselves.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_fusekit import samples
+from mlx_fusekit.adapters import AdapterFolder
+from mlx_fusekit.parity import (
+    Batch,
+    Model,
+    kl_divergence,
+    log_probabilities,
+    make_batches,
+    vocabulary_of,
+)
+from mlx_fusekit.running import run_model, run_teacher
+from mlx_fusekit.texts.data import read_sequences
+from mlx_fusekit.texts.sequences import TokenSequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+from fetch_smollm2 import MODEL_NAME, build_once, default_cache, fetch, locked
+from train_adapter import Recipe, ensure_adapter
+
+CASES = ("sample", "sql", "style")
+TEACHER, BASE, PEER = "base + adapter", "base, no adapter", "mlx_lm.fuse"
+LEARNING_RATE, LEARNING_RATE_NAME = 1e-4, "1e-4"
+#: Tokens of plain prose to measure on.
+PROSE_TOKENS = 2048
+#: ``fuse`` ends with it where ``--max-kl`` was not reached; the model is there.
+BELOW_THRESHOLD = 3
+#: ru_maxrss is in bytes on macOS and in KiB elsewhere.
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+#: Runs a command and notes what it took. On Linux a child's peak counts what its parent held before
+#: the exec, so the parent must not be this process, which holds models.
+_LAUNCHER = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.call(sys.argv[2:])
+seconds = time.perf_counter() - start
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+with open(sys.argv[1], "w") as file:
+    json.dump([code, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss], file)
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A base, an adapter, and the text to measure on.
+
+    Attributes:
+        train: what the adapter was trained on.
+        test: unseen items of its task.
+        off_task: text that has nothing to do with the adapter, by name.
+    """
+
+    name: str
+    base: Path
+    adapter: Path
+    train: Path
+    test: Path
+    off_task: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to fuse.
+
+    Attributes:
+        command: all but the model, the adapter and the target; none for the base itself.
+        data: whether it may use the adapter's training data.
+    """
+
+    name: str
+    command: tuple[str, ...] = ()
+    data: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a fuse took.
+
+    Attributes:
+        reached: whether ``--max-kl``, if given, was reached.
+        load_average: of the machine over the minute before.
+        report: what the command printed as JSON.
+    """
+
+    wall_seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    reached: bool
+    load_average: float
+    report: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Measures:
+    """How far a model is from base and adapter on one text, over its scored tokens.
+
+    Attributes:
+        kl_mean: of KL(base+adapter || model) in nats a token.
+        top1_agreement: share of the tokens where both have the same arg-max.
+        perplexity: of the actual tokens.
+        exact_match: share of the answers whose every token is the arg-max; None without answers.
+    """
+
+    kl_mean: float
+    kl_median: float
+    kl_p99: float
+    top1_agreement: float
+    perplexity: float
+    exact_match: float | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contender's result.
+
+    Attributes:
+        measures: by name of the text, "task" first.
+        size: of its weight files, relative to the base's.
+        cost: None for what is not fused.
+    """
+
+    name: str
+    measures: dict[str, Measures]
+    size: float
+    cost: Cost | None = None
+
+
+class Text:
+    """Token sequences, and base+adapter's log-probabilities of them, kept on disk."""
+
+    def __init__(self, sequences: Sequence[TokenSequence], teacher: Model, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self._folder = folder
+        self._batches = make_batches(sequences, vocabulary_of(teacher))
+        self.teacher = self._measure(teacher, store=True)
+
+    def measure(self, model: Model) -> Measures:
+        """Compare a model with base and adapter."""
+        return self._measure(model, store=False)
+
+    def _measure(self, model: Model, *, store: bool) -> Measures:
+        batches = [
+            self._measure_batch(model, batch, self._folder / str(number), store)
+            for number, batch in enumerate(self._batches)
+        ]
+        kl, agrees, likelihood = np.concatenate([tokens for tokens, _ in batches], axis=1)
+        exact = [hit for _, answers in batches for hit in answers]
+        with np.errstate(over="ignore"):
+            perplexity = float(np.exp(-likelihood.mean()))
+        return Measures(
+            kl_mean=float(kl.mean()),
+            kl_median=float(np.median(kl)),
+            kl_p99=float(np.percentile(kl, 99)),
+            top1_agreement=float(agrees.mean()),
+            perplexity=perplexity,
+            exact_match=sum(exact) / len(exact) if exact else None,
+            tokens=len(kl),
+        )
+
+    @staticmethod
+    def _measure_batch(
+        model: Model, batch: Batch, path: Path, store: bool
+    ) -> tuple[Any, list[bool]]:
+        """KL, agreement and log-likelihood ``[3, scored]``, and whether each answer is exact."""
+        tokens, hits = np.zeros((3, batch.scored)), np.zeros(batch.scored, np.bool_)
+        chunks = zip(batch.chunks, log_probabilities(model, batch), strict=True)
+        for number, (chunk, logarithms) in enumerate(chunks):
+            file = f"{path}-{number}.npy"
+            if store:
+                np.save(file, np.array(logarithms))
+            truth = logarithms if store else mx.array(np.load(file))
+            if not len(chunk.places):
+                continue
+            targets = mx.array(chunk.targets)
+            best = mx.argmax(logarithms, axis=-1)
+            chosen = mx.take_along_axis(logarithms, targets[:, None], axis=-1)[:, 0]
+            tokens[0, chunk.places] = np.array(kl_divergence(truth, logarithms))
+            tokens[1, chunk.places] = np.array(best == mx.argmax(truth, axis=-1))
+            tokens[2, chunk.places] = np.array(chosen)
+            hits[chunk.places] = np.array(best == targets)
+        ends = np.cumsum([len(s.tokens) - s.scored for s in batch.sequences])
+        answers = [
+            bool(part.all())
+            for sequence, part in zip(batch.sequences, np.split(hits, ends[:-1]), strict=True)
+            if sequence.is_answer
+        ]
+        return tokens, answers
+
+
+def main() -> None:
+    parser = _parser()
+    options = parser.parse_args()
+    other_base = options.base_bits or options.mode
+    if other_base and "sample" in (options.case or ()):
+        parser.error("the embedded sample has one base: --base-bits and --mode are for SmolLM2's")
+    cases = options.case or [name for name in CASES if name != "sample" or not other_base]
+    results = []
+    with _work_folder(options.out) as work:
+        for name in dict.fromkeys(cases):
+            case = _case(name, options, work)
+            rows = list(_rows(case, options, work / name))
+            print(_report(case, rows, markdown=options.markdown), flush=True)
+            results.append(
+                {
+                    "case": case.name,
+                    "base": case.base.name,
+                    "adapter": case.adapter.name,
+                    "rows": [asdict(row) for row in rows],
+                }
+            )
+            if options.json:
+                report = {"environment": _environment(options), "cases": results}
+                options.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+
+
+def _parser() -> argparse.ArgumentParser:
+    assert __doc__
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", choices=CASES, action="append", help="repeatable; default: all")
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument("--base-bits", type=int, choices=[3, 4], help="SmolLM2 at so many bits")
+    base.add_argument("--mode", choices=["mxfp4"], help="SmolLM2 in this format")
+    parser.add_argument("--max-kl", type=float, metavar="X", help="add a row: auto --max-kl X")
+    parser.add_argument("--items", type=int, metavar="N", help="test items; default: all")
+    parser.add_argument("--calibration-tokens", type=int, metavar="N", help="default: the tool's")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep the fused models there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to a file")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    return parser
+
+
+@contextmanager
+def _work_folder(chosen: Path | None) -> Iterator[Path]:
+    """The user's folder, which is kept, or a temporary one."""
+    if chosen is not None:
+        chosen.mkdir(parents=True, exist_ok=True)
+        yield chosen.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="preserve-") as scratch:
+        yield Path(scratch)
+
+
+def _case(name: str, options: argparse.Namespace, work: Path) -> Case:
+    if name == "sample":
+        return Case(
+            name,
+            samples.model_path(),
+            samples.adapter_path(),
+            samples.train_data_path(),
+            samples.evaluation_data_path(),
+            {"general": samples.general_data_path()},
+        )
+    folders = {
+        task: ensure_adapter(
+            recipe, out=default_cache() / f"{recipe.default_name()}-{LEARNING_RATE_NAME}"
+        )
+        for task in CASES[1:]
+        for recipe in [Recipe(task=task, learning_rate=LEARNING_RATE)]
+    }
+    (other,) = folders.keys() - {name}
+    prose = work / "prose.txt"
+    prose.write_text(_prose(), "utf-8")
+    return Case(
+        name,
+        _smollm2(options.base_bits or 4, options.mode or "affine"),
+        folders[name].adapter,
+        folders[name].data / "train.jsonl",
+        folders[name].data / "test.jsonl",
+        {other: folders[other].data / "test.jsonl", "prose": prose},
+    )
+
+
+def _smollm2(bits: int, mode: str) -> Path:
+    """SmolLM2 in a format of MLX, made on first use."""
+    cache = default_cache()
+    folders = fetch(cache)
+    if (bits, mode) == (4, "affine"):
+        return folders.four_bit
+    name = f"{MODEL_NAME}-{f'{bits}bit' if mode == 'affine' else mode}"
+    settings = {"q_bits": bits, "q_group_size": 64} if mode == "affine" else {"q_mode": mode}
+
+    def build(staging: Path) -> None:
+        from mlx_lm import convert
+
+        with contextlib.redirect_stdout(sys.stderr):
+            convert(str(folders.bf16), str(staging), quantize=True, dtype="bfloat16", **settings)
+
+    with locked(cache, name):
+        build_once(cache / name, build)
+    return cache / name
+
+
+def _prose() -> str:
+    """What is said in the package's general text, one item a paragraph."""
+    lines = samples.general_data_path().read_text("utf-8").splitlines()
+    items = [json.loads(line)["messages"] for line in lines]
+    return "\n\n".join(" ".join(said["content"] for said in item) for item in items)
+
+
+def _rows(case: Case, options: argparse.Namespace, work: Path) -> Iterator[Row]:
+    """Fuse everything, then measure one model after the other."""
+    work.mkdir(exist_ok=True)
+    contenders = [Contender(BASE), *_contenders(case, options)]
+    without_data = _without_data(case.adapter, work / "adapter-without-data")
+    costs: dict[str, Cost | None] = {BASE: None}
+    fused = {BASE: case.base}
+    for place, contender in enumerate(contenders):
+        if contender.command:
+            adapter = case.adapter if contender.data else without_data
+            fused[contender.name] = work / f"fused-{place}"
+            costs[contender.name] = cost = _fuse(
+                contender, case.base, adapter, fused[contender.name]
+            )
+            _progress(
+                f"{case.name}: {contender.name}: {cost.wall_seconds:.1f} s,"
+                f" {cost.peak_bytes / 1e6:.0f} MB, load {cost.load_average:.1f}"
+            )
+    with tempfile.TemporaryDirectory(prefix="teacher-", dir=work) as scratch:
+        texts = _texts(case, options, Path(scratch))
+        yield Row(TEACHER, {name: text.teacher for name, text in texts.items()}, 1.0)
+        for name, folder in fused.items():
+            start = time.perf_counter()
+            running = run_model(folder)
+            measures = {text: yardstick.measure(running.model) for text, yardstick in texts.items()}
+            del running
+            _free_memory()
+            _progress(f"{case.name}: {name}: measured in {time.perf_counter() - start:.1f} s")
+            size = _weight_bytes(folder) / _weight_bytes(case.base)
+            yield Row(name, measures, size, costs[name])
+
+
+def _contenders(case: Case, options: argparse.Namespace) -> Iterator[Contender]:
+    """The ways to fuse; ``mlx_lm.fuse`` first."""
+    ours = (_program("mlx-fusekit"), "fuse", "--json", "--seed", str(options.seed))
+    tokens: tuple[str, ...] = ()
+    if options.calibration_tokens:
+        tokens = ("--calibration-tokens", str(options.calibration_tokens))
+    calibrated = (*ours, *tokens, "--requantize", "calibrated")
+    data = ("--calibration", str(case.train))
+    yield Contender(PEER, (_program("mlx_lm.fuse"),))
+    yield Contender("nearest", (*ours, "--requantize", "nearest"))
+    yield Contender("calibrated", (*calibrated, *data), data=True)
+    yield Contender("calibrated, no data", calibrated)
+    yield Contender("8 bits, nearest", (*ours, "--requantize", "nearest", "--bits", "8"))
+    if options.max_kl is not None:
+        bound = ("--max-kl", str(options.max_kl))
+        auto = (*ours, *tokens, "--requantize", "auto", *bound, *data)
+        yield Contender(f"auto, KL {options.max_kl:g}", auto, data=True)
+
+
+def _without_data(adapter: Path, target: Path) -> Path:
+    """A copy of an adapter whose config names a data folder that does not exist."""
+    _remove(target)
+    shutil.copytree(adapter, target)
+    config = json.loads((target / "adapter_config.json").read_text("utf-8"))
+    config["data"] = "no-such-folder"
+    (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    return target
+
+
+def _fuse(contender: Contender, base: Path, adapter: Path, target: Path) -> Cost:
+    """Run a contender's command in a process of its own."""
+    _remove(target)
+    command = [*contender.command, "--model", str(base), "--adapter-path", str(adapter)]
+    command += ["--save-path", str(target)]
+    usage, output, log = (target.with_suffix(suffix) for suffix in (".usage", ".out", ".log"))
+    load = os.getloadavg()[0]
+    with open(output, "wb") as out, open(log, "wb") as errors:
+        subprocess.run(
+            [sys.executable, "-c", _LAUNCHER, str(usage), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=errors,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            check=True,
+        )
+    code, wall, cpu, peak = json.loads(usage.read_text("utf-8"))
+    printed = output.read_text("utf-8", "replace")
+    if code not in (0, BELOW_THRESHOLD) or not target.is_dir():
+        tail = (printed + log.read_text("utf-8", "replace"))[-4000:]
+        raise SystemExit(f"{' '.join(command)}\nended with {code}:\n{tail}")
+    report = json.loads(printed) if "--json" in contender.command else None
+    return Cost(wall, cpu, peak * _RSS_UNIT, code == 0, load, report)
+
+
+def _program(name: str) -> str:
+    """A command of the environment this script runs in."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None:
+        raise SystemExit(f"{name} is not installed beside {sys.executable}")
+    return found
+
+
+def _texts(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Text]:
+    """The texts to measure on, with what base and adapter make of them."""
+    running = run_teacher(case.base, [(AdapterFolder.open(case.adapter), 1.0)])
+    texts = {}
+    for name, path in {"task": case.test, **case.off_task}.items():
+        tokens = PROSE_TOKENS if path.suffix == ".txt" else None
+        sequences = read_sequences(path, running.tokenizer, tokens=tokens)
+        if path.suffix == ".jsonl":
+            sequences = sequences[: options.items]
+        texts[name] = Text(sequences, running.model, folder / name)
+    del running
+    _free_memory()
+    return texts
+
+
+def _free_memory() -> None:
+    """Give back what models that are gone have left behind; they contain reference cycles."""
+    gc.collect()
+    mx.clear_cache()
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _report(case: Case, rows: Sequence[Row], *, markdown: bool) -> str:
+    """What was measured, as two tables: on the task, and off it with the costs."""
+    by_name = {row.name: row for row in rows}
+    teacher, peer = by_name[TEACHER], by_name[PEER]
+    on_task = [["", "KL mean", "median", "p99", "closer", "top-1", "exact", "kept", "ppl"]]
+    off_task = [[""]]
+    for name in case.off_task:
+        off_task[0] += [f"{name} KL", "closer"]
+    off_task[0] += ["size", "seconds", "peak MB"]
+    for row in rows:
+        name = row.name if row.cost is None or row.cost.reached else f"{row.name} *"
+        task = row.measures["task"]
+        on_task.append(
+            [
+                name,
+                *(_number(kl) for kl in (task.kl_mean, task.kl_median, task.kl_p99)),
+                _ratio(peer, row, "task"),
+                _share(task.top1_agreement),
+                _share(task.exact_match),
+                _share(_quotient(task.exact_match, teacher.measures["task"].exact_match)),
+                _number(task.perplexity),
+            ]
+        )
+        off_task.append([name])
+        for text in case.off_task:
+            off_task[-1] += [_number(row.measures[text].kl_mean), _ratio(peer, row, text)]
+        off_task[-1].append(f"{row.size:.4f}")
+        if row.cost is None:
+            off_task[-1] += ["", ""]
+        else:
+            off_task[-1] += [f"{row.cost.wall_seconds:.1f}", f"{row.cost.peak_bytes / 1e6:.0f}"]
+    missed = any(row.cost is not None and not row.cost.reached for row in rows)
+    tokens = ", ".join(f"{name} {m.tokens}" for name, m in teacher.measures.items())
+    return "\n".join(
+        [
+            f"{case.name}: {case.adapter.name} on {case.base.name}; scored tokens: {tokens}.",
+            "KL(base+adapter || model) in nats a token; closer: KL(mlx_lm.fuse) / KL(this);",
+            "kept: exact match relative to base+adapter's; size: weight files, the base's being 1.",
+            *(["* did not reach --max-kl"] if missed else []),
+            "",
+            _table(on_task, markdown=markdown),
+            _table(off_task, markdown=markdown),
+        ]
+    )
+
+
+def _table(rows: Sequence[Sequence[str]], *, markdown: bool) -> str:
+    """Rows, the first of them the header, with all but the first column to the right."""
+    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip())
+    if markdown:
+        rules = [f"{'-' * (width - 1)}{':' if n else '-'}" for n, width in enumerate(widths)]
+        lines.insert(1, f"| {' | '.join(rules)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _quotient(value: float | None, whole: float | None) -> float | None:
+    return value / whole if value is not None and whole else None
+
+
+def _ratio(peer: Row, row: Row, text: str) -> str:
+    """How many times closer than ``mlx_lm.fuse`` a model is to base and adapter."""
+    ours, theirs = row.measures[text].kl_mean, peer.measures[text].kl_mean
+    if row.name in (TEACHER, PEER) or not ours or not math.isfinite(theirs / ours):
+        return ""
+    ratio = theirs / ours
+    if ratio < 0.01:
+        return "<0.01x"
+    return f"{ratio:.0f}x" if ratio >= 100 else f"{ratio:.3g}x"
+
+
+def _environment(options: argparse.Namespace) -> dict[str, object]:
+    packages = ("mlx-fusekit", "mlx", "mlx-lm", "numpy")
+    return {
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "device": str(mx.default_device()),
+        "preload": os.environ.get("LD_PRELOAD", ""),
+        "python": platform.python_version(),
+        "versions": {package: metadata.version(package) for package in packages},
+        "seed": options.seed,
+        "items": options.items,
+        "calibration_tokens": options.calibration_tokens,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What a calibration is asked to do, and what it reports."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Tokens to calibrate on, by default.
+CALIBRATION_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How to calibrate.
+
+    Attributes:
+        file: text to calibrate on; None for the adapter's training data, or generated text.
+        tokens: about how many to calibrate on.
+        seed: of the text.
+        max_kl: bound on the mean KL divergence from the teacher, in nats a token.
+        max_kl_asked: whether the user set it.
+        widen: whether modules may get wider bits to keep it.
+        max_growth: how much larger than the base the model may become by that, as a share.
+        optional: whether rounding to nearest will do where calibrating is not possible.
+    """
+
+    file: Path | None = None
+    tokens: int = CALIBRATION_TOKENS
+    seed: int = 0
+    max_kl: float | None = None
+    max_kl_asked: bool = False
+    widen: bool = False
+    max_growth: float | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What calibrating did, and how close the fused model came.
+
+    Attributes:
+        source: where the calibration text is from.
+        tokens: of it; ``general_tokens`` of them were written by the base.
+        kl_mean: KL(base+adapter || fused) in nats a token, on ``kl_tokens`` tokens of the same
+            source that were not calibrated on; ``kl_p99`` likewise.
+        kl_base_mean: of the base without its adapter.
+        recovered: 1 - kl_mean / kl_base_mean.
+        output_error: squared change of the layers' outputs over that of rounding to nearest, the
+            median over modules.
+        max_kl: the bound, ``max_kl_asked`` by the user or a default; ``reached`` tells whether it
+            holds.
+        widened: bits by module path.
+        added_bytes: what the wider bits cost.
+        not_seen: modules that no calibration token reached; they have the least weight error.
+        skipped_tokens: most tokens that were left out of a module's calibration, since its inputs
+            were not finite.
+    """
+
+    source: str
+    tokens: int
+    general_tokens: int
+    kl_mean: float
+    kl_p99: float
+    kl_base_mean: float
+    kl_tokens: int
+    recovered: float | None
+    output_error: float
+    max_kl: float | None
+    max_kl_asked: bool
+    reached: bool | None
+    widened: Mapping[str, int]
+    added_bytes: int
+    not_seen: tuple[str, ...]
+    skipped_tokens: int
