@@ -1,6 +1,7 @@
 """From a plan to solved weights: teacher, text, calibration, measurement, and wider bits."""
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,13 +16,17 @@ from mlx_fusekit.parity import Model, Variant, compare
 from mlx_fusekit.plan import FusePlan, plan_fuse
 from mlx_fusekit.requantize.calibrated import Calibration, SolvedWeights
 from mlx_fusekit.requantize.options import CalibrationOptions, CalibrationReport
-from mlx_fusekit.requantize.widening import choose_widths, measured_shares, step_bits
+from mlx_fusekit.requantize.widening import choose_widths, measured_costs
 from mlx_fusekit.running import RunningModel, run_adapted
 from mlx_fusekit.texts.calibration import CalibrationText, calibration_text
 from mlx_fusekit.texts.data import training_data
 
-#: Rounds of widening after which the bound is given up.
+#: Rounds of widening after which the search ends.
 _MOST_ROUNDS = 5
+#: Share of the bound that is aimed at, since gains are estimates, and the share that is near enough
+#: for no narrower bits to be tried.
+_AIM = 0.85
+_CLOSE_ENOUGH = 0.6
 
 #: Called with the step, and how much of it is done and there is in all.
 Progress = Callable[[str, int, int], None]
@@ -65,6 +70,23 @@ def calibrate(
     return session.run()
 
 
+@dataclass(frozen=True)
+class _Attempt:
+    """A plan, solved and measured."""
+
+    plan: FusePlan
+    calibration: Calibration
+    report: CalibrationReport
+
+    def better_than(self, other: "_Attempt") -> bool:
+        """Whether it keeps the bound with fewer bytes, or comes closer while neither does."""
+        if self.report.reached != other.report.reached:
+            return bool(self.report.reached)
+        if self.report.reached:
+            return self.plan.output_bytes < other.plan.output_bytes
+        return self.report.kl_mean < other.report.kl_mean
+
+
 @dataclass
 class _Session:
     plan: FusePlan
@@ -75,28 +97,68 @@ class _Session:
     progress: Progress | None
 
     def run(self) -> tuple[FusePlan, SolvedWeights, CalibrationReport]:
-        widths: dict[str, int] = {}
-        plan, calibration = self._calibrated(self.plan, "re-quantizing")
-        report = self._report(plan, calibration, widths)
-        for number in range(1, _MOST_ROUNDS + 1):
-            wider = None if report.reached is not False else self._wider(calibration, report)
-            if not self.options.widen or not wider or wider == widths:
-                break
-            widths = wider
-            plan = plan_fuse(plan.base, plan.adapter, replace(plan.options, widths=widths))
-            plan, calibration = self._calibrated(plan, f"re-quantizing, round {number + 1}")
-            report = self._report(plan, calibration, widths)
-        return plan, calibration.solved, report
+        first = self._attempt({}, "re-quantizing")
+        if first.report.reached is False and self.options.widen:
+            first = self._widened(first)
+        return first.plan, first.calibration.solved, first.report
 
-    def _calibrated(self, plan: FusePlan, label: str) -> tuple[FusePlan, Calibration]:
-        readable = plan
-        if not isinstance(plan.base, Checkpoint):
-            # What mlx-lm converts can be read once, and the fuse itself will.
-            base = open_base(plan.base.folder, trust_remote_code=self.trust_remote_code)
-            readable = plan_fuse(base, plan.adapter, plan.options)
-        calibration = Calibration(readable, self.teacher, self.text.sequences)
+    def _attempt(self, widths: Mapping[str, int], label: str) -> "_Attempt":
+        plan = self.plan
+        if widths:
+            plan = plan_fuse(plan.base, plan.adapter, replace(plan.options, widths=widths))
+        calibration = self._calibrated(plan, label)
+        return _Attempt(plan, calibration, self._report(plan, calibration, widths))
+
+    def _widened(self, narrow: "_Attempt") -> "_Attempt":
+        """The smallest model found that keeps the bound, or else the closest to it.
+
+        Modules are widened in the order of their estimated gain for a byte; how far along that
+        order is enough is found by re-quantizing and measuring.
+        """
+        bound, kl = self.options.max_kl, narrow.report.kl_mean
+        assert bound is not None
+        steps = {s.module: s for s in self._readable(self.plan).merged if s.target_spec is not None}
+        costs = measured_costs(
+            self.teacher,
+            steps,
+            narrow.calibration.groups,
+            {path: result.error for path, result in narrow.calibration.solved.results.items()},
+            self.text.held_out,
+            _step(self.progress, "looking for what to widen"),
+        )
+        growth = self.options.max_growth
+        cap = None if growth is None else int(growth * self.plan.base_bytes)
+        best, tried = narrow, [dict[str, int]()]
+        too_little, enough, aim = kl, 0.0, _AIM * bound
+        for number in range(2, _MOST_ROUNDS + 2):
+            widths = choose_widths(costs, steps, kl, aim, cap).bits
+            if widths in tried:
+                break
+            tried.append(dict(widths))
+            attempt = self._attempt(widths, f"re-quantizing, round {number}")
+            if attempt.better_than(best):
+                best = attempt
+            measured = attempt.report.kl_mean
+            if attempt.report.reached:
+                enough = aim
+                if measured > _CLOSE_ENOUGH * bound:
+                    break
+            else:
+                too_little = aim
+            aim = math.sqrt(too_little * enough) if enough else aim * _AIM * bound / measured
+        return best
+
+    def _readable(self, plan: FusePlan) -> FusePlan:
+        """The plan again, where its base can be read only once and the fuse will do so."""
+        if isinstance(plan.base, Checkpoint):
+            return plan
+        base = open_base(plan.base.folder, trust_remote_code=self.trust_remote_code)
+        return plan_fuse(base, plan.adapter, plan.options)
+
+    def _calibrated(self, plan: FusePlan, label: str) -> Calibration:
+        calibration = Calibration(self._readable(plan), self.teacher, self.text.sequences)
         calibration.run(_step(self.progress, label))
-        return plan, calibration
+        return calibration
 
     def _report(
         self, plan: FusePlan, calibration: Calibration, widths: Mapping[str, int]
@@ -130,24 +192,6 @@ class _Session:
             not_seen=tuple(path for path, result in results.items() if not result.tokens),
             skipped_tokens=max(result.skipped for result in results.values()),
         )
-
-    def _wider(self, calibration: Calibration, report: CalibrationReport) -> dict[str, int] | None:
-        """Wider bits that promise to keep the bound, or as much of it as the cap allows."""
-        assert self.options.max_kl is not None
-        steps = {s.module: s for s in self.plan.merged if s.target_spec is not None}
-        shares = measured_shares(
-            self.teacher.model,
-            calibration.fused,
-            calibration.groups,
-            self.text.held_out,
-            _step(self.progress, "looking for what to widen"),
-        )
-        growth = self.options.max_growth
-        cap = None if growth is None else int(growth * self.plan.base_bytes)
-        chosen = choose_widths(
-            shares, steps, report.kl_mean, self.options.max_kl, cap, report.widened
-        )
-        return {p: b for p, b in chosen.bits.items() if b > step_bits(steps[p])}
 
 
 def _training_data(adapters: tuple[AdapterFolder, ...]) -> Path | None:

@@ -8,19 +8,18 @@ change least (:mod:`mlx_fusekit.requantize.solver`).
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import mlx.nn as nn
 import numpy as np
 
-from mlx_fusekit.blocks import WeightReader, of_expert
-from mlx_fusekit.execute import grown_global_scales, merged_block, with_rows_kept
 from mlx_fusekit.merge import RowRange
 from mlx_fusekit.numerics import Float32
 from mlx_fusekit.plan import FusePlan, WeightStep
-from mlx_fusekit.quantization import QuantizedRows, to_matrix
+from mlx_fusekit.quantization import QuantizedRows
 from mlx_fusekit.requantize.fused import FusedModules
+from mlx_fusekit.requantize.matrices import Matrix, Weight, part_of, stacked
 from mlx_fusekit.requantize.moments import (
     InputMoments,
     compensated,
@@ -86,84 +85,6 @@ class SolvedWeights:
     ) -> QuantizedRows:
         """The solved rows; see :class:`~mlx_fusekit.requantize.strategy.Requantizer`."""
         return part_of(self.experts[module][rows.expert], rows.first, rows.last)
-
-
-def part_of(rows: QuantizedRows, first: int, last: int) -> QuantizedRows:
-    """Rows ``first`` to ``last`` (exclusive)."""
-    biases = None if rows.biases is None else rows.biases[first:last]
-    return replace(
-        rows, codes=rows.codes[first:last], scales=rows.scales[first:last], biases=biases
-    )
-
-
-def stacked(parts: Sequence[QuantizedRows]) -> QuantizedRows:
-    """Rows below each other."""
-    if len(parts) == 1:
-        return parts[0]
-    biases = [part.biases for part in parts if part.biases is not None]
-    return replace(
-        parts[0],
-        codes=np.concatenate([part.codes for part in parts]),
-        scales=np.concatenate([part.scales for part in parts]),
-        biases=np.concatenate(biases) if biases else None,
-    )
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """One matrix to be solved: a module's, or one of its experts'.
-
-    Attributes:
-        merged: ``[columns, rows]``.
-        base: the base's rows.
-        base_serves: whether they have the target's format.
-    """
-
-    step: WeightStep
-    merged: Float32
-    base: QuantizedRows
-    keep: np.ndarray[tuple[int], np.dtype[np.bool_]]
-    target: TargetFormat
-
-    @property
-    def base_serves(self) -> bool:
-        return (
-            self.step.source_spec == self.step.target_spec
-            and self.base.global_scale == self.target.global_scale
-        )
-
-    def finished(self, solved: QuantizedRows) -> QuantizedRows:
-        """The solved rows, but the base's where the update changes nothing."""
-        if self.base_serves and self.keep.any():
-            return with_rows_kept(solved, self.base, self.keep)
-        return solved
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """A module's weight, to be read matrix by matrix.
-
-    Attributes:
-        global_scales: nvfp4's, as they will be written.
-    """
-
-    step: WeightStep
-    reader: WeightReader
-    global_scales: Float32 | None
-
-    @classmethod
-    def open(cls, step: WeightStep) -> "_Weight":
-        reader = WeightReader.open(step.sources, step.source_spec)
-        scales = grown_global_scales(step, reader) if "global_scale" in step.outputs else None
-        return cls(step, reader, scales)
-
-    def matrix(self, expert: int = 0) -> _Matrix:
-        step = self.step
-        base, block, keep = merged_block(step, self.reader, RowRange(expert, 0, step.shape[1]))
-        assert base is not None, "only quantized weights are re-quantized"
-        assert step.target_spec is not None, "likewise"
-        target = TargetFormat(step.target_spec, step.dtype, of_expert(self.global_scales, expert))
-        return _Matrix(step, np.ascontiguousarray(to_matrix(block).T), base, keep, target)
 
 
 class Calibration:
@@ -325,9 +246,9 @@ class Calibration:
         if moments is None:
             moments = InputMoments.zero(columns, cross=False)
         prepared = Moments.prepared(moments.fused)
-        by_format: dict[tuple[TargetFormat, bool], list[_Matrix]] = {}
+        by_format: dict[tuple[TargetFormat, bool], list[Matrix]] = {}
         for path in group:
-            matrix = _Weight.open(self._steps[path]).matrix()
+            matrix = Weight.open(self._steps[path]).matrix()
             by_format.setdefault((matrix.target, matrix.base_serves), []).append(matrix)
         for matrices in by_format.values():
             merged = np.concatenate([m.merged for m in matrices], axis=1)
@@ -353,7 +274,7 @@ class Calibration:
             for index in range(len(self._batches)):
                 yield from inputs(index)
 
-        weights = {path: _Weight.open(self._steps[path]) for path in group}
+        weights = {path: Weight.open(self._steps[path]) for path in group}
         at_once = max(1, MOMENTS_BYTES // (columns * columns * 4) - 1)
         solved: dict[str, list[Solution]] = {path: [] for path in group}
         rows: dict[str, list[QuantizedRows]] = {path: [] for path in group}

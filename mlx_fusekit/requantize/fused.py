@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -27,14 +27,6 @@ class FusedModules:
         """Make the fused module of a path, of one matrix or one an expert."""
         owner, key = place(self._teacher.model, path)
         self._modules[path] = _module(self._teacher.bare(path), owner[key], experts, spec)
-
-    def remove(self, path: str) -> nn.Module:
-        """Take a fused module out, so that the teacher's serves in its place; it is returned."""
-        return self._modules.pop(path)
-
-    def restore(self, modules: Mapping[str, nn.Module]) -> None:
-        """Put modules back that were taken out."""
-        self._modules.update(modules)
 
     def __len__(self) -> int:
         return len(self._modules)

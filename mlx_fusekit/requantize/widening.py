@@ -1,27 +1,26 @@
 """Which modules get wider bits, so that the fused model comes close enough to its teacher.
 
-What each group of modules costs is measured: the KL divergence with the group's modules replaced
-by the teacher's. From there on, each bit more is taken to quarter a group's share, and the bits go
-where they gain most for a byte. The model is then re-quantized with these widths and measured.
+What each group of modules costs is measured: the KL divergence of the teacher with only this group
+rounded to nearest, times the share of that error that calibration left. Each bit more is taken to
+quarter a group's cost, and the bits go where they gain most for a byte.
 """
 
-import contextlib
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-import mlx.nn as nn
+import numpy as np
 
 from mlx_fusekit.numerics import STORAGE
-from mlx_fusekit.parity import Model, Progress, Variant, compare
+from mlx_fusekit.parity import Progress, Variant, compare
 from mlx_fusekit.plan import WeightStep
 from mlx_fusekit.quantization import AFFINE_BITS, AFFINE_GROUPS, CODEBOOK_MODES, QuantSpec
 from mlx_fusekit.requantize.fused import FusedModules
+from mlx_fusekit.requantize.grids import nearest_of
+from mlx_fusekit.requantize.matrices import Weight
+from mlx_fusekit.running import RunningModel
 from mlx_fusekit.texts.sequences import TokenSequence
 
-#: Share of the bound that is aimed at, since gains are estimates.
-_AIM = 0.85
 #: Share of the whole that a group counts for at least: single measurements can be negative.
 _LEAST_SHARE = 1e-3
 #: Tokens that the groups are measured on.
@@ -64,33 +63,43 @@ def stored_bytes(step: WeightStep, bits: int) -> int:
     return elements * bits // 8 + 2 * itemsize * elements // own.group_size
 
 
-def measured_shares(
-    model: nn.Module,
-    fused: FusedModules,
+def measured_costs(
+    teacher: RunningModel,
+    steps: Mapping[str, WeightStep],
     groups: Sequence[tuple[str, ...]],
+    left: Mapping[str, float],
     sequences: Sequence[TokenSequence],
     progress: Progress | None = None,
 ) -> dict[tuple[str, ...], float]:
-    """What share of the KL divergence each group of modules is the cause of; they sum up to 1."""
+    """What each group of modules adds to the KL divergence, up to a common factor.
 
-    @contextlib.contextmanager
-    def without(group: tuple[str, ...]) -> Iterator[None]:
-        taken = {path: fused.remove(path) for path in group}
-        try:
-            with fused.active():
-                yield
-        finally:
-            fused.restore(taken)
-
-    variants: dict[str, Model] = {
-        str(place): Variant(model, partial(without, group)) for place, group in enumerate(groups)
-    }
-    variants["all"] = Variant(model, fused.active)
-    measured = compare(model, variants, _some(sequences), progress=progress)
-    whole = measured["all"].kl_mean
-    least = _LEAST_SHARE * max(whole, 1e-12)
-    gains = [max(whole - measured[str(place)].kl_mean, least) for place in range(len(groups))]
-    return {group: gain / sum(gains) for group, gain in zip(groups, gains, strict=True)}
+    Args:
+        teacher: base and adapter.
+        steps: by module path.
+        groups: of paths.
+        left: of each module's error when rounded to nearest, the share that calibration left.
+        sequences: to measure on.
+        progress: called with groups done and groups in all.
+    """
+    some = _some(sequences)
+    costs = {}
+    for place, group in enumerate(groups):
+        rounded = FusedModules(teacher)
+        for path in group:
+            weight = Weight.open(steps[path])
+            experts = []
+            for expert in range(steps[path].shape[0]):
+                matrix = weight.matrix(expert)
+                experts.append(matrix.finished(nearest_of(matrix.merged, matrix.target)))
+            rounded.put(path, experts, matrix.target.spec)
+        variant = Variant(teacher.model, rounded.active)
+        kl = compare(teacher.model, {"rounded": variant}, some)["rounded"].kl_mean
+        costs[group] = max(kl, 0.0) * float(np.mean([left[path] for path in group]))
+        if progress is not None:
+            progress(place + 1, len(groups))
+    # Single measurements can come out at nothing, and nothing would never be widened.
+    least = _LEAST_SHARE * max(sum(costs.values()), 1e-12)
+    return {group: max(cost, least) for group, cost in costs.items()}
 
 
 def _some(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
@@ -103,32 +112,29 @@ def _some(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
 
 
 def choose_widths(
-    shares: Mapping[tuple[str, ...], float],
+    costs: Mapping[tuple[str, ...], float],
     steps: Mapping[str, WeightStep],
     kl: float,
-    bound: float,
-    most_added_bytes: int | None,
-    current: Mapping[str, int],
+    aim: float,
+    most_added_bytes: int | None = None,
 ) -> Widths:
-    """Widen group by group, each time where a byte gains most, until the bound is promised.
+    """Widen group by group, each time where a byte gains most, until ``aim`` is promised.
 
     Args:
-        shares: of each group in ``kl``.
+        costs: of each group, up to a common factor.
         steps: by module path.
-        kl: of the model as it is, in nats a token.
-        bound: to be reached.
+        kl: of the model without wider bits, in nats a token.
+        aim: the KL to get down to.
         most_added_bytes: cap on the growth, None for none.
-        current: bits of modules that are wider than the base's already.
     """
-    remaining = {group: share * kl for group, share in shares.items()}
-    bits = {group: max(_bits(steps[path], current) for path in group) for group in remaining}
-    start = {path: stored_bytes(step, step_bits(step)) for path, step in steps.items()}
-    added = sum(stored_bytes(steps[p], b) - start[p] for p, b in current.items())
+    whole = sum(costs.values())
+    remaining = {group: cost / whole * kl for group, cost in costs.items()}
+    bits = {group: max(step_bits(steps[path]) for path in group) for group in remaining}
+    total, added = kl, 0
     queue = [_offer(group, remaining[group], bits[group], steps) for group in remaining]
     offers = [offer for offer in queue if offer is not None]
     heapq.heapify(offers)
-    total = sum(remaining.values())
-    while offers and total > _AIM * bound:
+    while offers and total > aim:
         _, group, wider, nbytes, gain = heapq.heappop(offers)
         if most_added_bytes is not None and added + nbytes > most_added_bytes:
             continue
@@ -152,10 +158,6 @@ def step_bits(step: WeightStep) -> int:
     """Bits that the plan gives a module."""
     assert step.target_spec is not None, "only quantized modules are widened"
     return step.target_spec.bits
-
-
-def _bits(step: WeightStep, current: Mapping[str, int]) -> int:
-    return current.get(step.module, step_bits(step))
 
 
 def _offer(
