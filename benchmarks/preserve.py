@@ -8,11 +8,11 @@ peak memory are taken. What it wrote is then read back from disk, run, and compa
 adapter unmerged, on items of the adapter's task that no contender saw, and off the task.
 
 Cases: ``sample`` is the model embedded in the package. ``sql`` (a crisp task) and ``style`` are
-adapters for SmolLM2-135M-Instruct, trained here at the first run (learning rate 1e-4, at which
-rounding to nearest leaves something to compare with: usual smaller updates it loses altogether).
-Their off-task texts are each other's test items, and "prose": the contents of the package's
-``samples.general_data_path()``, simple English conversations and stories, as plain text without
-any template. That of ``sample`` are the same conversations as such, which are of its base's domain.
+adapters for SmolLM2-135M-Instruct, trained here at the first run at a learning rate of 1e-4 (mlx-lm's
+default is 1e-5), whose updates are smaller than a quantization step. Their off-task texts are each
+other's test items, and "prose": the contents of the package's ``samples.general_data_path()``,
+simple English conversations and stories, as plain text without any template. That of ``sample`` is
+"general": the same conversations as such, which are of its base's domain.
 
 With ``--base-bits 3`` or ``--mode`` the base is made from SmolLM2's bfloat16 weights, and the
 adapter, though trained on the 4-bit base, is applied to it: base and adapter remain what all are
@@ -22,6 +22,7 @@ compared with, but may do worse at the task themselves.
 import argparse
 import contextlib
 import gc
+import hashlib
 import json
 import math
 import os
@@ -41,6 +42,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+import mlx_fusekit
 from mlx_fusekit import samples
 from mlx_fusekit.adapters import AdapterFolder
 from mlx_fusekit.parity import (
@@ -236,7 +238,8 @@ def main() -> None:
     if other_base and "sample" in (options.case or ()):
         parser.error("the embedded sample has one base: --base-bits and --mode are for SmolLM2's")
     cases = options.case or [name for name in CASES if name != "sample" or not other_base]
-    results = []
+    results: list[dict[str, Any]] = []
+    environment = _environment(options)
     with _work_folder(options.out) as work:
         for name in dict.fromkeys(cases):
             case = _case(name, options, work)
@@ -251,8 +254,10 @@ def main() -> None:
                 }
             )
             if options.json:
-                report = {"environment": _environment(options), "cases": results}
+                report = {"environment": environment, "cases": results}
                 options.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    if environment["source_sha256"] != _source_digest():
+        _progress("warning: the source of mlx_fusekit changed meanwhile; its rows may not agree")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -505,7 +510,8 @@ def _report(case: Case, rows: Sequence[Row], *, markdown: bool) -> str:
     tokens = ", ".join(f"{name} {m.tokens}" for name, m in teacher.measures.items())
     return "\n".join(
         [
-            f"{case.name}: {case.adapter.name} on {case.base.name}; scored tokens: {tokens}.",
+            f"{case.name}: {case.adapter.name} on {case.base.name}.",
+            f"Scored tokens: {tokens}.",
             "KL(base+adapter || model) in nats a token; closer: KL(mlx_lm.fuse) / KL(this);",
             "kept: exact match relative to base+adapter's; size: weight files, the base's being 1.",
             *(["* did not reach --max-kl"] if missed else []),
@@ -552,7 +558,8 @@ def _ratio(peer: Row, row: Row, text: str) -> str:
     ratio = theirs / ours
     if ratio < 0.01:
         return "<0.01x"
-    return f"{ratio:.0f}x" if ratio >= 100 else f"{ratio:.3g}x"
+    decimals = 2 if ratio < 10 else 1 if ratio < 100 else 0
+    return f"{ratio:.{decimals}f}x"
 
 
 def _environment(options: argparse.Namespace) -> dict[str, object]:
@@ -565,10 +572,20 @@ def _environment(options: argparse.Namespace) -> dict[str, object]:
         "preload": os.environ.get("LD_PRELOAD", ""),
         "python": platform.python_version(),
         "versions": {package: metadata.version(package) for package in packages},
+        "source_sha256": _source_digest(),
         "seed": options.seed,
         "items": options.items,
         "calibration_tokens": options.calibration_tokens,
     }
+
+
+def _source_digest() -> str:
+    """Of the package's modules, which each fuse imports anew."""
+    package = Path(mlx_fusekit.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What ``make demo`` runs: fuse the embedded sample, and show what became of its fine-tune.
+"""What ``make demo`` runs: fuse the embedded sample, verify it, show what became of its fine-tune.
 
 python scripts/demo.py [--items N]
 
@@ -21,7 +21,7 @@ import mlx_lm
 from rich.console import Console
 from rich.table import Table
 
-from mlx_fusekit import samples
+from mlx_fusekit import samples, verify
 from mlx_fusekit.exact_match import ChatItem, exact_match, load_chat_items
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +31,8 @@ ANSWER_TOKENS = 80
 MODULES = {"mlx_lm.fuse": ["mlx_lm", "fuse"], "mlx-fusekit": ["mlx_fusekit"]}
 #: A sample whose adapter scores no more than this has not learnt its task.
 LEARNT = 0.95
+#: Tokens to compare the models on.
+VERIFIED_TOKENS = 1000
 #: A fused model has kept the fine-tune if it scores at least this share of what the adapter does.
 KEPT = 0.95
 
@@ -61,16 +63,23 @@ class Result:
     Attributes:
         score: share (0 to 1) of the questions whose answer is exactly right.
         answer: its answer to the first of them.
+        kl: mean KL divergence from base+adapter in nats a token of the right answers.
     """
 
     score: float
     answer: str
+    kl: float
 
 
 BASE = Contender("base", samples.model_path())
 TEACHER = Contender("base + adapter", samples.model_path(), samples.adapter_path())
 PEER = Contender("mlx_lm.fuse", OUT / "mlx-lm", command=("mlx_lm.fuse",))
 OURS = Contender("mlx-fusekit fuse", OUT / "fused", command=("mlx-fusekit", "fuse"))
+VERIFY = (
+    *("verify", "--fused", os.path.relpath(OURS.model, ROOT)),
+    *("--data", os.path.relpath(samples.evaluation_data_path(), ROOT)),
+    *("--max-tokens", str(VERIFIED_TOKENS), "--max-kl", "0.01"),
+)
 WIDER = Contender(
     "mlx-fusekit fuse --bits 8",
     OUT / "fused-8bit",
@@ -89,8 +98,13 @@ def main() -> None:
     for contender in CONTENDERS:
         if contender.command:
             make(contender)
+    console.print(run("mlx-fusekit", VERIFY), soft_wrap=True)
     with console.status("asking ..."):
-        results = {contender: evaluate(contender, items) for contender in CONTENDERS}
+        divergences = compare()
+        results = {
+            contender: evaluate(contender, items, divergences[contender])
+            for contender in CONTENDERS
+        }
     show(results, items)
     conclude(results)
 
@@ -100,23 +114,29 @@ def introduce(items: int) -> None:
     console.print(
         "The embedded sample is a tiny language model, quantized to 4 bits, and a LoRA\n"
         "adapter that taught it to answer questions in SQL.\n"
-        "Three commands fuse the two; each leaves a folder that mlx-lm loads by itself.\n"
+        "Three commands fuse the two; each leaves a folder that mlx-lm loads by itself, and a\n"
+        "fourth verifies one of them.\n"
         f"Then every model gets the same {items} questions, none of which it was trained on,\n"
         "and an answer counts only if every character of it is right.\n"
     )
 
 
 def make(contender: Contender) -> None:
-    """Run the contender's command as a user would, from the repository; exit if it fails."""
+    """Run the contender's command as a user would."""
     program, *options = contender.command
-    paths = {"model": BASE.model, "adapter-path": TEACHER.adapter, "save-path": contender.model}
-    for flag, path in paths.items():
-        options += [f"--{flag}", os.path.relpath(str(path), ROOT)]
-    shown = shlex.join([program, *options]).replace(" --adapter", " \\\n    --adapter")
-    console.print(f"$ {shown}", soft_wrap=True)
+    run(program, [*options, "--save-path", os.path.relpath(contender.model, ROOT)])
+
+
+def run(program: str, arguments: Sequence[str]) -> str:
+    """Run a command on base and adapter, from the repository; exit if it fails."""
+    arguments = list(arguments)
+    for flag, path in {"model": BASE.model, "adapter-path": TEACHER.adapter}.items():
+        arguments += [f"--{flag}", os.path.relpath(str(path), ROOT)]
+    console.print(f"$ {shlex.join([program, *arguments])}", soft_wrap=True)
     done = subprocess.run(
-        [sys.executable, "-m", *MODULES[program], *options],
+        [sys.executable, "-m", *MODULES[program], *arguments],
         cwd=ROOT,
+        env=os.environ | {"COLUMNS": "100"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -125,9 +145,26 @@ def make(contender: Contender) -> None:
     if done.returncode != 0:
         console.print(done.stdout)
         sys.exit(f"error: {program} ended with exit code {done.returncode}")
+    return done.stdout
 
 
-def evaluate(contender: Contender, items: Sequence[ChatItem]) -> Result:
+def compare() -> dict[Contender, float]:
+    """KL divergence of every model from base+adapter, on the same tokens."""
+    divergences = {TEACHER: 0.0}
+    for contender in (PEER, OURS, WIDER):
+        report = verify(
+            BASE.model,
+            samples.adapter_path(),
+            contender.model,
+            data=samples.evaluation_data_path(),
+            max_tokens=VERIFIED_TOKENS,
+        )
+        divergences[contender] = report.kl_mean
+        divergences[BASE] = report.kl_base_mean or 0.0
+    return divergences
+
+
+def evaluate(contender: Contender, items: Sequence[ChatItem], kl: float) -> Result:
     """Load the model as anybody would, with mlx-lm alone, and ask."""
     adapter = str(contender.adapter) if contender.adapter else None
     model, tokenizer = mlx_lm.load(str(contender.model), adapter_path=adapter)[:2]
@@ -137,7 +174,7 @@ def evaluate(contender: Contender, items: Sequence[ChatItem]) -> Result:
     question = items[0]["messages"][:-1]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
     answer = mlx_lm.generate(model, tokenizer, prompt, max_tokens=ANSWER_TOKENS)
-    return Result(exact_match(model, tokenizer, items), answer.strip())
+    return Result(exact_match(model, tokenizer, items), answer.strip(), kl)
 
 
 def show(results: dict[Contender, Result], items: Sequence[ChatItem]) -> None:
@@ -145,10 +182,14 @@ def show(results: dict[Contender, Result], items: Sequence[ChatItem]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("model", no_wrap=True)
     table.add_column("exact answers", justify="right")
+    table.add_column("KL from base + adapter", justify="right")
     table.add_column("weights", justify="right")
     for contender, result in results.items():
         table.add_row(
-            contender.name, f"{result.score:.1%}", f"{contender.weight_bytes / 1e6:.2f} MB"
+            contender.name,
+            f"{result.score:.1%}",
+            f"{result.kl:.2g}",
+            f"{contender.weight_bytes / 1e6:.2f} MB",
         )
     console.print()
     console.print(table)
@@ -175,21 +216,13 @@ def conclude(results: dict[Contender, Result]) -> None:
         kept = score >= KEPT * teacher
         verdict = "keeps the fine-tune" if kept else f"gives {score:.1%} instead of {teacher:.1%}"
         console.print(f"- {contender.name} {verdict}, at {size:.2f} times the base's size.")
-    if results[OURS].score < KEPT * teacher:
-        console.print(
-            "mlx_lm.fuse and this version of mlx-fusekit round every merged weight to the\n"
-            "nearest of the base's 4-bit steps, and that costs the difference. --bits 8 has\n"
-            "finer steps and needs a larger file. Calibrated re-quantization, planned for\n"
-            "the next version, is meant to keep the fine-tune at the base's size; it is not in\n"
-            "this one."
-        )
-    else:
-        console.print(
-            "Here, rounding to the base's 4-bit steps cost little: this adapter changes the\n"
-            "weights by more than a step. Where one changes them by less, rounding can cost\n"
-            "most of the fine-tune; --bits 8 has finer steps and needs a larger file.\n"
-            "`mlx-fusekit inspect ADAPTER --model BASE` shows the change against the step."
-        )
+    closer = results[PEER].kl / max(results[OURS].kl, 1e-12)
+    console.print(
+        f"At the same size, mlx-fusekit's model is {closer:.0f} times closer to base + adapter than\n"
+        "mlx_lm.fuse's (KL, nats a token). This adapter changes the weights by more than a\n"
+        "quantization step, so that rounding costs it little; most change them by less, and then\n"
+        "rounding costs most of the fine-tune: docs/requantization.md has real models."
+    )
     console.print(f"\nThe fused models are in {OUT.name}/.")
 
 

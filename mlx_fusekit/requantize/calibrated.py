@@ -245,7 +245,7 @@ class Calibration:
         columns = self._steps[group[0]].shape[2]
         if moments is None:
             moments = InputMoments.zero(columns, cross=False)
-        prepared = Moments.prepared(moments.fused)
+        prepared = Moments.prepared(moments.fused, tokens=moments.count)
         by_format: dict[tuple[TargetFormat, bool], list[Matrix]] = {}
         for path in group:
             matrix = Weight.open(self._steps[path]).matrix()
@@ -284,7 +284,7 @@ class Calibration:
             of_experts, everyone = expert_moments(calls, chosen, columns)
             seen.count, seen.skipped = everyone.count, everyone.skipped
             for expert, moments in zip(chosen, of_experts, strict=True):
-                prepared = Moments.prepared(moments.fused)
+                prepared = Moments.prepared(moments.fused, tokens=everyone.count)
                 for path in group:
                     matrix = weights[path].matrix(expert)
                     base = matrix.base if matrix.base_serves else None

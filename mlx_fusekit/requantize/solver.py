@@ -28,6 +28,9 @@ from mlx_fusekit.requantize.strategy import TargetFormat
 #: Share of the mean second moment added to all of them: directions that the calibration text does
 #: not show still count.
 DAMPING = 0.01
+#: Damping is larger by this, times columns over tokens: of few tokens, the moments of other text
+#: differ, and errors must not be pushed to where only this text has nothing.
+SHRINKAGE = 0.3
 #: Columns whose steps are carried over to the other columns by one matrix product.
 _BLOCK = 64
 _SUB_BLOCK = 16
@@ -55,13 +58,22 @@ class Moments:
     scale: float
 
     @classmethod
-    def prepared(cls, second_moments: Float32, damping: float = DAMPING) -> "Moments":
+    def prepared(
+        cls, second_moments: Float32, damping: float = DAMPING, tokens: int | None = None
+    ) -> "Moments":
         """Damp and factor second moments ``[columns, columns]``.
 
         Those that say nothing, being all zeros, too small for float32 or not finite, count as the
         identity.
+
+        Args:
+            second_moments: sums over tokens.
+            damping: share of the mean second moment added to all.
+            tokens: how many there were; the fewer, the more is added.
         """
         columns = len(second_moments)
+        if tokens is not None:
+            damping += SHRINKAGE * columns / max(tokens, 1)
         scale = float(np.trace(second_moments)) / columns
         if not scale > _SMALLEST_MOMENT or not np.isfinite(second_moments).all():
             identity = np.eye(columns, dtype=np.float32)

@@ -20,7 +20,7 @@ from mlx_fusekit.requantize.grids import (
 )
 from mlx_fusekit.requantize.strategy import TargetFormat
 
-COLUMNS, ROWS = 256, 12
+COLUMNS, ROWS = 128, 12
 
 
 def rounded(grid: Grid, values: Float32) -> Float32:
@@ -53,7 +53,7 @@ def test_values_on_a_grid_are_stored_bit_for_bit(name: str) -> None:
     wild = weights + np.random.default_rng(1).normal(0, 0.1, weights.shape).astype(np.float32)
     for grid in grids(target, weights):
         assert grid.groups == COLUMNS // target.spec.group_size
-        for wanted in (weights, wild, -weights, 1000 * wild):
+        for wanted in (weights, wild, 1000 * wild):
             values = rounded(grid, wanted)
             stored = grid.quantized(values)
             assert (stored.scale_dtype, stored.global_scale) == (
@@ -102,15 +102,14 @@ def importances(columns: int) -> dict[str, Float32]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("importance", ["equal", "uneven", "one", "none"])
-def test_a_fitted_grid_is_never_worse_than_the_min_max_grid(name: str, importance: str) -> None:
+def test_a_fitted_grid_is_never_worse_than_the_min_max_grid(name: str) -> None:
     target = FORMATS[name]
     weights = hard_weights(COLUMNS, ROWS)
-    counts = importances(COLUMNS)[importance]
     start = grid_of(nearest_of(weights, target), target.spec)
-    fitted = fitted_grid(weights, counts, target)
-    before, after = (weighted_error(g, weights, counts, target.spec) for g in (start, fitted))
-    assert (after <= before * (1 + 1e-4) + 1e-14).all()
+    for counts in importances(COLUMNS).values():
+        fitted = fitted_grid(weights, counts, target)
+        before, after = (weighted_error(g, weights, counts, target.spec) for g in (start, fitted))
+        assert (after <= before * (1 + 1e-4) + 1e-14).all()
 
 
 @pytest.mark.parametrize("name", [n for n in AFFINE if n[0] in "2345"] + ["mxfp4", "nvfp4"])

@@ -347,3 +347,16 @@ def test_never_worse_than_nearest_and_always_finite(
     ours = errors_by_hand(moments.matrix, values, target)
     nearest = by_row(moments, nearest_of(merged, format_), target, format_.spec)
     assert (ours <= nearest * (1 + 1e-3) + 1e-30).all()
+
+
+def test_moments_of_few_tokens_are_damped_more() -> None:
+    raw = correlated(64, 300)
+    added = [
+        Moments.prepared(raw, tokens=tokens).matrix - raw * Moments.prepared(raw).scale
+        for tokens in (1, 64, 10**6)
+    ]
+    wanted = [solver.DAMPING + solver.SHRINKAGE * share for share in (64, 1, 64e-6)]
+    for matrix, damping in zip(added, wanted, strict=True):
+        np.testing.assert_allclose(matrix, damping * np.eye(64), atol=1e-5)
+    zeros = Moments.prepared(np.zeros((64, 64), np.float32), tokens=0)
+    np.testing.assert_array_equal(zeros.matrix, np.eye(64))

@@ -30,7 +30,7 @@ from mlx_fusekit.requantize.walk import LayerChain, layers_of, token_batches
 from mlx_fusekit.running import place, run_model
 from mlx_fusekit.texts.sequences import TokenSequence
 
-TEXT = random_text(6)
+TEXT = random_text(5, longest=30)
 
 
 def normal(*shape: int, seed: int = 0) -> Float32:
@@ -322,9 +322,9 @@ def test_walking_the_layers_is_running_the_model(name: str, tmp_path: Path) -> N
         chain = chain_of(case, start)
         assert chain is not None
         for layer in range(start, len(layers)):
-            for states in (chain.teacher, chain.student):
-                for batch, state in zip(batches, states, strict=True):
-                    wanted = entering(model, layer, batch.tokens)
+            for batch, *states in zip(batches, chain.teacher, chain.student, strict=True):
+                wanted = entering(model, layer, batch.tokens)
+                for state in states:
                     np.testing.assert_allclose(np.array(state), wanted, atol=1e-5)
             chain.run_teacher(layer, {})
             chain.run_student(layer)
@@ -333,7 +333,7 @@ def test_walking_the_layers_is_running_the_model(name: str, tmp_path: Path) -> N
             np.testing.assert_allclose(np.array(state), wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_moe", "gemma3n"])
 def test_padding_changes_nothing_before_it(name: str, tmp_path: Path) -> None:
     config, _ = ARCHITECTURES[name]
     model = run_model(make_model(tmp_path / "base", config, group_size=32)).model
@@ -345,7 +345,7 @@ def test_padding_changes_nothing_before_it(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(row[valid], alone, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "lfm2", "gemma3n"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gemma3n"])
 def test_the_student_walks_as_the_fused_model_runs(name: str, tmp_path: Path) -> None:
     config, keys = ARCHITECTURES[name]
     case = make_case(tmp_path, config, keys, bits=3, group_size=32)
@@ -438,7 +438,7 @@ def test_layers_that_are_no_chain_are_told(kind: type, tmp_path: Path) -> None:
     assert chain_of(case) is None
 
 
-@pytest.mark.parametrize("kind", NO_CHAINS)
+@pytest.mark.parametrize("kind", [Residual, Twice])
 def test_models_whose_layers_are_no_chain_are_calibrated(kind: type, tmp_path: Path) -> None:
     case = make_case(tmp_path, {**LLAMA, "hidden_size": 64}, bits=3)
     case.teacher.model.model.__class__ = kind
