@@ -18,10 +18,11 @@ help: ## List these targets
 install: $(INSTALLED) ## Make .venv with everything that development needs
 
 demo: $(INSTALLED) ## Fuse the embedded sample model, and show what became of its fine-tune
-	@$(PY) scripts/demo.py $(ARGS)
+	@LD_PRELOAD="$$(sh scripts/fast_blas.sh)" $(PY) scripts/demo.py $(ARGS)
 
 test: $(INSTALLED) ## Run the tests
-	$(PY) -m pytest -m "not real" -n auto $(ARGS)
+	LD_PRELOAD="$$(sh scripts/fast_blas.sh)" OPENBLAS_NUM_THREADS=1 \
+		$(PY) -m pytest -m "not real" -n auto $(ARGS)
 
 test-real: $(INSTALLED) ## Run the tests on a real model (downloads 100 MB and trains, once)
 	@sh scripts/fast_blas.sh install >/dev/null

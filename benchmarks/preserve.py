@@ -8,10 +8,10 @@ peak memory are taken. What it wrote is then read back from disk, run, and compa
 adapter unmerged, on items of the adapter's task that no contender saw, and off the task.
 
 Cases: ``sample`` is the model embedded in the package. ``sql`` (a crisp task) and ``style`` are
-adapters for SmolLM2-135M-Instruct, trained here at the first run at a learning rate of 1e-4 (mlx-lm's
-default is 1e-5), whose updates are smaller than a quantization step. Their off-task texts are each
-other's test items, and "prose": the contents of the package's ``samples.general_data_path()``,
-simple English conversations and stories, as plain text without any template. That of ``sample`` is
+adapters for SmolLM2-135M-Instruct, trained here at the first run at a learning rate of 1e-4
+(mlx-lm's default is 1e-5); their updates are smaller than a quantization step. Their off-task texts
+are each other's test items, and "prose": the contents of ``samples.general_data_path()``, simple
+English conversations and stories, as plain text without any template. That of ``sample`` is
 "general": the same conversations as such, which are of its base's domain.
 
 With ``--base-bits 3`` or ``--mode`` the base is made from SmolLM2's bfloat16 weights, and the
@@ -63,7 +63,6 @@ from train_adapter import Recipe, ensure_adapter
 
 CASES = ("sample", "sql", "style")
 TEACHER, BASE, PEER = "base + adapter", "base, no adapter", "mlx_lm.fuse"
-LEARNING_RATE, LEARNING_RATE_NAME = 1e-4, "1e-4"
 #: Tokens of plain prose to measure on.
 PROSE_TOKENS = 2048
 #: ``fuse`` ends with it where ``--max-kl`` was not reached; the model is there.
@@ -300,13 +299,7 @@ def _case(name: str, options: argparse.Namespace, work: Path) -> Case:
             samples.evaluation_data_path(),
             {"general": samples.general_data_path()},
         )
-    folders = {
-        task: ensure_adapter(
-            recipe, out=default_cache() / f"{recipe.default_name()}-{LEARNING_RATE_NAME}"
-        )
-        for task in CASES[1:]
-        for recipe in [Recipe(task=task, learning_rate=LEARNING_RATE)]
-    }
+    folders = {task: ensure_adapter(Recipe(task=task)) for task in CASES[1:]}
     (other,) = folders.keys() - {name}
     prose = work / "prose.txt"
     prose.write_text(_prose(), "utf-8")

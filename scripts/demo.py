@@ -32,7 +32,7 @@ MODULES = {"mlx_lm.fuse": ["mlx_lm", "fuse"], "mlx-fusekit": ["mlx_fusekit"]}
 #: A sample whose adapter scores no more than this has not learnt its task.
 LEARNT = 0.95
 #: Tokens to compare the models on.
-VERIFIED_TOKENS = 1000
+VERIFIED_TOKENS = 600
 #: A fused model has kept the fine-tune if it scores at least this share of what the adapter does.
 KEPT = 0.95
 
@@ -114,8 +114,8 @@ def introduce(items: int) -> None:
     console.print(
         "The embedded sample is a tiny language model, quantized to 4 bits, and a LoRA\n"
         "adapter that taught it to answer questions in SQL.\n"
-        "Three commands fuse the two; each leaves a folder that mlx-lm loads by itself, and a\n"
-        "fourth verifies one of them.\n"
+        "Three commands fuse the two; each leaves a folder that mlx-lm loads by itself.\n"
+        "A fourth verifies one of them.\n"
         f"Then every model gets the same {items} questions, none of which it was trained on,\n"
         "and an answer counts only if every character of it is right.\n"
     )
@@ -218,10 +218,10 @@ def conclude(results: dict[Contender, Result]) -> None:
         console.print(f"- {contender.name} {verdict}, at {size:.2f} times the base's size.")
     closer = results[PEER].kl / max(results[OURS].kl, 1e-12)
     console.print(
-        f"At the same size, mlx-fusekit's model is {closer:.0f} times closer to base + adapter than\n"
-        "mlx_lm.fuse's (KL, nats a token). This adapter changes the weights by more than a\n"
-        "quantization step, so that rounding costs it little; most change them by less, and then\n"
-        "rounding costs most of the fine-tune: docs/requantization.md has real models."
+        f"At the same size, mlx-fusekit's model is {closer:.0f} times closer to base + adapter\n"
+        "than mlx_lm.fuse's (KL, nats a token). This adapter changes the weights by more than\n"
+        "a quantization step, so that rounding costs it little. Most change them by less, and\n"
+        "then rounding costs most of the fine-tune: docs/requantization.md has real models."
     )
     console.print(f"\nThe fused models are in {OUT.name}/.")
 

@@ -55,12 +55,14 @@ class Recipe:
     scale: float = 20.0
     num_layers: int = 16
     batch_size: int = 4
-    learning_rate: float = 3e-4
+    #: Such an update is a fraction of a 4-bit quantization step, and rounding loses it.
+    learning_rate: float = 1e-4
     seed: int = 0
 
     def default_name(self) -> str:
         """The adapter's folder name in the cache."""
-        return f"smollm2-{self.task}-{self.fine_tune_type}"
+        rate = f"{self.learning_rate:.0e}".replace("e-0", "e-")
+        return f"smollm2-{self.task}-{self.fine_tune_type}-{rate}"
 
     def mlx_lm_settings(self) -> Json:
         """The settings of mlx-lm's trainer that follow from this recipe."""
@@ -409,7 +411,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", choices=["sql", "style"], default=Recipe.task)
     parser.add_argument("--fine-tune-type", choices=["lora", "dora"], default=Recipe.fine_tune_type)
     parser.add_argument("--model", type=Path, help="default: the 4-bit folder of fetch_smollm2.py")
-    parser.add_argument("--out", type=Path, help="default: smollm2-TASK-TYPE in the cache")
+    parser.add_argument("--out", type=Path, help="default: smollm2-TASK-TYPE-RATE in the cache")
     parser.add_argument("--cache", type=Path, default=default_cache())
     for name in ("iters", "rank", "scale", "num_layers", "batch_size", "learning_rate", "seed"):
         default = getattr(Recipe, name)

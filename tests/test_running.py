@@ -124,7 +124,7 @@ def test_stored_formats_run_as_mlx_lm_runs_them(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What Metal and CUDA do, and the CPU when float32 does not fit: mlx-lm's load, nearly."""
-    monkeypatch.setattr(running, "_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(running, "memory_bytes", lambda: 1000)
     base = make_model(tmp_path / "base", **FORMATS[name])
     adapter = make_adapter(tmp_path / "adapter", base)
     teacher = run_teacher(base, opened(adapter))
@@ -177,7 +177,7 @@ def test_a_full_fine_tune_replaces_parameters(
     tmp_path: Path, name: str, exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exact:
-        monkeypatch.setattr(running, "_memory_bytes", lambda: 1000)
+        monkeypatch.setattr(running, "memory_bytes", lambda: 1000)
     dense = make_model(tmp_path / "dense", **FORMATS["bfloat16"])
     base = make_model(tmp_path / "base", **FORMATS[name])
     stored = mx.load(str(dense / "model.safetensors"))
@@ -216,7 +216,7 @@ def test_a_full_fine_tune_replaces_parameters(
 def test_a_model_too_large_for_float32_runs_as_stored(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", QWEN3_MOE)
     count = sum(a.size for _, a in tree_flatten(run_model(base).model.parameters()))
-    share = 4 * count / running._memory_bytes()
+    share = 4 * count / running.memory_bytes()
     assert run_model(base, memory_share=1.01 * share).exact
     stored = run_model(base, memory_share=0.99 * share)
     assert not stored.exact

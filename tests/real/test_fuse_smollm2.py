@@ -11,7 +11,7 @@ import pytest
 from mlx_lm import generate, load
 from mlx_lm.utils import load_adapters
 
-from mlx_fusekit import fuse
+from mlx_fusekit import FuseReport, fuse, samples, verify
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.exact_match import exact_match, load_chat_items
 
@@ -64,24 +64,81 @@ def test_dequantized_in_float32_it_is_the_teacher(
     assert exact_match(fused, tokenizer, items) >= 0.95
 
 
-@pytest.mark.parametrize(("bits", "least"), [(None, 0.0), (8, 0.95)])
-def test_fused_loads_and_answers(
+@pytest.fixture(scope="module")
+def calibrated(
+    smollm2: ModelFolders,
+    smollm2_sql_adapter: AdapterFolders,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, FuseReport]:
+    """Fused by default, calibrated on the adapter's training data."""
+    target = tmp_path_factory.mktemp("calibrated") / "fused"
+    report = fuse(
+        smollm2.four_bit,
+        smollm2_sql_adapter.adapter,
+        target,
+        calibration=smollm2_sql_adapter.data,
+        calibration_tokens=4096,
+    )
+    return target, report
+
+
+def test_the_fine_tune_survives_at_the_same_size(
     tmp_path: Path,
     smollm2: ModelFolders,
     smollm2_sql_adapter: AdapterFolders,
-    items: Any,
-    bits: int | None,
-    least: float,
+    calibrated: tuple[Path, FuseReport],
 ) -> None:
-    """At 8 bits the task is kept; at 4 bits rounding to nearest loses more or less of it."""
-    report = fuse(smollm2.four_bit, smollm2_sql_adapter.adapter, tmp_path / "fused", bits=bits)
-    assert bool(report.warnings) == (bits is None)
-    if bits is None:
-        assert report.output_bytes == report.base_bytes
-    model, tokenizer = load(str(tmp_path / "fused"))
+    """Rounding loses this adapter; calibrated, the model answers as base and adapter do."""
+    sources = smollm2.four_bit, smollm2_sql_adapter.adapter
+    rounded = fuse(*sources, tmp_path / "rounded", requantize="nearest")
+    assert rounded.warnings
+    data = smollm2_sql_adapter.data / "test.jsonl"
+    lost, kept = (
+        verify(*sources, folder, data=data, max_tokens=1000)
+        for folder in (tmp_path / "rounded", calibrated[0])
+    )
+    assert kept.structure_ok
+    assert lost.exact_match_reference == 1.0
+    assert kept.exact_match_fused == 1.0
+    assert kept.kl_mean < lost.kl_mean / 200
+    assert lost.exact_match_fused is not None
+    assert lost.exact_match_fused < 0.5
+    report = calibrated[1]
+    assert report.requantize == "calibrated"
+    assert not report.warnings
+    assert report.output_bytes == report.base_bytes
+
+
+def test_calibrated_it_is_closer_away_from_the_task_too(
+    tmp_path: Path,
+    smollm2: ModelFolders,
+    smollm2_sql_adapter: AdapterFolders,
+    calibrated: tuple[Path, FuseReport],
+) -> None:
+    sources = smollm2.four_bit, smollm2_sql_adapter.adapter
+    fuse(*sources, tmp_path / "rounded", requantize="nearest")
+    data = samples.general_data_path()
+    rounded, ours = (
+        verify(*sources, folder, data=data, max_tokens=800)
+        for folder in (tmp_path / "rounded", calibrated[0])
+    )
+    assert ours.kl_mean < rounded.kl_mean / 3
+
+
+def test_fused_loads_and_answers(calibrated: tuple[Path, FuseReport], items: Any) -> None:
+    model, tokenizer = load(str(calibrated[0]))
     prompt = tokenizer.apply_chat_template(items[0]["messages"][:1], add_generation_prompt=True)
     assert generate(model, tokenizer, prompt, max_tokens=6).startswith("SELECT")
-    assert exact_match(*as_float32(tmp_path / "fused"), items) >= least
+    assert exact_match(*as_float32(calibrated[0]), items) >= 0.99
+
+
+def test_at_8_bits_rounding_is_enough(
+    tmp_path: Path, smollm2: ModelFolders, smollm2_sql_adapter: AdapterFolders, items: Any
+) -> None:
+    report = fuse(smollm2.four_bit, smollm2_sql_adapter.adapter, tmp_path / "fused", bits=8)
+    assert report.requantize == "nearest"
+    assert not report.warnings
+    assert exact_match(*as_float32(tmp_path / "fused"), items) >= 0.95
 
 
 def test_a_zero_adapter_changes_no_byte(
@@ -99,12 +156,11 @@ def test_a_zero_adapter_changes_no_byte(
 
 
 def test_only_what_the_adapter_touches_changes(
-    tmp_path: Path, smollm2: ModelFolders, smollm2_sql_adapter: AdapterFolders
+    smollm2: ModelFolders, calibrated: tuple[Path, FuseReport]
 ) -> None:
-    fuse(smollm2.four_bit, smollm2_sql_adapter.adapter, tmp_path / "fused")
-    before, after = digests(smollm2.four_bit), digests(tmp_path / "fused")
+    before, after = digests(smollm2.four_bit), digests(calibrated[0])
     changed = {name.rpartition(".")[0] for name in before if before[name] != after[name]}
-    recipe = json.loads((tmp_path / "fused" / "fusekit.json").read_text())
+    recipe = json.loads((calibrated[0] / "fusekit.json").read_text())
     assert changed == set(recipe["modules"])
     assert len(changed) == 112
 

@@ -498,7 +498,7 @@ def test_rows_solved_in_parts_are_the_same(tmp_path: Path, monkeypatch: pytest.M
     for path in calibration.groups[0]:
         assert np.mean(whole.experts[path][0].codes == parts.experts[path][0].codes) > 0.99
     for path, result in whole.results.items():
-        assert parts.results[path].error == pytest.approx(result.error, rel=0.05)
+        assert parts.results[path].error == pytest.approx(result.error, rel=0.2)
 
 
 def test_fused_modules_come_and_go(tmp_path: Path) -> None:
