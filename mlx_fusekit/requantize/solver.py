@@ -49,11 +49,14 @@ class Moments:
 
     Attributes:
         matrix: float32 ``[columns, columns]``, damped, with a mean diagonal of 1.
-        factor: its Cholesky factor, upper triangular with ``factor.T @ factor = matrix``.
+        order: columns from the smallest second moment to the largest.
+        factor: Cholesky factor of the matrix in that order, upper triangular with
+            ``factor.T @ factor = matrix[order][:, order]``.
         scale: what the sums were multiplied by, 1 over their mean diagonal.
     """
 
     matrix: Float32
+    order: npt.NDArray[np.intp]
     factor: Float32
     scale: float
 
@@ -77,18 +80,19 @@ class Moments:
         scale = float(np.trace(second_moments)) / columns
         if not scale > _SMALLEST_MOMENT or not np.isfinite(second_moments).all():
             identity = np.eye(columns, dtype=np.float32)
-            return cls(identity, identity, 1.0)
+            return cls(identity, np.arange(columns), identity, 1.0)
         matrix = second_moments * np.float32(1 / scale)
         dtype = np.float64 if columns <= WIDEST_FLOAT64 else np.float32
         while True:
             damped = matrix.copy()
             damped[np.diag_indices(columns)] += np.float32(damping)
+            order = np.argsort(np.diag(damped), kind="stable")
             try:
-                factor = np.linalg.cholesky(damped.astype(dtype)).T
+                factor = np.linalg.cholesky(damped[np.ix_(order, order)].astype(dtype)).T
             except np.linalg.LinAlgError:
                 damping *= 10
                 continue
-            return cls(damped, np.ascontiguousarray(factor, np.float32), 1 / scale)
+            return cls(damped, order, np.ascontiguousarray(factor, np.float32), 1 / scale)
 
     def errors(self, values: Float32, target: Float32) -> npt.NDArray[np.float64]:
         """Squared change of each row's output, ``[rows]``."""
@@ -155,21 +159,27 @@ def solve(
 
 
 def _with_error_feedback(target: Float32, moments: Moments, grid: Grid) -> Float32:
-    """Round column by column, last to first, each error fed to the columns still to come."""
+    """Round column by column, each error fed to the columns still to come.
+
+    The column with the largest second moment is the first, while there is most to make its error
+    good with.
+    """
     columns = len(target)
     group_size = columns // grid.groups
     weights = moments.factor / np.diag(moments.factor)[:, None]
-    wanted, values = target.copy(), np.empty_like(target)
+    ordered = target[moments.order]
+    wanted, values = ordered.copy(), np.empty_like(target)
     for last in range(columns, 0, -_BLOCK):
         first = max(0, last - _BLOCK)
         errors = np.empty((last - first, target.shape[1]), np.float32)
-        for column in range(last - 1, first - 1, -1):
-            values[column] = grid.nearest(wanted[column], column // group_size)
-            error = np.subtract(values[column], target[column], out=errors[column - first])
+        for place in range(last - 1, first - 1, -1):
+            column = moments.order[place]
+            values[column] = grid.nearest(wanted[place], column // group_size)
+            error = np.subtract(values[column], ordered[place], out=errors[place - first])
             # Near columns at once, the others of the block when the sub-block is done.
-            near = max(first, (column - first) // _SUB_BLOCK * _SUB_BLOCK + first)
-            if near < column:
-                wanted[near:column] -= weights[near:column, column, None] * error
+            near = max(first, (place - first) // _SUB_BLOCK * _SUB_BLOCK + first)
+            if near < place:
+                wanted[near:place] -= weights[near:place, place, None] * error
             elif first < near:
                 done = min(near + _SUB_BLOCK, last)
                 wanted[first:near] -= (
