@@ -126,7 +126,7 @@ def _print(report: FuseReport) -> None:
     if report.dry_run:
         facts += [
             ("disk free", output.size(report.disk_free_bytes)),
-            ("working memory", f"about {output.size(report.memory_bytes)}"),
+            ("working memory", _memory(report)),
             ("files", ", ".join(report.files)),
         ]
     else:
@@ -135,6 +135,11 @@ def _print(report: FuseReport) -> None:
     if report.left_out:
         facts.append(("left out", ", ".join(report.left_out)))
     output.print_facts(title, facts)
+
+
+def _memory(report: FuseReport) -> str:
+    running = ", and what running the base takes" * (report.requantize == "calibrated")
+    return f"about {output.size(report.memory_bytes)}{running}"
 
 
 def _strategy(report: FuseReport) -> str:
