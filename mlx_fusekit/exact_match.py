@@ -7,6 +7,7 @@ producing exactly the answer, and much cheaper.
 
 import json
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
@@ -64,17 +65,16 @@ def exact_match(
     return matched / len(items)
 
 
-def encode_chat_item(tokenizer: Any, item: ChatItem) -> ScoredTokens:
+def encode_chat_item(tokenizer: Any, item: ChatItem, tools: Any = None) -> ScoredTokens:
     """Tokenize as mlx-lm's ``ChatDataset`` with ``mask_prompt`` does, cut after end-of-turn.
 
     Some templates write text behind the end-of-turn token (ChatML: a newline), which greedy
     decoding never reaches, so it is not part of the answer.
     """
+    render = partial(tokenizer.apply_chat_template, tools=tools, return_dict=False)
     messages = item["messages"]
-    tokens = list(tokenizer.apply_chat_template(messages, return_dict=False))
-    prompt = list(
-        tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
-    )
+    tokens = list(render(messages))
+    prompt = list(render(messages[:-1], add_generation_prompt=True))
     offset = len(prompt)
     if tokens[:offset] != prompt or len(tokens) == offset:
         raise ValueError(

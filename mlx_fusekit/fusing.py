@@ -18,27 +18,24 @@ from typing import Any, Self
 
 from mlx_fusekit import hub, recipe
 from mlx_fusekit.adapters import AdapterFolder
-from mlx_fusekit.adapters.combine import combine
 from mlx_fusekit.adapters.folder import CONFIG_NAME, WEIGHTS_NAME
 from mlx_fusekit.checkpoint.clone import copy_file, reflink
 from mlx_fusekit.checkpoint.companions import Companions, find_companions
 from mlx_fusekit.checkpoint.folder import INDEX_NAME, Checkpoint
-from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.checkpoint.staging import check_target, staging_folder
 from mlx_fusekit.checkpoint.writer import sync
 from mlx_fusekit.errors import CheckpointError, ConfigurationError, OutputError
 from mlx_fusekit.execute import default_workers, execute, memory_bytes, working_memory
 from mlx_fusekit.numerics import DTYPE_NAMES
 from mlx_fusekit.plan import FuseOptions, FusePlan, plan_fuse
+from mlx_fusekit.progress import StepProgress
 from mlx_fusekit.requantize import Nearest, Requantizer
 from mlx_fusekit.requantize.options import (
     CALIBRATION_TOKENS,
     CalibrationOptions,
     CalibrationReport,
 )
-
-#: Called with the step, and how much of it is done and there is in all.
-Progress = Callable[[str, int, int], None]
+from mlx_fusekit.sources import AdapterChoice, adapter_choices, open_bound
 
 STRATEGIES = ("auto", "calibrated", "nearest")
 #: Round to nearest at this width or below can lose most of a LoRA (shared/FACTS section 1).
@@ -51,14 +48,6 @@ DEFAULT_MAX_GROWTH = 0.1
 _RUNNABLE_SHARE = 0.8
 #: Any of these is needed to make tokens of text.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterChoice:
-    """An adapter the user named, and the weight its update gets."""
-
-    folder: hub.LocalFolder
-    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -173,7 +162,11 @@ class PreparedFuse:
         )
 
     def run(
-        self, *, clone: bool = True, workers: int | None = None, progress: Progress | None = None
+        self,
+        *,
+        clone: bool = True,
+        workers: int | None = None,
+        progress: StepProgress | None = None,
     ) -> FuseReport:
         """Write the fused model.
 
@@ -210,7 +203,7 @@ class PreparedFuse:
         )
 
     def _requantizer(
-        self, progress: Progress | None
+        self, progress: StepProgress | None
     ) -> tuple[Self, Requantizer, CalibrationReport | None]:
         """The strategy ready to be used, and this fuse with the widths it chose."""
         if self.strategy != "calibrated":
@@ -297,19 +290,15 @@ def prepare_fuse(
         raise ConfigurationError(f"--dtype {dtype}: choose {', '.join(DTYPE_NAMES)}")
     options = FuseOptions(bits, dequantize, DTYPE_NAMES[dtype] if dtype else None)
     base_folder = hub.resolve(model, revision=revision, code=trust_remote_code)
-    choices = tuple(_choices(adapter_path))
+    choices = adapter_choices(adapter_path)
     target = Path(save_path).expanduser()
     sources = (base_folder.path, *(choice.folder.path for choice in choices))
     check_target(target, overwrite=overwrite, sources=sources)
-    folders = [AdapterFolder.open(choice.folder.path) for choice in choices]
-    base = open_base(
+    base, adapter = open_bound(
         base_folder.path,
+        [(AdapterFolder.open(choice.folder.path), choice.weight) for choice in choices],
+        base_id=base_folder.repo_id or str(base_folder.path),
         trust_remote_code=trust_remote_code,
-        wanted={name for folder in folders for name in folder.target_tensors},
-    )
-    base_id = base_folder.repo_id or str(base_folder.path)
-    adapter = combine(
-        [(f.bind(base, base_id), c.weight) for f, c in zip(folders, choices, strict=True)]
     )
     plan = plan_fuse(base, adapter, options)
     strategy, notes = _strategy(plan, requantize, settings)
@@ -343,7 +332,7 @@ def fuse(
     revision: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> FuseReport:
     """Fuse adapters into a base model and write the result to a folder that mlx-lm loads.
 
@@ -438,7 +427,6 @@ def _calibration_options(
         max_kl_asked=max_kl is not None,
         widen=automatic,
         max_growth=growth,
-        optional=automatic and max_kl is None and file is None,
     )
 
 
@@ -601,28 +589,6 @@ class _Hashing:
         }
 
 
-def _choices(adapter_path: str | Path | Sequence[str | Path]) -> list[AdapterChoice]:
-    named = [adapter_path] if isinstance(adapter_path, str | Path) else list(adapter_path)
-    if not named:
-        raise ConfigurationError("--adapter-path: give at least one adapter")
-    choices = []
-    for name in named:
-        path, weight = _split_weight(str(name))
-        choices.append(AdapterChoice(hub.resolve(path, what="--adapter-path"), weight))
-    return choices
-
-
-def _split_weight(name: str) -> tuple[str, float]:
-    """``PATH:0.5`` as path and weight; a path that exists with the colon in it is left alone."""
-    path, colon, weight = name.rpartition(":")
-    if not colon or Path(name).expanduser().exists():
-        return name, 1.0
-    try:
-        return path, float(weight)
-    except ValueError:
-        return name, 1.0
-
-
 def _changed_config(plan: FusePlan) -> str | None:
     """``config.json`` of the fused model, or None when the base's serves unchanged."""
     if plan.quantization is None and plan.options.dtype is None:
@@ -664,7 +630,7 @@ def _check_written(plan: FusePlan, staging: Path) -> None:
         raise AssertionError(f"written and planned tensors differ: {set(planned) ^ set(found)}")
 
 
-def _counted(plan: FusePlan, progress: Progress | None) -> Callable[[int], None]:
+def _counted(plan: FusePlan, progress: StepProgress | None) -> Callable[[int], None]:
     total, done = plan.output_bytes, 0
 
     def count(nbytes: int) -> None:

@@ -20,7 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.numerics import Float32
-from mlx_fusekit.texts.sequences import TokenSequence
+from mlx_fusekit.texts.sequences import TokenSequence, grouped_by_length
 
 #: Tokens of a batch, padding included. More are hardly faster, fewer are slower.
 BATCH_TOKENS = 1024
@@ -141,12 +141,7 @@ def make_batches(
         batch_tokens: most tokens of a batch of several sequences, padding included.
     """
     positions = max(1, LOGIT_BYTES // (4 * vocabulary))
-    most = min(batch_tokens, positions)
-    groups: list[list[TokenSequence]] = []
-    for sequence in sorted(sequences, key=lambda s: len(s.tokens)):
-        if not groups or (len(groups[-1]) + 1) * len(sequence.tokens) > most:
-            groups.append([])
-        groups[-1].append(sequence)
+    groups = grouped_by_length(sequences, min(batch_tokens, positions))
     return [Batch(tuple(group), max(1, positions // len(group))) for group in groups]
 
 

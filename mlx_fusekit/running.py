@@ -23,12 +23,11 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.utils import load_model, load_tokenizer
 
 from mlx_fusekit.adapters import Adapter, AdapterFolder, LowRankUpdate
-from mlx_fusekit.adapters.combine import combine
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.header import TensorRef
-from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.execute import memory_bytes
+from mlx_fusekit.sources import open_bound
 
 #: The share of the machine's memory that a model made float32 may take.
 MEMORY_SHARE = 0.6
@@ -157,9 +156,7 @@ def run_teacher(
         AdapterError: when an adapter does not fit the base or the others.
         CheckpointError: naming what is wrong with the base.
     """
-    wanted = {name for adapter, _ in adapters for name in adapter.target_tensors}
-    base = open_base(folder, trust_remote_code=trust_remote_code, wanted=wanted)
-    bound = combine([(adapter.bind(base), weight) for adapter, weight in adapters])
+    _, bound = open_bound(folder, adapters, trust_remote_code=trust_remote_code)
     return run_adapted(
         folder, bound, trust_remote_code=trust_remote_code, memory_share=memory_share
     )

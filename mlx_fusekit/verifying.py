@@ -6,9 +6,8 @@ so that one sees how much of the way from base to fine-tune the fused model has 
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,17 @@ import numpy as np
 
 from mlx_fusekit import hub
 from mlx_fusekit.adapters import AdapterFolder
-from mlx_fusekit.adapters.combine import combine
 from mlx_fusekit.checkpoint.folder import Checkpoint
-from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import ConfigurationError
-from mlx_fusekit.fusing import _choices as adapter_choices
 from mlx_fusekit.parity import Model, Parity, Variant, compare
+from mlx_fusekit.progress import StepProgress, of_step
 from mlx_fusekit.running import MEMORY_SHARE, RunningModel, run_adapted, run_model
+from mlx_fusekit.sources import adapter_choices, open_bound
 from mlx_fusekit.structure import Check, check_no_adapter, check_same_model, check_structure
 from mlx_fusekit.texts.data import read_sequences
 from mlx_fusekit.texts.generate import generate_sequences
 from mlx_fusekit.texts.seeds import derived_seed
 from mlx_fusekit.texts.sequences import TokenSequence
-
-#: Called with the name of a step, how much of it is done, and how much there is in all.
-Progress = Callable[[str, int, int], None]
 
 MAX_TOKENS = 4096
 
@@ -133,7 +128,7 @@ def verify(
     max_tokens: int = MAX_TOKENS,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> ParityReport:
     """Compare a fused model, read back from disk, with base and adapter as mlx-lm runs them.
 
@@ -185,10 +180,10 @@ def verify(
             truth.running.tokenizer,
             tokens=max_tokens,
             seed=text_seed,
-            progress=_step(progress, "generating text"),
+            progress=of_step(progress, "generating text"),
         )
     measured = compare(
-        truth.running.model, candidates, sequences, progress=_step(progress, "comparing")
+        truth.running.model, candidates, sequences, progress=of_step(progress, "comparing")
     )
     return _report(
         fused=found.public_name,
@@ -228,21 +223,17 @@ def _teacher(
     adapter_path: str | Path | Sequence[str | Path],
     fused: Checkpoint,
     trust_remote_code: bool,
-    progress: Progress | None,
+    progress: StepProgress | None,
 ) -> _Reference:
     choices = adapter_choices(adapter_path)
-    opened = [AdapterFolder.open(choice.folder.path) for choice in choices]
-    base = open_base(
+    base, adapter = open_bound(
         folder.path,
+        [(AdapterFolder.open(choice.folder.path), choice.weight) for choice in choices],
+        base_id=folder.repo_id or str(folder.path),
         trust_remote_code=trust_remote_code,
-        wanted={name for adapter in opened for name in adapter.target_tensors},
-    )
-    base_id = folder.repo_id or str(folder.path)
-    adapter = combine(
-        [(a.bind(base, base_id), c.weight) for a, c in zip(opened, choices, strict=True)]
     )
     check_same_model(base, fused, f"--model {folder.public_name}", f"--fused {fused.folder}")
-    checks = check_structure(base, adapter, fused, _step(progress, "comparing files"))
+    checks = check_structure(base, adapter, fused, of_step(progress, "comparing files"))
     running = run_adapted(
         folder.path,
         adapter,
@@ -270,10 +261,6 @@ def _check_vocabulary(reference: RunningModel, fused: RunningModel) -> Check:
     if differing:
         detail = f"{differing} tokens of only one of them"
     return Check("same vocabulary", not differing, detail)
-
-
-def _step(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else partial(progress, name)
 
 
 def _report(

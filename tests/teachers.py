@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from tiny import LINEARS, LLAMA, QWEN3_MOE, VOCABULARY, make_adapter, make_model
+from tiny import EXPERTS, LINEARS, LLAMA, QWEN3_MOE, VOCABULARY, make_adapter, make_model
 
 from mlx_fusekit.adapters import AdapterFolder
 from mlx_fusekit.fusing import prepare_fuse
@@ -69,7 +69,6 @@ GEMMA3N: dict[str, Any] = {
     },
 }
 PHI = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
-EXPERTS = [f"mlp.switch_mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
 CONVOLUTION = [
     "conv.in_proj",
     "conv.out_proj",

@@ -10,6 +10,7 @@ import pytest
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.utils import load_model
 from tiny import (
+    EXPERTS,
     LINEARS,
     LLAMA,
     QWEN3_MOE,
@@ -49,7 +50,6 @@ MIXED = {
 FORMATS = {**AFFINE, **CODEBOOK, **SCALES, **DENSE, **MIXED}
 GLOBAL = {"nvfp4-global": {**CODEBOOK["nvfp4"], "global_scale": True}}
 
-EXPERTS = [f"mlp.switch_mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
 KINDS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "lora": (LLAMA, "lora", LINEARS),
     "dora": (LLAMA, "dora", LINEARS),

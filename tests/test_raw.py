@@ -7,14 +7,21 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm.utils import load_model
-from tiny import LINEARS, QWEN3_MOE, in_float32, logits, make_adapter, make_model, teacher_layers
+from tiny import (
+    EXPERTS,
+    LINEARS,
+    QWEN3_MOE,
+    in_float32,
+    logits,
+    make_adapter,
+    make_model,
+    teacher_layers,
+)
 
 from mlx_fusekit import fuse
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.sanitized import SanitizedModel, open_base
 from mlx_fusekit.errors import CheckpointError
-
-EXPERTS = [f"mlp.switch_mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
 
 
 def as_hugging_face(folder: Path, weights: dict[str, mx.array] | None = None) -> Path:

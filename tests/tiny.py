@@ -58,6 +58,7 @@ LINEARS = [
     "mlp.up_proj",
     "mlp.down_proj",
 ]
+EXPERTS = [f"mlp.switch_mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
 
 
 def make_model(

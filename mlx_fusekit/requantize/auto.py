@@ -2,9 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.parity import Model, Variant, compare
 from mlx_fusekit.plan import FusePlan, plan_fuse
+from mlx_fusekit.progress import StepProgress, of_step
 from mlx_fusekit.requantize.calibrated import Calibration, SolvedWeights
 from mlx_fusekit.requantize.options import CalibrationOptions, CalibrationReport
 from mlx_fusekit.requantize.widening import choose_widths, measured_costs
@@ -28,9 +28,6 @@ _MOST_ROUNDS = 5
 _AIM = 0.85
 _CLOSE_ENOUGH = 0.6
 
-#: Called with the step, and how much of it is done and there is in all.
-Progress = Callable[[str, int, int], None]
-
 
 def calibrate(
     plan: FusePlan,
@@ -38,7 +35,7 @@ def calibrate(
     options: CalibrationOptions,
     *,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> tuple[FusePlan, SolvedWeights, CalibrationReport]:
     """Solve the weights of a plan's re-quantized modules.
 
@@ -64,7 +61,7 @@ def calibrate(
         training_data=_training_data(adapters),
         tokens=options.tokens,
         seed=options.seed,
-        progress=_step(progress, "generating text"),
+        progress=of_step(progress, "generating text"),
     )
     session = _Session(plan, teacher, text, options, trust_remote_code, progress)
     return session.run()
@@ -94,7 +91,7 @@ class _Session:
     text: CalibrationText
     options: CalibrationOptions
     trust_remote_code: bool
-    progress: Progress | None
+    progress: StepProgress | None
 
     def run(self) -> tuple[FusePlan, SolvedWeights, CalibrationReport]:
         first = self._attempt({}, "re-quantizing")
@@ -124,7 +121,7 @@ class _Session:
             narrow.calibration.groups,
             {path: result.error for path, result in narrow.calibration.solved.results.items()},
             self.text.held_out,
-            _step(self.progress, "looking for what to widen"),
+            of_step(self.progress, "looking for what to widen"),
         )
         growth = self.options.max_growth
         cap = None if growth is None else int(growth * self.plan.base_bytes)
@@ -157,7 +154,7 @@ class _Session:
 
     def _calibrated(self, plan: FusePlan, label: str) -> Calibration:
         calibration = Calibration(self._readable(plan), self.teacher, self.text.sequences)
-        calibration.run(_step(self.progress, label))
+        calibration.run(of_step(self.progress, label))
         return calibration
 
     def _report(
@@ -169,7 +166,7 @@ class _Session:
             "base": Variant(model, self.teacher.without_adapter),
         }
         measured = compare(
-            model, candidates, self.text.held_out, progress=_step(self.progress, "measuring")
+            model, candidates, self.text.held_out, progress=of_step(self.progress, "measuring")
         )
         fused, base = measured["fused"], measured["base"]
         results = calibration.solved.results
@@ -197,7 +194,3 @@ class _Session:
 def _training_data(adapters: tuple[AdapterFolder, ...]) -> Path | None:
     found = (training_data(adapter.config, adapter.folder) for adapter in adapters)
     return next((path for path in found if path is not None), None)
-
-
-def _step(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else partial(progress, name)

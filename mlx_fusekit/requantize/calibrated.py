@@ -34,8 +34,7 @@ from mlx_fusekit.requantize.walk import LayerChain, layers_of, token_batches
 from mlx_fusekit.running import RunningModel, place
 from mlx_fusekit.texts.sequences import TokenSequence
 
-#: Bytes that second moments held at once may take: those of experts, and of models whose layers
-#: are no chain.
+#: Bytes that the second moments of experts may take, as many as are held at once.
 MOMENTS_BYTES = 2 << 30
 #: Weights solved at once; more rows than this are solved one part after the other.
 _SOLVED_ELEMENTS = 1 << 24
@@ -73,7 +72,6 @@ class SolvedWeights:
 
     experts: dict[str, list[QuantizedRows]] = field(default_factory=dict)
     results: dict[str, ModuleResult] = field(default_factory=dict)
-    name: str = "calibrated"
 
     def __call__(
         self,
@@ -258,7 +256,7 @@ class Calibration:
             for matrix in matrices:
                 last = first + matrix.merged.shape[1]
                 rows = matrix.finished(part_of(solution.quantized, first, last))
-                self._finish(matrix.step, [rows], solution, moments)
+                self._finish(matrix.step, [rows], [solution], moments)
                 first = last
 
     def _solve_experts(self, group: Sequence[str], inputs: Inputs) -> None:
@@ -292,23 +290,19 @@ class Calibration:
                     solved[path].append(solution)
                     rows[path].append(matrix.finished(solution.quantized))
         for path in group:
-            total = Solution(
-                rows[path][0],
-                sum(solution.error for solution in solved[path]),
-                sum(solution.nearest_error for solution in solved[path]),
-            )
-            self._finish(self._steps[path], rows[path], total, seen)
+            self._finish(self._steps[path], rows[path], solved[path], seen)
 
     def _finish(
         self,
         step: WeightStep,
         experts: list[QuantizedRows],
-        solution: Solution,
+        solutions: Sequence[Solution],
         moments: InputMoments,
     ) -> None:
         assert step.target_spec is not None, "a solved module is quantized"
         self.solved.experts[step.module] = experts
-        ratio = solution.error / solution.nearest_error if solution.nearest_error > 0 else 1.0
+        nearest = sum(solution.nearest_error for solution in solutions)
+        ratio = sum(solution.error for solution in solutions) / nearest if nearest > 0 else 1.0
         self.solved.results[step.module] = ModuleResult(ratio, moments.count, moments.skipped)
         self.fused.put(step.module, experts, step.target_spec)
         if self._progress is not None:

@@ -6,7 +6,7 @@ one column of all rows, or one group's scales, lie together in memory.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -87,19 +87,18 @@ class AffineGrid:
 
     def nearest(self, values: Float32, group: int) -> Float32:
         """See :class:`Grid`."""
-        codes: Float32 = values - self.biases[group]
-        codes *= self.inverse[group]
-        np.rint(codes, out=codes)
-        np.maximum(codes, np.float32(0), out=codes)
-        np.minimum(codes, np.float32((1 << self.bits) - 1), out=codes)
+        codes = self._codes(values, group)
         codes *= self.scales[group]
         codes += self.biases[group]
         return codes
 
     def codes(self, values: Float32) -> Float32:
         """Nearest codes of ``[groups, members, rows]``, as whole float32 numbers."""
-        codes: Float32 = values - self.biases[:, None]
-        codes *= self.inverse[:, None]
+        return self._codes(values, np.s_[:, None])
+
+    def _codes(self, values: Float32, chosen: Any) -> Float32:
+        codes: Float32 = values - self.biases[chosen]
+        codes *= self.inverse[chosen]
         np.rint(codes, out=codes)
         np.maximum(codes, np.float32(0), out=codes)
         np.minimum(codes, np.float32((1 << self.bits) - 1), out=codes)
@@ -168,14 +167,15 @@ class CodebookGrid:
 
     def nearest(self, values: Float32, group: int) -> Float32:
         """See :class:`Grid`."""
-        rounded: Float32 = self._table[self._codes(values, self.inverse[group])]
-        rounded *= self.scales[group]
-        return rounded
+        return self._rounded(values, group)
 
     def rounded(self, values: Float32) -> Float32:
         """The grid's nearest values to ``[groups, members, rows]``."""
-        rounded: Float32 = self._table[self._codes(values, self.inverse[:, None])]
-        rounded *= self.scales[:, None]
+        return self._rounded(values, np.s_[:, None])
+
+    def _rounded(self, values: Float32, chosen: Any) -> Float32:
+        rounded: Float32 = self._table[self._codes(values, self.inverse[chosen])]
+        rounded *= self.scales[chosen]
         return rounded
 
     def quantized(self, values: Float32) -> QuantizedRows:

@@ -20,7 +20,6 @@ class CalibrationOptions:
         max_kl_asked: whether the user set it.
         widen: whether modules may get wider bits to keep it.
         max_growth: how much larger than the base the model may become by that, as a share.
-        optional: whether rounding to nearest will do where calibrating is not possible.
     """
 
     file: Path | None = None
@@ -30,7 +29,11 @@ class CalibrationOptions:
     max_kl_asked: bool = False
     widen: bool = False
     max_growth: float | None = None
-    optional: bool = False
+
+    @property
+    def optional(self) -> bool:
+        """Whether rounding to nearest will do where calibrating is not possible."""
+        return self.widen and not self.max_kl_asked and self.file is None
 
 
 @dataclass(frozen=True)

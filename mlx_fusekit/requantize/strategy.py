@@ -25,10 +25,6 @@ class TargetFormat:
 class Requantizer(Protocol):
     """Brings blocks of merged weights into a quantized format; called from several threads."""
 
-    @property
-    def name(self) -> str:
-        """What ``--requantize`` calls it, and the recipe records."""
-
     def __call__(
         self,
         module: str,
@@ -50,8 +46,6 @@ class Requantizer(Protocol):
 
 class Nearest:
     """Round to nearest on a fresh min-max grid: what ``mlx_lm.fuse`` does."""
-
-    name = "nearest"
 
     def __call__(
         self,

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mlx_fusekit.requantize.fused import FusedModules
 from mlx_fusekit.requantize.taps import ModuleInput, calls_intercepted, evaluate, inputs_noted
 from mlx_fusekit.running import RunningModel
-from mlx_fusekit.texts.sequences import TokenSequence
+from mlx_fusekit.texts.sequences import TokenSequence, grouped_by_length
 
 #: Tokens of a batch, padding included.
 BATCH_TOKENS = 1024
@@ -39,16 +39,8 @@ class TokenBatch:
 
 def token_batches(sequences: Sequence[TokenSequence]) -> list[TokenBatch]:
     """Batches of sequences of similar length."""
-    batches: list[TokenBatch] = []
-    pending: list[tuple[int, ...]] = []
-    for tokens in sorted((s.tokens for s in sequences), key=len):
-        if pending and (len(pending) + 1) * len(tokens) > BATCH_TOKENS:
-            batches.append(_padded(pending))
-            pending = []
-        pending.append(tokens)
-    if pending:
-        batches.append(_padded(pending))
-    return batches
+    groups = grouped_by_length(sequences, BATCH_TOKENS)
+    return [_padded([sequence.tokens for sequence in group]) for group in groups]
 
 
 def _padded(sequences: Sequence[tuple[int, ...]]) -> TokenBatch:

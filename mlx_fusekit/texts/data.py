@@ -5,7 +5,6 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import jinja2
@@ -270,25 +269,17 @@ def _encode_chat(
     messages: list[dict[str, Any]], tools: Any, tokenizer: Any
 ) -> TokenSequence | None:
     """A conversation through the chat template, None where that cannot render it."""
-
-    def render(turns: list[dict[str, Any]], **options: Any) -> list[int]:
-        return list(tokenizer.apply_chat_template(turns, tools=tools, **options))
-
     if messages[-1]["role"] == "assistant":
-        renderer = SimpleNamespace(
-            apply_chat_template=render,
-            eos_token_id=tokenizer.eos_token_id,
-            eos_token_ids=getattr(tokenizer, "eos_token_ids", None),
-        )
         # What fails for the prompt alone may do for the whole.
         with contextlib.suppress(*TEMPLATE_ERRORS):
-            scored = encode_chat_item(renderer, cast(ChatItem, {"messages": messages}))
+            scored = encode_chat_item(tokenizer, cast(ChatItem, {"messages": messages}), tools)
             if scored.offset:
                 return TokenSequence(tuple(scored.tokens), scored.offset, is_answer=True)
     try:
-        return TokenSequence(tuple(render(messages, return_dict=False)))
+        whole = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)
     except TEMPLATE_ERRORS:
         return None
+    return TokenSequence(tuple(whole))
 
 
 def _contents(messages: Iterable[Mapping[str, Any]]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Tokenized text, and which of its tokens a measurement counts."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -17,3 +18,20 @@ class TokenSequence:
     tokens: tuple[int, ...]
     scored: int = 1
     is_answer: bool = False
+
+
+def grouped_by_length(
+    sequences: Iterable[TokenSequence], most_tokens: int
+) -> list[list[TokenSequence]]:
+    """Sequences of similar length, to be run together.
+
+    Args:
+        sequences: in any order.
+        most_tokens: of a group, padding to its longest included; a single sequence may have more.
+    """
+    groups: list[list[TokenSequence]] = []
+    for sequence in sorted(sequences, key=lambda s: len(s.tokens)):
+        if not groups or (len(groups[-1]) + 1) * len(sequence.tokens) > most_tokens:
+            groups.append([])
+        groups[-1].append(sequence)
+    return groups
