@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mlx_fusekit.bench.harness import Workload, benchmark
+    from mlx_fusekit.bench.report import BenchReport
     from mlx_fusekit.fusing import FuseReport, PreparedFuse, fuse, prepare_fuse
     from mlx_fusekit.verifying import ParityReport, verify
 
@@ -14,15 +16,21 @@ _HOMES = {
     "prepare_fuse": "fusing",
     "FuseReport": "fusing",
     "PreparedFuse": "fusing",
+    "benchmark": "bench.harness",
+    "BenchReport": "bench.report",
+    "Workload": "bench.harness",
     "verify": "verifying",
     "ParityReport": "verifying",
 }
 
 __all__ = [
+    "BenchReport",
     "FuseReport",
     "ParityReport",
     "PreparedFuse",
+    "Workload",
     "__version__",
+    "benchmark",
     "fuse",
     "prepare_fuse",
     "verify",

@@ -66,7 +66,7 @@ def test_fuse_needs_neither_mlx_nor_mlx_lm_for_an_mlx_base(folder: Path, tmp_pat
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["fuse"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], ["fuse"], ["verify"], ["inspect"]])
 def test_help_fits_80_columns(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.returncode == 0

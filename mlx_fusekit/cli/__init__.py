@@ -12,6 +12,7 @@ from mlx_fusekit.cli.failures import run
 _COMMANDS = {
     "fuse": "Fuse adapters into a base model; one model folder comes out.",
     "verify": "Measure how close a fused model is to base and adapter.",
+    "bench": "Time base and adapter against fused models.",
     "inspect": "Show the facts of a model or adapter folder.",
 }
 

@@ -38,11 +38,13 @@ def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
     _stdout().print(table)
 
 
-def print_rows(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table whose first column is text and whose others are numbers."""
+def print_rows(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1
+) -> None:
+    """A table whose first columns are text and whose others are numbers."""
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for place, name in enumerate(header):
-        table.add_column(name, justify="left" if place == 0 else "right", overflow="fold")
+        table.add_column(name, justify="left" if place < text_columns else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     _stdout().print(table)
@@ -56,10 +58,13 @@ def warn(message: str) -> None:
 
 
 @contextlib.contextmanager
-def steps_bar() -> Iterator[StepReport | None]:
+def steps_bar(*, animated: bool = True) -> Iterator[StepReport | None]:
     """A bar a step on stderr with the time left; None where stderr is no terminal.
 
     What is yielded takes the step's name, how much of it is done, and how much there is in all.
+
+    Args:
+        animated: draw the bars all the time, from a thread; else only when something is reported.
     """
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -71,13 +76,13 @@ def steps_bar() -> Iterator[StepReport | None]:
         TaskProgressColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, auto_refresh=animated) as bar:
         tasks: dict[str, TaskID] = {}
 
         def report(step: str, done: int, total: int) -> None:
             if step not in tasks:
                 tasks[step] = bar.add_task(step, total=total)
-            bar.update(tasks[step], completed=done, total=total)
+            bar.update(tasks[step], completed=done, total=total, refresh=not animated)
 
         yield report
 

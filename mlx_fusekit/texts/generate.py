@@ -20,6 +20,7 @@ import mlx.nn as nn
 from mlx_fusekit.texts.data import TEMPLATE_ERRORS, sequence_start
 from mlx_fusekit.texts.seeds import derived_seed
 from mlx_fusekit.texts.sequences import TokenSequence
+from mlx_fusekit.texts.special import special_ids
 
 #: Called with tokens done and tokens in all.
 Progress = Callable[[int, int], None]
@@ -313,13 +314,6 @@ def _render(tokenizer: Any, message: str, *, tokenize: bool) -> Any:
         return None
 
 
-def _special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids of the tokens that stand for no text: begin, end, padding, roles, modalities."""
-    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
-    special = {int(token) for token, entry in added.items() if entry.special}
-    return frozenset(special | set(tokenizer.all_special_ids))
-
-
 def _end_ids(tokenizer: Any) -> frozenset[int]:
     """Ids at which mlx-lm stops generating."""
     several = getattr(tokenizer, "eos_token_ids", None)
@@ -351,7 +345,7 @@ class _Sampler:
         self.model = model
         self.tokenizer = tokenizer
         self.ends = _end_ids(tokenizer)
-        self.special = _special_ids(tokenizer)
+        self.special = special_ids(tokenizer)
         self.report = report
         self._key = mx.random.key(seed)
         self._random = random.Random(seed)  # noqa: S311

@@ -1,0 +1,1 @@
+"""Timing base+adapter against fused models, so that the numbers can be trusted."""

@@ -1,0 +1,186 @@
+"""What is timed: a base, the base with its adapter as mlx-lm runs it, fused models."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import sharded_load
+
+from mlx_fusekit.checkpoint.folder import Checkpoint
+from mlx_fusekit.errors import AdapterError, CheckpointError
+from mlx_fusekit.running import RunningModel, run_model
+
+BASE = "base"
+ADAPTED = "base+adapter"
+FUSED = "fused"
+
+#: What configurations call the number of experts a token goes through.
+_ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k")
+
+
+@dataclass(frozen=True)
+class ArmSource:
+    """An arm on disk.
+
+    Attributes:
+        name: in tables.
+        public_name: of the model: the Hub id, or the path the user gave.
+        folder: of the model.
+        adapter: folder of the adapter that it runs with, unmerged.
+        trust_remote_code: let model code that lies in the folder run.
+    """
+
+    name: str
+    public_name: str
+    folder: Path
+    adapter: Path | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def disk_bytes(self) -> int:
+        """Size of all weight files, the adapter's included."""
+        return _weight_file_bytes(self.folder) + self.adapter_disk_bytes
+
+    @property
+    def adapter_disk_bytes(self) -> int:
+        """Size of the adapter's weight files."""
+        return _weight_file_bytes(self.adapter) if self.adapter is not None else 0
+
+
+def _weight_file_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+@dataclass(frozen=True)
+class LoadedArm:
+    """An arm in memory.
+
+    Attributes:
+        load_seconds: until its weights were in memory, the adapter's share included.
+        adapter_load_seconds: the adapter's share; None without one.
+    """
+
+    running: RunningModel
+    load_seconds: float
+    adapter_load_seconds: float | None
+
+    @property
+    def model(self) -> nn.Module:
+        """mlx-lm's."""
+        return self.running.model
+
+
+def load_arm(source: ArmSource) -> LoadedArm:
+    """Load an arm as mlx-lm does: weights in their stored formats, adapter layers around them.
+
+    Under ``mlx.launch`` each machine loads its shard.
+
+    Raises:
+        AdapterError: when mlx-lm cannot run the adapter.
+        CheckpointError: naming what is wrong with the model's folder.
+    """
+    start = time.perf_counter()
+    load = _load_shard if mx.distributed.init().size() > 1 else _load_whole
+    running = load(source)
+    loaded = time.perf_counter()
+    if source.adapter is None:
+        return LoadedArm(running, loaded - start, None)
+    try:
+        load_adapters(running.model, str(source.adapter))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise AdapterError(
+            f"--adapter-path {source.adapter}: mlx-lm cannot run it on {source.public_name}, "
+            f"so there is no unfused arm to time ({line.rstrip(':')})"
+        ) from error
+    mx.eval(running.model.parameters())
+    running.model.eval()
+    end = time.perf_counter()
+    return LoadedArm(running, end - start, end - loaded)
+
+
+def _load_whole(source: ArmSource) -> RunningModel:
+    return run_model(source.folder, trust_remote_code=source.trust_remote_code, memory_share=0.0)
+
+
+def _load_shard(source: ArmSource) -> RunningModel:
+    Checkpoint.open(source.folder)
+    trust = source.trust_remote_code
+    try:
+        model, _, config = sharded_load(
+            str(source.folder),
+            tensor_group=mx.distributed.init(),
+            return_config=True,
+            tokenizer_config={"trust_remote_code": trust},
+            trust_remote_code=trust,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{source.public_name}: mlx-lm cannot shard it ({error})") from error
+    model.eval()
+    return RunningModel(model, source.folder, config, exact=False, trust_remote_code=trust)
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """What a model's weights amount to.
+
+    Attributes:
+        bits_per_weight: bytes of the stored arrays in bits, by the numbers they stand for.
+        weight_bytes: of all arrays.
+        read_bytes_per_token: of the arrays that generating one token reads: of an embedding that
+            is not also the head, one row; of experts, those a token goes through. An adapter's
+            matrices count; the key-value cache and intermediate results do not.
+    """
+
+    bits_per_weight: float
+    weight_bytes: int
+    read_bytes_per_token: int
+
+
+def weight_facts(model: nn.Module, config: Mapping[str, Any]) -> WeightFacts:
+    """Count the arrays of a model in memory."""
+    tied = not any(path.rpartition(".")[2] == "lm_head" for path, _ in model.named_modules())
+    count = stored = read = 0
+    for _, module in model.named_modules():
+        arrays = {key: value for key, value in module.items() if isinstance(value, mx.array)}
+        nbytes = sum(array.nbytes for array in arrays.values())
+        stored += nbytes
+        count += _logical_size(module, arrays)
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding) and not tied:
+            nbytes //= arrays["weight"].shape[0]
+        elif isinstance(module, SwitchLinear | QuantizedSwitchLinear):
+            nbytes = round(nbytes * _active_share(module, config))
+        read += nbytes
+    return WeightFacts(8 * stored / max(count, 1), stored, read)
+
+
+def _logical_size(module: nn.Module, arrays: Mapping[str, mx.array]) -> int:
+    if "scales" not in arrays:
+        return sum(array.size for array in arrays.values())
+    packed = {"weight", "scales", "biases", "global_scale"}
+    others = sum(array.size for key, array in arrays.items() if key not in packed)
+    return int(arrays["weight"].size * 32 // module.bits) + others
+
+
+def _active_share(module: nn.Module, config: Mapping[str, Any]) -> float:
+    """The share of its experts that a token goes through; all where the config does not say."""
+    experts = module.weight.shape[0]
+    texts = (config, config.get("text_config") or {})
+    active = next(
+        (text[key] for text in texts for key in _ACTIVE_EXPERTS if isinstance(text.get(key), int)),
+        experts,
+    )
+    return float(min(1.0, active / experts))
+
+
+def adapter_kind(folder: Path) -> str:
+    """``lora``, ``dora`` or ``full``."""
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    return str(config.get("fine_tune_type", "lora"))

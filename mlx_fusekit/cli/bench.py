@@ -1,0 +1,278 @@
+"""``mlx-fusekit bench`` and ``mlx-fusekit bench report``."""
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_fusekit.cli import bench_tables, output
+from mlx_fusekit.cli.failures import INTERRUPTED
+from mlx_fusekit.errors import ConfigurationError, OutputError
+
+if TYPE_CHECKING:
+    from mlx_fusekit.bench.report import BenchReport
+
+_PLOTS = (".png", ".svg", ".pdf")
+
+
+@click.group("bench", invoke_without_command=True)
+@click.option("--model", help="Base model: folder or Hub id.")
+@click.option("--adapter-path", help="Adapter that base+adapter runs with: folder or Hub id.")
+@click.option(
+    "--fused",
+    multiple=True,
+    metavar="[NAME=]PATH",
+    help="A fused model: folder or Hub id. Repeat to time more, each under its name.",
+)
+@click.option(
+    "-p",
+    "--prompt-tokens",
+    type=click.IntRange(min=1),
+    multiple=True,
+    metavar="N",
+    help="Length of the prompt, in random tokens. Repeat for more lengths.  [default: 512]",
+)
+@click.option(
+    "-g",
+    "--generation-tokens",
+    type=click.IntRange(min=1),
+    multiple=True,
+    metavar="N",
+    help="Tokens to generate. Repeat for more lengths.  [default: 128]",
+)
+@click.option("--prompt", metavar="TEXT", help="Process this, in the chat template.")
+@click.option("--prompt-file", metavar="FILE", help="Process what this file holds, likewise.")
+@click.option(
+    "-n",
+    "--num-trials",
+    "trials",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="Timed generations of each model.",
+)
+@click.option(
+    "-b",
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Sequences that generate together.",
+)
+@click.option(
+    "--prefill-step-size",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    metavar="N",
+    help="Tokens of a prompt that are processed at once.",
+)
+@click.option(
+    "--delay",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="S",
+    help="Seconds to wait before each trial, for the machine to cool.",
+)
+@click.option(
+    "--load-trials",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Processes that load each model, for load time and memory.",
+)
+@click.option("--skip-base", is_flag=True, help="Leave out the base by itself.")
+@click.option(
+    "--fuse-seconds",
+    type=click.FloatRange(min=0),
+    metavar="S",
+    help="What fusing took, to see after how many tokens that is won back.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and order.")
+@click.option("--json", "json_path", metavar="FILE", help="Write all samples; - prints them.")
+@click.option("--csv", "csv_path", metavar="FILE", help="Write one line a trial.")
+@click.option("--plot", "plot_path", metavar="FILE", help="Draw them: .png, .svg or .pdf.")
+@click.option("--overwrite", is_flag=True, help="Replace these files where they exist.")
+@click.option("--revision", help="Branch, tag or commit of a Hub base.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the models' own *.py files.")
+@click.pass_context
+def command(context: click.Context, /, **options: Any) -> int | None:
+    r"""Time base and adapter against fused models.
+
+    All get the same prompt and generate the same number of tokens, greedily. After a warm-up they
+    take turns in a balanced order. The table has medians, and how many times as fast each is as
+    base+adapter, with a 95 % confidence interval. Ctrl-C keeps what was measured.
+
+    \b
+    mlx-fusekit bench --model M --adapter-path A --fused S -p 512 -g 128 -n 10
+    mlx-fusekit bench report mac.json linux.json
+    """
+    if context.invoked_subcommand is not None:
+        return None
+    if options["model"] is None:
+        raise click.UsageError("Missing option '--model'.", context)
+    files = _Files(*(options.pop(f"{kind}_path") for kind in ("json", "csv", "plot")))
+    files.check(overwrite=options.pop("overwrite"))
+    return _run(options, files)
+
+
+class _Files:
+    """Where a report is written to."""
+
+    def __init__(self, json_path: str | None, csv_path: str | None, plot_path: str | None) -> None:
+        self.json, self.csv, self.plot = json_path, csv_path, plot_path
+
+    def check(self, *, overwrite: bool) -> None:
+        """Refuse what cannot be written, before anything is timed."""
+        flags = {"--json": self.json, "--csv": self.csv, "--plot": self.plot}
+        for flag, name in flags.items():
+            if name is None or (name == "-" and flag == "--json"):
+                continue
+            path = Path(name)
+            if not path.parent.is_dir():
+                raise OutputError(f"{flag} {name}: there is no folder {path.parent}")
+            if path.is_dir():
+                raise OutputError(f"{flag} {name}: that is a folder; name a file")
+            if path.exists() and not overwrite:
+                raise OutputError(f"{flag} {name} exists; choose another, or give --overwrite")
+        if self.plot is not None:
+            _check_plot(self.plot)
+
+    def write(self, reports: Sequence["BenchReport"]) -> None:
+        """Write them; of several, only the plot."""
+        if self.json == "-":
+            output.print_json(reports[0].as_json())
+        elif self.json is not None:
+            text = json.dumps(reports[0].as_json(), indent=1, ensure_ascii=False)
+            Path(self.json).write_text(text + "\n", "utf-8")
+        if self.csv is not None:
+            Path(self.csv).write_text(reports[0].as_csv(), "utf-8")
+        if self.plot is not None:
+            from mlx_fusekit.bench import plots
+
+            plots.draw(reports, Path(self.plot))
+
+
+def _check_plot(name: str) -> None:
+    if Path(name).suffix.lower() not in _PLOTS:
+        raise ConfigurationError(f"--plot {name}: name a {', '.join(_PLOTS)} file")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigurationError(
+            "--plot needs matplotlib: pip install 'mlx-fusekit[plot]'"
+        ) from error
+
+
+def _run(options: dict[str, Any], files: _Files) -> int:
+    from mlx_fusekit.bench.harness import Workload, benchmark
+
+    delay, prompt = options.pop("delay"), _prompt(options)
+    workload = Workload(
+        prompt_tokens=options.pop("prompt_tokens") or (512,),
+        generation_tokens=options.pop("generation_tokens") or (128,),
+        prompt=prompt,
+        batch_size=options.pop("batch_size"),
+        trials=options.pop("trials"),
+        load_trials=options.pop("load_trials"),
+        delay_seconds=delay,
+        prefill_step=options.pop("prefill_step_size"),
+        seed=options.pop("seed"),
+    )
+    fused = _named(options.pop("fused"))
+    with output.steps_bar(animated=False) as progress:
+        report = benchmark(fused=fused, workload=workload, progress=progress, **options)
+    if not _first_machine():
+        return 0
+    for warning in report.warnings:
+        output.warn(warning)
+    with _tables_on_stderr() if files.json == "-" else contextlib.nullcontext():
+        bench_tables.show(report)
+    files.write([report])
+    if report.complete:
+        return 0
+    output.warn("interrupted; what was measured until then is above, and marked as incomplete")
+    return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _tables_on_stderr() -> Iterator[None]:
+    """For people who ask for JSON on stdout and watch the terminal."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _first_machine() -> bool:
+    """Whether this process speaks for all, under ``mlx.launch``."""
+    import mlx.core as mx
+
+    return bool(mx.distributed.init().rank() == 0)
+
+
+def _prompt(options: dict[str, Any]) -> str | None:
+    text, file = options.pop("prompt"), options.pop("prompt_file")
+    if text is not None and file is not None:
+        raise click.UsageError("--prompt and --prompt-file: give one of them")
+    if (text is not None or file is not None) and options["prompt_tokens"]:
+        raise click.UsageError("-p makes a random prompt: leave it out beside --prompt")
+    if file is None:
+        return None if text is None else str(text)
+    try:
+        return Path(file).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--prompt-file {file}: {error}") from error
+
+
+def _named(values: Sequence[str]) -> dict[str, str]:
+    """Fused models by name; without a name, ``fused`` or the folder's."""
+    named: dict[str, str] = {}
+    for value in values:
+        found = re.fullmatch(r"([^=/\\]+)=(.+)", value)
+        if found and not Path(value).exists():
+            name, path = found.groups()
+        else:
+            path = value
+            name = "fused" if len(values) == 1 else (Path(value).name or value)
+        if name in named:
+            raise click.UsageError(f"--fused {value}: {name} is taken; give it another NAME=")
+        named[name] = path
+    return named
+
+
+@command.command("report")
+@click.argument("files", nargs=-1, required=True, metavar="FILE.json ...")
+@click.option("--csv", "csv_path", metavar="FILE", help="Write one line a trial.")
+@click.option("--plot", "plot_path", metavar="FILE", help="Draw them: .png, .svg or .pdf.")
+@click.option("--overwrite", is_flag=True, help="Replace these files where they exist.")
+def report_command(
+    files: tuple[str, ...], csv_path: str | None, plot_path: str | None, overwrite: bool
+) -> int:
+    """Show saved runs again, and compare those of several machines."""
+    from mlx_fusekit.bench.report import read_report
+    from mlx_fusekit.checkpoint.folder import read_json
+
+    if csv_path is not None and len(files) > 1:
+        raise click.UsageError("--csv takes one FILE.json")
+    written = _Files(None, csv_path, plot_path)
+    written.check(overwrite=overwrite)
+    reports = {}
+    for name in files:
+        if not Path(name).is_file():
+            raise ConfigurationError(f"{name}: there is no such file")
+        reports[name] = read_report(read_json(Path(name)), name)
+    for name, report in reports.items():
+        if len(reports) > 1:
+            click.echo(f"{name}\n")
+        bench_tables.show(report)
+    if len(reports) > 1:
+        bench_tables.compare(reports)
+    written.write(list(reports.values()))
+    return 0
