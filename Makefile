@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-real test-wheel lint types bench-fuse bench-preserve clean
+.PHONY: help install demo test test-real test-wheel lint types bench-fuse bench-preserve bench-harness clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1 \2/p' Makefile | \
@@ -50,6 +50,9 @@ bench-fuse: $(INSTALLED) ## Time fusing
 bench-preserve: $(INSTALLED) ## Measure what fusing leaves of a fine-tune (trains two adapters, once)
 	@sh scripts/fast_blas.sh install >/dev/null
 	LD_PRELOAD="$$(sh scripts/fast_blas.sh)" $(PY) benchmarks/preserve.py $(ARGS)
+
+bench-harness: $(INSTALLED) ## Measure how far the figures of `mlx-fusekit bench` can be trusted
+	$(PY) benchmarks/bench_harness.py $(ARGS)
 
 clean: ## Remove the environment and everything that was built
 	rm -rf $(VENV) $(VENV)-wheel dist demo

@@ -1,4 +1,5 @@
-"""What ``make demo`` runs: fuse the embedded sample, verify it, show what became of its fine-tune.
+"""What ``make demo`` runs: fuse the embedded sample, verify it, show what is left of its fine-tune,
+time it.
 
 python scripts/demo.py [--items N]
 
@@ -80,6 +81,10 @@ VERIFY = (
     *("--data", os.path.relpath(samples.evaluation_data_path(), ROOT)),
     *("--max-tokens", str(VERIFIED_TOKENS), "--max-kl", "0.01"),
 )
+BENCH = (
+    *("bench", "--fused", os.path.relpath(OURS.model, ROOT)),
+    *("-p", "32", "-g", "16", "-n", "6", "--load-trials", "1"),
+)
 WIDER = Contender(
     "mlx-fusekit fuse --bits 8",
     OUT / "fused-8bit",
@@ -98,7 +103,8 @@ def main() -> None:
     for contender in CONTENDERS:
         if contender.command:
             make(contender)
-    console.print(run("mlx-fusekit", VERIFY), soft_wrap=True)
+    for arguments in (VERIFY, BENCH):
+        console.print(run("mlx-fusekit", arguments), soft_wrap=True)
     with console.status("asking ..."):
         divergences = compare()
         results = {
@@ -115,7 +121,7 @@ def introduce(items: int) -> None:
         "The embedded sample is a tiny language model, quantized to 4 bits, and a LoRA\n"
         "adapter that taught it to answer questions in SQL.\n"
         "Three commands fuse the two; each leaves a folder that mlx-lm loads by itself.\n"
-        "A fourth verifies one of them.\n"
+        "A fourth verifies one of them, and a fifth times it.\n"
         f"Then every model gets the same {items} questions, none of which it was trained on,\n"
         "and an answer counts only if every character of it is right.\n"
     )

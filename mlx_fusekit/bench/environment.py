@@ -24,6 +24,8 @@ class Environment:
         chip: the processor's name.
         device: MLX's default device: ``gpu`` or ``cpu``.
         device_name: that device's name, where MLX knows it.
+        machines: how many run the model together, under ``mlx.launch``; what is counted in bytes is
+            then each one's share.
         power: where the system tells: ``ac``, ``battery``, and whether it saves power.
         load_average: processes that were running in the last minute, before the first trial.
     """
@@ -34,6 +36,7 @@ class Environment:
     os: str
     device: str
     device_name: str | None
+    machines: int
     power: str | None
     load_average: float | None
     python: str
@@ -54,6 +57,7 @@ class Environment:
             os=_system(),
             device=device,
             device_name=str(name) if (name := mx.device_info().get("device_name")) else None,
+            machines=mx.distributed.init().size(),
             power=_power(),
             load_average=load,
             python=platform.python_version(),

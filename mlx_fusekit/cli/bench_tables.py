@@ -195,6 +195,8 @@ def _machine(report: "BenchReport") -> None:
     power = f", power: {found.power}" if found.power else ""
     memory = output.size(found.memory_bytes)
     click.echo(f"{found.chip}, {found.cores} cores, {memory}, {found.os}{power}")
+    if found.machines > 1:
+        click.echo(f"one of {found.machines} machines, of which bytes are the share")
     click.echo(f"MLX on the {found.device}; {versions}; seed {report.seed}")
 
 
