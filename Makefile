@@ -7,6 +7,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+LLAMACPP := $(VENV)/.llamacpp
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-real test-wheel lint types bench-fuse bench-preserve bench-harness clean
@@ -24,7 +25,7 @@ test: $(INSTALLED) ## Run the tests
 	LD_PRELOAD="$$(sh scripts/fast_blas.sh)" OPENBLAS_NUM_THREADS=1 \
 		$(PY) -m pytest -m "not real" -n auto $(ARGS)
 
-test-real: $(INSTALLED) ## Run the tests on a real model (downloads 100 MB and trains, once)
+test-real: $(LLAMACPP) ## Run the tests on real models and llama.cpp (downloads, builds, trains, once)
 	@sh scripts/fast_blas.sh install >/dev/null
 	LD_PRELOAD="$$(sh scripts/fast_blas.sh)" $(PY) -m pytest -m real $(ARGS)
 
@@ -58,6 +59,11 @@ clean: ## Remove the environment and everything that was built
 	rm -rf $(VENV) $(VENV)-wheel dist demo
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find mlx_fusekit scripts tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(LLAMACPP): $(INSTALLED)
+	@echo "Building llama.cpp; that takes about five minutes, once"
+	@$(PY) -m pip install --quiet llama-cpp-python
+	@touch $@
 
 $(PY):
 	@sh scripts/bootstrap.sh $(VENV)

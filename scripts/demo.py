@@ -1,5 +1,4 @@
-"""What ``make demo`` runs: fuse the embedded sample, verify it, show what is left of its fine-tune,
-time it.
+"""What ``make demo`` runs: fuse the embedded sample, verify and time it, export it, ask it.
 
 python scripts/demo.py [--items N]
 
@@ -74,6 +73,10 @@ class Result:
 
 BASE = Contender("base", samples.model_path())
 TEACHER = Contender("base + adapter", samples.model_path(), samples.adapter_path())
+SOURCES = (
+    *("--model", os.path.relpath(BASE.model, ROOT)),
+    *("--adapter-path", os.path.relpath(samples.adapter_path(), ROOT)),
+)
 PEER = Contender("mlx_lm.fuse", OUT / "mlx-lm", command=("mlx_lm.fuse",))
 OURS = Contender("mlx-fusekit fuse", OUT / "fused", command=("mlx-fusekit", "fuse"))
 VERIFY = (
@@ -85,6 +88,7 @@ BENCH = (
     *("bench", "--fused", os.path.relpath(OURS.model, ROOT)),
     *("-p", "32", "-g", "16", "-n", "6", "--load-trials", "1"),
 )
+GGUF = ("export-gguf", "--gguf-path", os.path.relpath(OUT / "fused.gguf", ROOT), "--modelfile")
 WIDER = Contender(
     "mlx-fusekit fuse --bits 8",
     OUT / "fused-8bit",
@@ -104,7 +108,9 @@ def main() -> None:
         if contender.command:
             make(contender)
     for arguments in (VERIFY, BENCH):
-        console.print(run("mlx-fusekit", arguments), soft_wrap=True)
+        console.print(run("mlx-fusekit", [*arguments, *SOURCES]), soft_wrap=True)
+    model = ["--model", os.path.relpath(OURS.model, ROOT)]
+    console.print(run("mlx-fusekit", [*GGUF, *model]), soft_wrap=True)
     with console.status("asking ..."):
         divergences = compare()
         results = {
@@ -121,7 +127,7 @@ def introduce(items: int) -> None:
         "The embedded sample is a tiny language model, quantized to 4 bits, and a LoRA\n"
         "adapter that taught it to answer questions in SQL.\n"
         "Three commands fuse the two; each leaves a folder that mlx-lm loads by itself.\n"
-        "A fourth verifies one of them, and a fifth times it.\n"
+        "Three more verify one of them, time it, and write it for llama.cpp and Ollama.\n"
         f"Then every model gets the same {items} questions, none of which it was trained on,\n"
         "and an answer counts only if every character of it is right.\n"
     )
@@ -130,14 +136,11 @@ def introduce(items: int) -> None:
 def make(contender: Contender) -> None:
     """Run the contender's command as a user would."""
     program, *options = contender.command
-    run(program, [*options, "--save-path", os.path.relpath(contender.model, ROOT)])
+    run(program, [*options, "--save-path", os.path.relpath(contender.model, ROOT), *SOURCES])
 
 
 def run(program: str, arguments: Sequence[str]) -> str:
-    """Run a command on base and adapter, from the repository; exit if it fails."""
-    arguments = list(arguments)
-    for flag, path in {"model": BASE.model, "adapter-path": TEACHER.adapter}.items():
-        arguments += [f"--{flag}", os.path.relpath(str(path), ROOT)]
+    """Run a command from the repository; exit if it fails."""
     console.print(f"$ {shlex.join([program, *arguments])}", soft_wrap=True)
     done = subprocess.run(
         [sys.executable, "-m", *MODULES[program], *arguments],

@@ -13,6 +13,8 @@ _COMMANDS = {
     "fuse": "Fuse adapters into a base model; one model folder comes out.",
     "verify": "Measure how close a fused model is to base and adapter.",
     "bench": "Time base and adapter against fused models.",
+    "export-gguf": "Write a model as one GGUF file for llama.cpp and Ollama.",
+    "export-lora": "Write a LoRA adapter as a GGUF adapter for llama.cpp.",
     "inspect": "Show the facts of a model or adapter folder.",
 }
 
@@ -24,7 +26,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module = importlib.import_module(f"mlx_fusekit.cli.{cmd_name}")
+        module = importlib.import_module(f"mlx_fusekit.cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 

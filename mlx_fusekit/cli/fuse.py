@@ -1,6 +1,7 @@
 """``mlx-fusekit fuse``."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import click
@@ -70,12 +71,20 @@ from mlx_fusekit.requantize.options import CALIBRATION_TOKENS
     help="How much larger auto may make the model.  [default: 0.1, without a cap with --max-kl]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the calibration text.")
+@click.option("--export-gguf", is_flag=True, help="Write the fused model as a GGUF file too.")
+@click.option(
+    "--gguf-path",
+    default="model.gguf",
+    show_default=True,
+    metavar="FILE",
+    help="That file, seen from --save-path.",
+)
 @click.option("--revision", help="Branch, tag or commit of a Hub base.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing model folder.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; read headers only, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--trust-remote-code", is_flag=True, help="Run and copy the model's own *.py files.")
-def command(as_json: bool, dry_run: bool, **options: Any) -> int:
+def command(as_json: bool, dry_run: bool, export_gguf: bool, gguf_path: str, **options: Any) -> int:
     """Fuse adapters into a base model; one model folder comes out.
 
     The result loads with mlx_lm.load and needs no adapter. It has the base's format and size
@@ -83,9 +92,13 @@ def command(as_json: bool, dry_run: bool, **options: Any) -> int:
     not hold; the model is there all the same.
     """
     options["adapter_path"] = list(options["adapter_path"])
+    save_path, trust_remote_code = Path(options["save_path"]), options["trust_remote_code"]
     prepared = prepare_fuse(
         options.pop("model"), options.pop("adapter_path"), options.pop("save_path"), **options
     )
+    if export_gguf:
+        target = save_path.expanduser() / Path(gguf_path).expanduser()
+        check_gguf(prepared.plan.base.folder, target, options["overwrite"], trust_remote_code)
     before = prepared.report()
     for warning in before.warnings:
         output.warn(warning)
@@ -96,11 +109,30 @@ def command(as_json: bool, dry_run: bool, **options: Any) -> int:
         for warning in report.warnings:
             if warning not in before.warnings:
                 output.warn(warning)
+    exported = None
+    if export_gguf and not dry_run:
+        from mlx_fusekit.cli import export_gguf as exporting
+
+        exported = exporting.run(
+            save_path, target, overwrite=options["overwrite"], trust_remote_code=trust_remote_code
+        )
     if as_json:
-        output.print_json(report.as_json())
+        more = {} if exported is None else {"gguf": exported.as_json()}
+        output.print_json(report.as_json() | more)
     else:
         _print(report)
+        if exported is not None:
+            exporting.show(exported)
     return 0 if report.passed else BELOW_THRESHOLD
+
+
+def check_gguf(base: Path, target: Path, overwrite: bool, trust_remote_code: bool) -> None:
+    """Refuse what cannot be exported before anything is fused."""
+    from mlx_fusekit.gguf.exporting import check_exportable
+    from mlx_fusekit.gguf.staging import check_gguf_target
+
+    check_exportable(base, trust_remote_code=trust_remote_code)
+    check_gguf_target(target, overwrite=overwrite)
 
 
 def _print(report: FuseReport) -> None:

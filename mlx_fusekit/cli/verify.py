@@ -17,7 +17,7 @@ from mlx_fusekit.verifying import MAX_TOKENS, ParityReport, verify
     metavar="PATH[:WEIGHT]",
     help="Adapter that was fused: folder or Hub id. Repeat as for fuse.",
 )
-@click.option("--fused", required=True, help="The fused model: folder or Hub id.")
+@click.option("--fused", required=True, help="The fused model: folder, Hub id, or GGUF file.")
 @click.option("--reference", help="Compare with this model instead of base and adapter.")
 @click.option(
     "--data",
@@ -48,7 +48,7 @@ def command(as_json: bool, **options: Any) -> int:
 
     Reads the fused model back from disk, runs it beside base and adapter (unmerged, as mlx-lm runs
     them) on the same tokens, and checks its files against the base's. Exits with code 3 when a
-    check of the files fails or the KL divergence is above --max-kl.
+    check of the files fails or the KL divergence is above --max-kl. A GGUF file runs in llama.cpp.
     """
     sources = [options.pop(name) for name in ("model", "adapter_path", "fused")]
     with output.steps_bar() as progress:

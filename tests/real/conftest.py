@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fetch_smollm2 import ModelFolders
     from train_adapter import AdapterFolders
 
+    from mlx_fusekit import FuseReport
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test in this folder as one that needs a real model."""
@@ -54,3 +56,23 @@ def smollm2_sql_adapter(smollm2: ModelFolders) -> AdapterFolders:
     from train_adapter import Recipe, ensure_adapter
 
     return ensure_adapter(Recipe(task="sql"), smollm2.four_bit)
+
+
+@pytest.fixture(scope="session")
+def smollm2_fused(
+    smollm2: ModelFolders,
+    smollm2_sql_adapter: AdapterFolders,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, FuseReport]:
+    """That adapter fused by default, calibrated on its training data."""
+    from mlx_fusekit import fuse
+
+    target = tmp_path_factory.mktemp("calibrated") / "fused"
+    report = fuse(
+        smollm2.four_bit,
+        smollm2_sql_adapter.adapter,
+        target,
+        calibration=smollm2_sql_adapter.data,
+        calibration_tokens=4096,
+    )
+    return target, report

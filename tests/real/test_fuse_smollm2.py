@@ -64,29 +64,11 @@ def test_dequantized_in_float32_it_is_the_teacher(
     assert exact_match(fused, tokenizer, items) >= 0.95
 
 
-@pytest.fixture(scope="module")
-def calibrated(
-    smollm2: ModelFolders,
-    smollm2_sql_adapter: AdapterFolders,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, FuseReport]:
-    """Fused by default, calibrated on the adapter's training data."""
-    target = tmp_path_factory.mktemp("calibrated") / "fused"
-    report = fuse(
-        smollm2.four_bit,
-        smollm2_sql_adapter.adapter,
-        target,
-        calibration=smollm2_sql_adapter.data,
-        calibration_tokens=4096,
-    )
-    return target, report
-
-
 def test_the_fine_tune_survives_at_the_same_size(
     tmp_path: Path,
     smollm2: ModelFolders,
     smollm2_sql_adapter: AdapterFolders,
-    calibrated: tuple[Path, FuseReport],
+    smollm2_fused: tuple[Path, FuseReport],
 ) -> None:
     """Rounding loses this adapter; calibrated, the model answers as base and adapter do."""
     sources = smollm2.four_bit, smollm2_sql_adapter.adapter
@@ -95,7 +77,7 @@ def test_the_fine_tune_survives_at_the_same_size(
     data = smollm2_sql_adapter.data / "test.jsonl"
     lost, kept = (
         verify(*sources, folder, data=data, max_tokens=1000)
-        for folder in (tmp_path / "rounded", calibrated[0])
+        for folder in (tmp_path / "rounded", smollm2_fused[0])
     )
     assert kept.structure_ok
     assert lost.exact_match_reference == 1.0
@@ -103,7 +85,7 @@ def test_the_fine_tune_survives_at_the_same_size(
     assert kept.kl_mean < lost.kl_mean / 200
     assert lost.exact_match_fused is not None
     assert lost.exact_match_fused < 0.5
-    report = calibrated[1]
+    report = smollm2_fused[1]
     assert report.requantize == "calibrated"
     assert not report.warnings
     assert report.output_bytes == report.base_bytes
@@ -113,23 +95,23 @@ def test_calibrated_it_is_closer_away_from_the_task_too(
     tmp_path: Path,
     smollm2: ModelFolders,
     smollm2_sql_adapter: AdapterFolders,
-    calibrated: tuple[Path, FuseReport],
+    smollm2_fused: tuple[Path, FuseReport],
 ) -> None:
     sources = smollm2.four_bit, smollm2_sql_adapter.adapter
     fuse(*sources, tmp_path / "rounded", requantize="nearest")
     data = samples.general_data_path()
     rounded, ours = (
         verify(*sources, folder, data=data, max_tokens=800)
-        for folder in (tmp_path / "rounded", calibrated[0])
+        for folder in (tmp_path / "rounded", smollm2_fused[0])
     )
     assert ours.kl_mean < rounded.kl_mean / 3
 
 
-def test_fused_loads_and_answers(calibrated: tuple[Path, FuseReport], items: Any) -> None:
-    model, tokenizer = load(str(calibrated[0]))
+def test_fused_loads_and_answers(smollm2_fused: tuple[Path, FuseReport], items: Any) -> None:
+    model, tokenizer = load(str(smollm2_fused[0]))
     prompt = tokenizer.apply_chat_template(items[0]["messages"][:1], add_generation_prompt=True)
     assert generate(model, tokenizer, prompt, max_tokens=6).startswith("SELECT")
-    assert exact_match(*as_float32(calibrated[0]), items) >= 0.99
+    assert exact_match(*as_float32(smollm2_fused[0]), items) >= 0.99
 
 
 def test_at_8_bits_rounding_is_enough(
@@ -156,11 +138,11 @@ def test_a_zero_adapter_changes_no_byte(
 
 
 def test_only_what_the_adapter_touches_changes(
-    smollm2: ModelFolders, calibrated: tuple[Path, FuseReport]
+    smollm2: ModelFolders, smollm2_fused: tuple[Path, FuseReport]
 ) -> None:
-    before, after = digests(smollm2.four_bit), digests(calibrated[0])
+    before, after = digests(smollm2.four_bit), digests(smollm2_fused[0])
     changed = {name.rpartition(".")[0] for name in before if before[name] != after[name]}
-    recipe = json.loads((calibrated[0] / "fusekit.json").read_text())
+    recipe = json.loads((smollm2_fused[0] / "fusekit.json").read_text())
     assert changed == set(recipe["modules"])
     assert len(changed) == 112
 

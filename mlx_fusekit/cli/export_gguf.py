@@ -1,0 +1,93 @@
+"""``mlx-fusekit export-gguf``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_fusekit.cli import output
+
+if TYPE_CHECKING:
+    from mlx_fusekit.gguf.encoding import TensorEncoding
+    from mlx_fusekit.gguf.exporting import ExportReport
+
+#: So that --help imports nothing heavy; the package's own list is checked against it by a test.
+OUTTYPES = ("auto", "lossless", "f32", "f16", "bf16", "q8_0")
+_LISTED = 5
+
+
+@click.command("export-gguf")
+@click.option("--model", required=True, help="The model: folder or Hub id.")
+@click.option("--gguf-path", required=True, metavar="FILE", help="The GGUF file to write.")
+@click.option(
+    "--outtype",
+    type=click.Choice(OUTTYPES),
+    default="auto",
+    show_default=True,
+    help="auto: each quantized tensor in the type that holds the same values, or the closest. "
+    "lossless: the same values, in a wider type where need be. Others convert.",
+)
+@click.option("--modelfile", is_flag=True, help="Write Ollama's Modelfile beside it.")
+@click.option("--system", metavar="TEXT", help="System prompt for the Modelfile.")
+@click.option("--ollama", metavar="NAME", help="Make an Ollama model of it: ollama create NAME.")
+@click.option("--dry-run", is_flag=True, help="Show what would be written, and write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace the files where they exist.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the model's own *.py files.")
+def command(as_json: bool, model: str, gguf_path: str, **options: Any) -> None:
+    """Write a model as one GGUF file for llama.cpp and Ollama.
+
+    Quantized weights are repacked, not quantized again: in most formats the file holds the same
+    values, bit by bit. With tokenizer, chat template and metadata.
+    """
+    report = run(model, gguf_path, **options)
+    if as_json:
+        output.print_json(report.as_json())
+    else:
+        show(report)
+
+
+def run(model: str | Path, gguf_path: str | Path, **options: Any) -> "ExportReport":
+    """Export with a progress bar."""
+    from mlx_fusekit.gguf.exporting import export_gguf
+
+    with output.steps_bar() as progress:
+        return export_gguf(model, gguf_path, progress=progress, **options)
+
+
+def show(report: "ExportReport") -> None:
+    """What was written, for people."""
+    types = ", ".join(f"{count} {name}" for name, count in report.types.items())
+    facts = [
+        ("architecture", report.architecture),
+        ("tensors", types),
+        ("size", output.size(report.bytes)),
+        ("values", _exactness(report)),
+    ]
+    worst = sorted(report.inexact, key=lambda tensor: -(tensor.rel_rmse or 0))
+    facts += [("", f"{t.name}: {t.ggml_type.name}{_error(t)}") for t in worst[:_LISTED]]
+    if len(worst) > _LISTED:
+        facts.append(("", f"and {len(worst) - _LISTED} more (--json lists all)"))
+    if report.modelfile is not None and report.ollama_command is not None:
+        facts += [("Modelfile", report.modelfile), ("in Ollama", report.ollama_command)]
+    facts.append(("time", f"{report.seconds:.1f} s"))
+    verb = "Would write" if report.dry_run else "Wrote"
+    output.print_facts(f"{verb} {report.gguf_path}", facts)
+    for note in report.notes:
+        output.warn(note)
+
+
+def _exactness(report: "ExportReport") -> str:
+    if report.exact:
+        return "exactly those of the MLX model"
+    count = f"{len(report.inexact)} of {sum(report.types.values())} tensors"
+    if report.dry_run:
+        return f"{count} may not be exact; the export measures their error"
+    return f"{count} are not exact:"
+
+
+def _error(tensor: "TensorEncoding") -> str:
+    if tensor.rel_rmse is None:
+        return ""
+    return f", relative RMS error {tensor.rel_rmse:.2g}, at most {tensor.max_abs_error:.2g}"

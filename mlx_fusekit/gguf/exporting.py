@@ -1,0 +1,222 @@
+"""From an MLX model folder to one GGUF file: the public ``export_gguf()``."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from mlx_fusekit import hub
+from mlx_fusekit.checkpoint.base import BaseModel
+from mlx_fusekit.checkpoint.folder import read_json
+from mlx_fusekit.checkpoint.sanitized import open_base
+from mlx_fusekit.errors import ConfigurationError, OutputError
+from mlx_fusekit.gguf import hyperparameters
+from mlx_fusekit.gguf.architectures import Layout, lay_out
+from mlx_fusekit.gguf.encoding import OUTTYPES, TensorEncoding
+from mlx_fusekit.gguf.model_facts import read_model_facts
+from mlx_fusekit.gguf.modelfile import (
+    create_command,
+    create_in_ollama,
+    create_line,
+    modelfile_text,
+)
+from mlx_fusekit.gguf.plan import plan_gguf
+from mlx_fusekit.gguf.staging import check_gguf_target
+from mlx_fusekit.gguf.vocabulary import Vocabulary, read_vocabulary
+from mlx_fusekit.gguf.writer import write_gguf
+from mlx_fusekit.progress import StepProgress, of_step
+
+MODELFILE_NAME = "Modelfile"
+_GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did, or with ``dry_run`` would do.
+
+    Attributes:
+        model: that was exported: Hub id, or the path the user gave.
+        gguf_path: the file.
+        architecture: llama.cpp's name.
+        outtype: as asked for.
+        bytes: size of the file; of a dry run, of its tensors.
+        types: number of tensors by GGUF type.
+        exact: whether every tensor holds the very values that MLX dequantizes.
+        inexact: the tensors that do not, with their errors; errors are None in a dry run.
+        notes: what llama.cpp will do otherwise than mlx-lm, one line each.
+        modelfile: Ollama's, where one was written.
+        ollama_command: the line that makes an Ollama model of it.
+    """
+
+    model: str
+    gguf_path: str
+    architecture: str
+    outtype: str
+    bytes: int
+    types: dict[str, int]
+    exact: bool
+    inexact: tuple[TensorEncoding, ...]
+    notes: tuple[str, ...]
+    modelfile: str | None
+    ollama_command: str | None
+    dry_run: bool
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as a JSON object."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        fields["inexact"] = [
+            {
+                "tensor": tensor.name,
+                "type": tensor.ggml_type.name,
+                "relative_rms_error": tensor.rel_rmse,
+                "max_absolute_error": tensor.max_abs_error,
+            }
+            for tensor in self.inexact
+        ]
+        return fields | {"notes": list(self.notes)}
+
+
+@dataclass(frozen=True)
+class _Exportable:
+    """A model that was found to be exportable."""
+
+    layout: Layout
+    vocabulary: Vocabulary
+
+    @classmethod
+    def of(cls, base: BaseModel) -> "_Exportable":
+        """Refuse an architecture, a setting, a tensor or a tokenizer; reads headers only."""
+        layout = lay_out(base)
+        embedding = next(t for t in layout.tensors if t.name == "token_embd.weight")
+        return cls(layout, read_vocabulary(base.folder, embedding.shape[0]))
+
+
+def check_exportable(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Refuse a model that cannot be exported, before anything is made of it.
+
+    Raises:
+        CheckpointError: naming the architecture, the setting, the tensor or the tokenizer file.
+    """
+    _Exportable.of(open_base(folder, trust_remote_code=trust_remote_code))
+
+
+def export_gguf(
+    model: str | Path,
+    gguf_path: str | Path,
+    *,
+    outtype: str = "auto",
+    modelfile: bool = False,
+    system: str | None = None,
+    ollama: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    trust_remote_code: bool = False,
+    workers: int | None = None,
+    progress: StepProgress | None = None,
+) -> ExportReport:
+    """Write a model as one GGUF file that llama.cpp and Ollama run.
+
+    Args:
+        model: folder or Hub id, quantized or not.
+        gguf_path: the file to write.
+        outtype: ``auto`` repacks quantized tensors into the block type that holds the same values
+            and keeps the others as they are; ``lossless`` refuses any rounding and widens instead;
+            ``f32``, ``f16``, ``bf16`` and ``q8_0`` convert.
+        modelfile: write Ollama's Modelfile beside it.
+        system: system prompt for the Modelfile.
+        ollama: name under which ``ollama create`` makes a model of it.
+        revision: of a Hub id.
+        overwrite: replace an existing GGUF file and Modelfile.
+        dry_run: plan only; reads headers, scales and the tokenizer, and writes nothing.
+        trust_remote_code: let model code that lies in the folder run.
+        workers: threads.
+        progress: called with bytes written.
+
+    Raises:
+        FusekitError: before the first byte is written, for what cannot be exported.
+    """
+    start = time.perf_counter()
+    target = Path(gguf_path).expanduser()
+    if outtype not in OUTTYPES:
+        raise ConfigurationError(f"--outtype {outtype}: choose one of {', '.join(OUTTYPES)}")
+    check_gguf_target(target, overwrite=overwrite)
+    beside = target.with_name(MODELFILE_NAME) if modelfile or system or ollama else None
+    if beside is not None:
+        _check_modelfile(beside, ollama, overwrite=overwrite)
+    found = hub.resolve(model, revision=revision, code=trust_remote_code)
+    base = open_base(found.path, trust_remote_code=trust_remote_code)
+    exportable = _Exportable.of(base)
+    text = _modelfile(found.path, target, exportable.vocabulary, system) if beside else None
+    plan = plan_gguf(base, exportable.layout.tensors, outtype=outtype, workers=workers)
+    encodings = tuple(planned.encoding for planned in plan.tensors)
+    nbytes = plan.data_bytes
+    if not dry_run:
+        keys = _keys(found, exportable)
+        written = write_gguf(
+            plan,
+            keys,
+            target,
+            overwrite=overwrite,
+            workers=workers,
+            progress=of_step(progress, "writing"),
+        )
+        encodings, nbytes = written.tensors, written.nbytes
+        if beside is not None and text is not None:
+            beside.write_text(text, "utf-8")
+        if ollama is not None and beside is not None:
+            create_in_ollama(ollama, beside)
+    inexact = tuple(encoding for encoding in encodings if not encoding.exact)
+    return ExportReport(
+        model=found.public_name,
+        gguf_path=str(gguf_path),
+        architecture=exportable.layout.architecture,
+        outtype=outtype,
+        bytes=nbytes,
+        types=dict(Counter(encoding.ggml_type.name for encoding in encodings).most_common()),
+        exact=not inexact,
+        inexact=inexact,
+        notes=(*exportable.layout.notes, *exportable.vocabulary.notes),
+        modelfile=str(beside) if beside else None,
+        ollama_command=create_line(ollama or _ollama_name(target), beside) if beside else None,
+        dry_run=dry_run,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _keys(found: hub.LocalFolder, exportable: _Exportable) -> gguf.GGUFWriter:
+    """All metadata of the file."""
+    layout, vocabulary = exportable.layout, exportable.vocabulary
+    writer = gguf.GGUFWriter(None, layout.architecture)
+    writer.add_type(gguf.GGUFType.MODEL)
+    read_model_facts(found).add_to(writer, {token.text for token in vocabulary.tokens})
+    hyperparameters.write(layout.hyperparameters, writer)
+    vocabulary.add_to(writer)
+    return writer
+
+
+def _check_modelfile(path: Path, ollama: str | None, *, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path}: exists already; add --overwrite to replace it")
+    if ollama is not None:
+        create_command(ollama, path)
+
+
+def _modelfile(folder: Path, target: Path, vocabulary: Vocabulary, system: str | None) -> str:
+    config = folder / _GENERATION_CONFIG
+    generation = read_json(config) if config.exists() else {}
+    return modelfile_text(
+        target.name, generation=generation, stops=vocabulary.stop_texts, system=system
+    )
+
+
+def _ollama_name(target: Path) -> str:
+    """A name that Ollama takes, from the file's."""
+    allowed = "".join(
+        c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in target.stem
+    )
+    return allowed.strip(".-").lower() or "my-model"

@@ -1,0 +1,159 @@
+"""Ollama's Modelfile for an exported GGUF file, and the call that makes a model of it."""
+
+import math
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_fusekit.errors import CheckpointError, ConfigurationError, OutputError
+
+#: Ollama's parameters, and what ``generation_config.json`` calls them.
+_PARAMETERS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "typical_p": "typical_p",
+    "repeat_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+}
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+_NAME_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
+_NAME = re.compile(rf"(?:{_NAME_PART}(?::\d+)?/)?(?:{_NAME_PART}/)?{_NAME_PART}(?::{_NAME_PART})?")
+
+
+def modelfile_text(
+    gguf_name: str,
+    *,
+    generation: Mapping[str, Any],
+    stops: Sequence[str] = (),
+    system: str | None = None,
+) -> str:
+    """The text of a Modelfile. It has no TEMPLATE, since the GGUF file carries the chat template.
+
+    Args:
+        gguf_name: name of the GGUF file, which lies beside the Modelfile.
+        generation: ``generation_config.json``.
+        stops: texts at which the model ends its answer.
+        system: the system prompt, where one is wanted.
+
+    Raises:
+        CheckpointError: for a generation parameter that is no number.
+        ConfigurationError: for a text that a Modelfile cannot hold.
+    """
+    lines = [f"FROM {_value(f'./{gguf_name}', 'the name of the GGUF file')}"]
+    lines += [f"PARAMETER {name} {value}" for name, value in _parameters(generation)]
+    lines += [f"PARAMETER stop {_quoted(stop, 'a stop token')}" for stop in dict.fromkeys(stops)]
+    if system is not None:
+        lines.append(f"SYSTEM {_quoted(system, 'the system prompt')}")
+    return "\n".join(lines) + "\n"
+
+
+def create_command(name: str, modelfile: Path) -> list[str]:
+    """The command that makes an Ollama model of a Modelfile.
+
+    Raises:
+        ConfigurationError: for a name that Ollama does not allow.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigurationError(
+            f"--ollama {name}: not a name for a model; use letters, digits, '.', '_' and '-', "
+            "as my-model or me/my-model:tag"
+        )
+    return ["ollama", "create", name, "-f", str(modelfile)]
+
+
+def create_line(name: str, modelfile: Path) -> str:
+    """The same as one line for a shell."""
+    return shlex.join(create_command(name, modelfile))
+
+
+def create_in_ollama(name: str, modelfile: Path) -> None:
+    """Run ``ollama create``; what it prints goes to standard error.
+
+    Raises:
+        ConfigurationError: for a name that Ollama does not allow, or when it is not on the PATH.
+        OutputError: when it fails.
+    """
+    command = create_command(name, modelfile)
+    program = shutil.which(command[0])
+    if program is None:
+        raise ConfigurationError(
+            f"--ollama {name}: the program ollama is not on the PATH; install it from "
+            f"https://ollama.com, or run `{create_line(name, modelfile)}` where it is"
+        )
+    done = subprocess.run(  # noqa: S603 - no shell, and the name was checked
+        [program, *command[1:]], stdin=subprocess.DEVNULL, stdout=2, check=False
+    )
+    if done.returncode:
+        raise OutputError(
+            f"--ollama {name}: `ollama create` failed with status {done.returncode}, see its "
+            "message above; is the Ollama server running (`ollama serve`)?"
+        )
+
+
+def _parameters(generation: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    greedy = generation.get("do_sample") is False
+    if greedy:
+        yield "temperature", "0"
+    for name, key in _PARAMETERS.items():
+        value = generation.get(key)
+        if value is None or (greedy and name in _SAMPLING):
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or (name == "top_k" and value != int(value)):
+            raise CheckpointError(
+                f"generation_config.json: {key} is {value!r}, which is no number for it; "
+                "correct or remove it"
+            )
+        yield name, str(int(value)) if value == int(value) else repr(float(value))
+
+
+def _value(text: str, what: str) -> str:
+    """A value without quotes where Ollama reads it as it is."""
+    return text if _read_back(text) == text and _is_visible(text) else _quoted(text, what)
+
+
+def _quoted(text: str, what: str) -> str:
+    """A value in the first kind of quotes that Ollama reads back as it is.
+
+    There is no escape: a value ends with the first line that ends in its closing quotes.
+    """
+    if not _is_visible(text):
+        raise ConfigurationError(
+            f"{what} {text!r}: has characters without a shape, which Ollama drops; remove them"
+        )
+    for quotes in ('"', '"""'):
+        if _read_back(quotes + text + quotes) == text:
+            return quotes + text + quotes
+    raise ConfigurationError(
+        f"{what} {text!r}: no quotes of a Modelfile can hold it; let no line end in quotes"
+    )
+
+
+def _read_back(value: str) -> str | None:
+    """What Ollama's parser takes a value for that a line end follows; None where it reads on."""
+    read = ""
+    for line in (value + "\n").splitlines(keepends=True):
+        read += line
+        if (unquoted := _unquoted(read.strip())) is not None:
+            return unquoted
+    return None
+
+
+def _unquoted(text: str) -> str | None:
+    for quotes in ('"""', '"'):
+        if text.startswith(quotes):
+            closed = len(text) >= 2 * len(quotes) and text.endswith(quotes)
+            return text[len(quotes) : -len(quotes)] if closed else None
+    return text
+
+
+def _is_visible(text: str) -> bool:
+    """Whether Ollama keeps every character: line ends, tabs, and all that have a shape."""
+    return all(c.isprintable() or c in "\n\r\t" for c in text)

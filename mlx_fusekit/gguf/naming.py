@@ -1,0 +1,109 @@
+"""From the names that mlx-lm's classes give parameters to GGUF's, and which rows move."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from mlx_fusekit.errors import CheckpointError
+
+#: mlx-lm's names that are not those of Hugging Face, which gguf's map knows.
+_RENAMES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^language_model\.", ""),
+        (r"(?:mlp|feed_forward)\.switch_mlp\.", "mlp.experts."),
+        (
+            r"^model\.(layers\.\d+)\.block_sparse_moe\.switch_mlp\.gate_proj\.",
+            r"\1.feed_forward.experts.w1.",
+        ),
+        (
+            r"^model\.(layers\.\d+)\.block_sparse_moe\.switch_mlp\.down_proj\.",
+            r"\1.feed_forward.experts.w2.",
+        ),
+        (
+            r"^model\.(layers\.\d+)\.block_sparse_moe\.switch_mlp\.up_proj\.",
+            r"\1.feed_forward.experts.w3.",
+        ),
+        (r"\.e_score_correction_bias$", ".e_score_correction.bias"),
+        (r"\.expert_bias$", ".expert_bias.bias"),
+        (r"\.sinks$", ".sinks.weight"),
+        (r"\.dt_bias$", ".dt_proj.bias"),
+        (r"\.embed_q\.", ".k_b_proj."),
+        (r"\.unembed_out\.", ".v_b_proj."),
+    )
+)
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+#: Weights that llama.cpp multiplies element by element or runs through F32 kernels only.
+_FLOAT32 = re.compile(
+    r"(_norm\.weight|\.bias|ffn_gate_inp\.weight|conv1?d?\.weight|sinks\.weight)$"
+)
+
+
+class Names:
+    """GGUF's names of one architecture's tensors."""
+
+    def __init__(self, architecture: str, layers: int) -> None:
+        """Prepare the map.
+
+        Args:
+            architecture: member of ``gguf.MODEL_ARCH``, as "QWEN2MOE".
+            layers: of the model.
+
+        Raises:
+            CheckpointError: when the installed gguf package does not know the architecture.
+        """
+        if not hasattr(gguf.MODEL_ARCH, architecture):
+            raise CheckpointError(
+                f"the installed gguf package does not know the architecture {architecture}; "
+                "upgrade it: pip install -U gguf"
+            )
+        self._map = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], layers)
+
+    def of(self, stored: str) -> str | None:
+        """The GGUF name of a stored tensor, or None where the architecture has none."""
+        for pattern, replacement in _RENAMES:
+            stored = pattern.sub(replacement, stored)
+        name: str | None = self._map.get_name(stored, (".weight", ".bias"))
+        return name
+
+
+def needs_float32(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether llama.cpp takes a tensor as F32 only, by its GGUF name and shape."""
+    return len(shape) == 1 or _FLOAT32.search(name) is not None
+
+
+def in_file_order(names: Iterable[str]) -> list[str]:
+    """Names sorted: what stands before the blocks, the blocks by number, what follows them."""
+
+    def place(name: str) -> tuple[int, int, str]:
+        if (block := _BLOCK.fullmatch(name)) is not None:
+            return 1, int(block[1]), block[2]
+        return (2 if name.startswith("output") else 0), 0, name
+
+    return sorted(names, key=place)
+
+
+def interleaved_rows(heads: int, head_dim: int) -> npt.NDArray[np.int64]:
+    """Rows of a query or key projection in the order of pairs that lie side by side.
+
+    Hugging Face's rotary embedding turns row ``i`` of a head with row ``i + head_dim / 2``;
+    llama.cpp's of type NORM turns ``2 i`` with ``2 i + 1``.
+    """
+    rows = np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2)
+    return rows.transpose(0, 2, 1).reshape(-1)
+
+
+def leaf(name: str) -> str:
+    """A GGUF name without its block, as ``attn_q.weight``."""
+    block = _BLOCK.fullmatch(name)
+    return name if block is None else block[2]
+
+
+def parts_of(stored: Mapping[str, Any], quantized: Iterable[str]) -> set[str]:
+    """Stored tensors that belong to a quantized weight beside them: scales and biases."""
+    names = (f"{m}.{part}" for m in quantized for part in ("scales", "biases", "global_scale"))
+    return {name for name in names if name in stored}
