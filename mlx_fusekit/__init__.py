@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from mlx_fusekit.bench.harness import Workload, benchmark
     from mlx_fusekit.bench.report import BenchReport
     from mlx_fusekit.fusing import FuseReport, PreparedFuse, fuse, prepare_fuse
+    from mlx_fusekit.gguf.exporting import ExportReport, export_gguf
+    from mlx_fusekit.gguf.lora import LoraReport, export_lora
     from mlx_fusekit.verifying import ParityReport, verify
 
 # The public names load on first use: importing NumPy and MLX takes longer than `--help` may.
@@ -19,18 +21,26 @@ _HOMES = {
     "benchmark": "bench.harness",
     "BenchReport": "bench.report",
     "Workload": "bench.harness",
+    "export_gguf": "gguf.exporting",
+    "ExportReport": "gguf.exporting",
+    "export_lora": "gguf.lora",
+    "LoraReport": "gguf.lora",
     "verify": "verifying",
     "ParityReport": "verifying",
 }
 
 __all__ = [
     "BenchReport",
+    "ExportReport",
     "FuseReport",
+    "LoraReport",
     "ParityReport",
     "PreparedFuse",
     "Workload",
     "__version__",
     "benchmark",
+    "export_gguf",
+    "export_lora",
     "fuse",
     "prepare_fuse",
     "verify",

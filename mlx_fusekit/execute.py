@@ -89,7 +89,8 @@ def execute(
         by_tensor = {tensor.name: writer for writer in writers for tensor in writer.layout.tensors}
         pool = stack.enter_context(ThreadPoolExecutor(workers))
         try:
-            _run(pool, _tasks(plan, writers, by_tensor, requantizer), 4 * workers, progress)
+            tasks = _tasks(plan, writers, by_tensor, requantizer)
+            run_tasks(pool, tasks, 4 * workers, progress)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -97,10 +98,14 @@ def execute(
         return any(writer.cloned for writer in writers)
 
 
-def _run(
+def run_tasks(
     pool: ThreadPoolExecutor, tasks: Iterator[Task], in_flight: int, progress: Progress
 ) -> None:
-    """Run tasks with at most ``in_flight`` of them submitted, which bounds what they hold."""
+    """Run tasks with at most ``in_flight`` of them submitted, which bounds what they hold.
+
+    Args:
+        progress: called with what each task returns, its number of bytes, from the calling thread.
+    """
     finished: SimpleQueue[Future[int]] = SimpleQueue()
     running = 0
     for task in tasks:

@@ -153,7 +153,8 @@ def verify(
     """
     start = time.perf_counter()
     _check_options(model, adapter_path, reference, max_kl, max_tokens)
-    in_llama_cpp = _is_gguf(fused)
+    if in_llama_cpp := _is_gguf(fused):
+        _check_loadable(Path(fused).expanduser())
     found = None if in_llama_cpp else hub.resolve(fused, what="--fused", code=trust_remote_code)
     checkpoint = Checkpoint.open(found.path) if found is not None else None
     if reference is not None:
@@ -247,6 +248,13 @@ def _is_gguf(fused: str | Path) -> bool:
     if not path.is_file():
         raise CheckpointError(f"--fused {fused}: there is no such file")
     return True
+
+
+def _check_loadable(path: Path) -> None:
+    """Refuse a file that llama.cpp cannot load, before anything takes long."""
+    from mlx_fusekit.gguf.llamacpp import LlamaCpp
+
+    LlamaCpp(path, vocabulary_only=True).close()
 
 
 def _check_options(

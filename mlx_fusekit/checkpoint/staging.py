@@ -18,7 +18,7 @@ from mlx_fusekit.checkpoint.writer import sync
 from mlx_fusekit.errors import OutputError
 
 #: What a disk or its rights can do to us; any other OSError is a bug of ours.
-_OF_THE_DISK = (
+DISK_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
@@ -53,7 +53,7 @@ def check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) ->
             )
     if any(part.startswith(("models--", "datasets--")) for part in real.parts):
         raise OutputError(f"{target}: lies in the Hugging Face cache; choose another --save-path")
-    if not target.parent.resolve().is_dir() and not _can_make(target.parent):
+    if not target.parent.resolve().is_dir() and not can_make(target.parent):
         raise OutputError(f"{target.parent}: cannot be made; choose another --save-path")
     if not target.exists():
         return
@@ -79,7 +79,7 @@ def staging_folder(target: Path) -> Iterator[Path]:
         OutputError: when the disk or its rights do not let the folder be written.
     """
     parent = target.absolute().parent
-    made = _make_parents(parent)
+    made = make_parents(parent)
     _remove_abandoned(target)
     staging = parent / f".{target.name}{_STAGING}{secrets.token_hex(4)}"
     try:
@@ -97,7 +97,7 @@ def staging_folder(target: Path) -> Iterator[Path]:
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise OutputError(
                 f"{target}: could not be written ({error.strerror}); nothing was left behind"
             ) from error
@@ -111,11 +111,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
     if target.exists():
         target.rename(target.parent / f".{target.name}{_REPLACED}{secrets.token_hex(4)}")
     staging.rename(target)
-    descriptor = os.open(target.absolute().parent, os.O_RDONLY)
-    try:
-        sync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(target.absolute().parent)
 
 
 def _remove_abandoned(target: Path) -> None:
@@ -142,7 +138,7 @@ def _escaped(name: str) -> str:
     return glob.escape(name)
 
 
-def _make_parents(folder: Path) -> list[Path]:
+def make_parents(folder: Path) -> list[Path]:
     """Make a folder and its missing parents; those that were made, innermost first."""
     missing = []
     while not folder.exists():
@@ -156,7 +152,17 @@ def _make_parents(folder: Path) -> list[Path]:
     return missing
 
 
-def _can_make(folder: Path) -> bool:
+def can_make(folder: Path) -> bool:
+    """Whether a folder and its missing parents can be made."""
     while not folder.exists():
         folder = folder.parent
     return folder.is_dir() and os.access(folder, os.W_OK)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the names that a folder holds."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -161,8 +161,10 @@ def _decision(report: "BenchReport") -> None:
         )
     elif found.fuse_seconds is None:
         facts.append(("break-even", "give --fuse-seconds to see when fusing has paid"))
+    elif speed.verdict == "slower":
+        facts.append(("break-even", "never: it is slower"))
     else:
-        facts.append(("break-even", "never, at this speed"))
+        facts.append(("break-even", "cannot be told, as the speed cannot"))
     unfused, fused = report.arms[run.reference], report.arms[arm].disk_bytes
     adapter = unfused.adapter_disk_bytes
     base = unfused.disk_bytes - adapter

@@ -1,5 +1,6 @@
 """From an MLX model folder to one GGUF file: the public ``export_gguf()``."""
 
+import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -202,8 +203,11 @@ def _keys(found: hub.LocalFolder, exportable: _Exportable) -> gguf.GGUFWriter:
 def _check_modelfile(path: Path, ollama: str | None, *, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise OutputError(f"{path}: exists already; add --overwrite to replace it")
-    if ollama is not None:
-        create_command(ollama, path)
+    if ollama is not None and shutil.which(create_command(ollama, path)[0]) is None:
+        raise ConfigurationError(
+            f"--ollama {ollama}: the program ollama is not on the PATH; install it from "
+            "https://ollama.com, or leave --ollama out"
+        )
 
 
 def _modelfile(folder: Path, target: Path, vocabulary: Vocabulary, system: str | None) -> str:

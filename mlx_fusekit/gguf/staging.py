@@ -36,15 +36,15 @@ def check_gguf_target(target: Path, *, overwrite: bool) -> None:
     real = target.resolve()
     if any(part.startswith(("models--", "datasets--")) for part in real.parts):
         raise OutputError(f"{target}: lies in the Hugging Face cache; choose another --gguf-path")
-    if target.is_dir():
+    if real.is_dir():
         raise OutputError(f"{target}: is a folder; give a file name in it as --gguf-path")
     if not real.parent.is_dir() and not can_make(real.parent):
         raise OutputError(f"{target.parent}: cannot be made; choose another --gguf-path")
-    if not target.exists():
+    if not real.exists():
         return
     if not overwrite:
         raise OutputError(f"{target}: exists already; add --overwrite to replace it")
-    with open(target, "rb") as file:
+    with open(real, "rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise OutputError(
                 f"{target}: is no GGUF file, so --overwrite does not replace it; "

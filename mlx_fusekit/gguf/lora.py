@@ -1,0 +1,318 @@
+"""From an mlx-lm LoRA adapter to a GGUF adapter: the public ``export_lora()``.
+
+For each tensor ``W`` that an adapter names, llama.cpp computes ``W x + alpha / rank * B (A x)``,
+where ``W.lora_a`` is ``A [rank, columns]`` and ``W.lora_b`` is ``B [rows, rank]``, both with the
+experts before where there are some. Of the token embedding it takes rows of ``A [rows, rank]``
+and multiplies them by ``B [columns, rank]``. ``rank`` is the width of the B at hand.
+Source: llama.cpp, src/llama-adapter.cpp and src/llama-graph.cpp.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from mlx_fusekit import hub
+from mlx_fusekit.adapters import AdapterFolder, LowRankUpdate
+from mlx_fusekit.adapters.folder import CONFIG_NAME
+from mlx_fusekit.checkpoint.base import BaseModel
+from mlx_fusekit.errors import AdapterError
+from mlx_fusekit.gguf.architectures import Layout, lay_out
+from mlx_fusekit.gguf.header import read_gguf_header
+from mlx_fusekit.gguf.model_facts import Origin, read_model_facts
+from mlx_fusekit.gguf.naming import in_file_order, leaf
+from mlx_fusekit.gguf.staging import check_gguf_target, staged_file
+from mlx_fusekit.gguf.tensors import GgufTensor
+from mlx_fusekit.numerics import Float32
+from mlx_fusekit.sources import open_bound
+
+_CURE = "fuse the adapter and export the model instead: mlx-fusekit fuse --export-gguf"
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+#: Tensors that llama.cpp's graph multiplies by without looking for adapters, by architecture: it
+#: would load an adapter of them and do nothing with it.
+_NOT_ADAPTED = {
+    "deepseek2": frozenset(
+        {
+            "attn_q.weight",
+            "attn_q_a.weight",
+            "attn_q_b.weight",
+            "attn_kv_a_mqa.weight",
+            "attn_k_b.weight",
+            "attn_v_b.weight",
+            _HEAD,
+        }
+    ),
+}
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What an export of an adapter did.
+
+    Attributes:
+        gguf_path: the file.
+        architecture: llama.cpp's name of the base's.
+        tensors: number of tensors in the file, two for each tensor of the model that is adapted.
+        modules: number of mlx-lm's modules that are adapted.
+        rank: of the adapter; the largest, where modules differ.
+        alpha: ``adapter.lora.alpha``, mlx-lm's scale times rank.
+        bytes: size of the file.
+        notes: what the user should know, one line each.
+    """
+
+    gguf_path: str
+    architecture: str
+    tensors: int
+    modules: int
+    rank: int
+    alpha: float
+    bytes: int
+    seconds: float
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as a JSON object."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return fields | {"notes": list(self.notes)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """What the file holds for one tensor of the model.
+
+    Attributes:
+        name: of the model's tensor, as ``blk.0.attn_q.weight``.
+        a: ``lora_a``, float32.
+        b: ``lora_b``, float32.
+    """
+
+    name: str
+    a: Float32
+    b: Float32
+
+    @property
+    def tensors(self) -> dict[str, Float32]:
+        """Both, by their names in the file."""
+        return {f"{self.name}.lora_a": self.a, f"{self.name}.lora_b": self.b}
+
+
+def export_lora(
+    model: str | Path,
+    adapter_path: str | Path,
+    gguf_path: str | Path,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> LoraReport:
+    """Write an mlx-lm LoRA adapter as a GGUF adapter, which llama.cpp applies to its base.
+
+    The numbers stay those of the adapter, as F32: llama.cpp rounds activations to the type of what
+    it multiplies them by.
+
+    Args:
+        model: the base, folder or Hub id, quantized or not; only headers are read.
+        adapter_path: folder or Hub id of the adapter.
+        gguf_path: the file to write.
+        revision: of the base, where it is a Hub id.
+        overwrite: replace an existing GGUF file.
+        trust_remote_code: let model code that lies in the base's folder run.
+
+    Raises:
+        AdapterError: for an adapter that does not fit the base or that llama.cpp cannot apply,
+            naming the module.
+        CheckpointError: for a base that cannot be exported to GGUF.
+        FusekitError: for what cannot be found or written. No file is left behind.
+    """
+    start = time.perf_counter()
+    target = Path(gguf_path).expanduser()
+    check_gguf_target(target, overwrite=overwrite)
+    adapter_found = hub.resolve(adapter_path, what="--adapter-path")
+    folder = _open_lora(adapter_found.path)
+    model_found = hub.resolve(model, revision=revision, code=trust_remote_code)
+    base, adapter = open_bound(
+        model_found.path,
+        [(folder, 1.0)],
+        base_id=model_found.repo_id or str(model_found.path),
+        trust_remote_code=trust_remote_code,
+    )
+    layout = lay_out(base)
+    updates = _unscaled(folder, base)
+    rank = max(update.rank for update in updates.values())
+    alpha = _alpha(folder, rank)
+    pairs = _in_order(
+        pair
+        for module, update in updates.items()
+        for pair in _Module(folder, layout, module).pairs(update, rank)
+    )
+    keys = _keys(model_found, adapter_found, layout.architecture, alpha)
+    size = _write(keys, pairs, target, overwrite=overwrite)
+    return LoraReport(
+        gguf_path=str(gguf_path),
+        architecture=layout.architecture,
+        tensors=2 * len(pairs),
+        modules=len(updates),
+        rank=rank,
+        alpha=alpha,
+        bytes=size,
+        seconds=time.perf_counter() - start,
+        notes=adapter.warnings,
+    )
+
+
+def _open_lora(path: Path) -> AdapterFolder:
+    folder = AdapterFolder.open(path)
+    if folder.kind != "lora":
+        what = "a DoRA adapter" if folder.kind == "dora" else "a full fine-tune"
+        raise AdapterError(
+            f"{path}: is {what}, which llama.cpp cannot apply as an adapter; {_CURE}"
+        )
+    return folder
+
+
+def _unscaled(folder: AdapterFolder, base: BaseModel) -> Mapping[str, LowRankUpdate]:
+    """Updates by module whose numbers are the file's own, without the scale multiplied in."""
+    parameters = {**folder.config["lora_parameters"], "scale": 1.0}
+    stored = replace(folder, config={**folder.config, "lora_parameters": parameters}).bind(base)
+    updates = {}
+    for module, update in stored.weights.items():
+        assert isinstance(update, LowRankUpdate), "LoRA adapters hold low-rank updates only"
+        if update.rank == 0:
+            raise AdapterError(
+                f"{folder.header.file}: {module} has rank 0; train the adapter again"
+            )
+        updates[module] = update
+    return updates
+
+
+def _alpha(folder: AdapterFolder, rank: int) -> float:
+    """Scale times rank, as float32; llama.cpp takes an alpha of zero as none, and scales by one."""
+    with np.errstate(over="ignore", under="ignore"):
+        alpha = np.float32(folder.scale * rank)
+    if alpha == 0 or not np.isfinite(alpha):
+        raise AdapterError(
+            f"{folder.folder / CONFIG_NAME}: lora_parameters.scale is {folder.scale:g}, "
+            "which a GGUF adapter cannot hold; correct it"
+        )
+    return float(alpha)
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A module that an adapter changes, and what it is in the GGUF file of the base."""
+
+    folder: AdapterFolder
+    layout: Layout
+    path: str
+
+    def pairs(self, update: LowRankUpdate, rank: int) -> Iterator[_Pair]:
+        """The update, for each tensor that is made from the module's weight.
+
+        Args:
+            update: without the scale.
+            rank: that alpha was computed with. llama.cpp divides alpha by the module's own.
+        """
+        tensors = self.layout.tensors_of(self.path)
+        if not tensors:
+            raise self._refusal("is not in the GGUF file of this model, which does without it")
+        up = update.up * np.float32(update.rank / rank)
+        for tensor in tensors:
+            self._check(tensor)
+            yield self._pair(tensor, up, update.down)
+
+    def _check(self, tensor: GgufTensor) -> None:
+        if leaf(tensor.name) in _NOT_ADAPTED.get(self.layout.architecture, ()):
+            raise self._refusal(
+                f"is {tensor.name} in llama.cpp, which does not apply adapters to it in the "
+                f"architecture {self.layout.architecture}"
+            )
+        names = {other.name for other in self.layout.tensors}
+        if tensor.name == _EMBEDDING and _HEAD not in names:
+            raise self._refusal(
+                "is both embedding and output matrix of this model, and llama.cpp aborts on an "
+                "adapter of such a one"
+            )
+
+    def _pair(self, tensor: GgufTensor, up: Float32, down: Float32) -> _Pair:
+        stacked = len(tensor.shape) == 3
+        if tensor.transform is not None:
+            order = _column_order(tensor)
+            if order is None:
+                raise self._refusal(f"holds other values in llama.cpp, as {tensor.name}")
+            down = down[..., order]
+        if (stacked and tensor.rows is not None) or (not stacked and len(up) > 1):
+            raise self._refusal(f"has another shape in llama.cpp, as {tensor.name}")
+        if tensor.rows is not None:
+            up = up[:, tensor.rows]
+        if not stacked:
+            up, down = up[0], down[0]
+        a, b = (up, down.T) if tensor.name == _EMBEDDING else (down, up)
+        return _Pair(tensor.name, np.ascontiguousarray(a), np.ascontiguousarray(b))
+
+    def _refusal(self, what: str) -> AdapterError:
+        return AdapterError(f"{self.folder.header.file}: {self.path} {what}; {_CURE}")
+
+
+def _column_order(tensor: GgufTensor) -> npt.NDArray[np.intp] | None:
+    """In which order a transform takes the columns of a matrix, None where it does anything else.
+
+    Moving columns of ``up @ down`` is moving those of ``down``.
+    """
+    if tensor.transform is None or len(tensor.shape) != 2:
+        return None
+    row, column = np.indices(tensor.shape, np.float32, sparse=True)
+    if not np.array_equal(_transformed(tensor, row), np.broadcast_to(row, tensor.shape)):
+        return None
+    moved = _transformed(tensor, column)
+    order = moved[0].astype(np.intp)
+    same = np.array_equal(moved, np.broadcast_to(moved[0], tensor.shape))
+    return order if same and np.array_equal(np.sort(order), np.arange(len(order))) else None
+
+
+def _transformed(tensor: GgufTensor, values: Float32) -> Float32:
+    assert tensor.transform is not None, "only such tensors come here"
+    return tensor.transform(np.ascontiguousarray(np.broadcast_to(values, tensor.shape)))
+
+
+def _in_order(pairs: Iterator[_Pair]) -> list[_Pair]:
+    by_name = {pair.name: pair for pair in pairs}
+    return [by_name[name] for name in in_file_order(by_name)]
+
+
+def _keys(
+    model: hub.LocalFolder, adapter: hub.LocalFolder, architecture: str, alpha: float
+) -> gguf.GGUFWriter:
+    """All metadata of the file."""
+    writer = gguf.GGUFWriter(None, architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    facts = replace(read_model_facts(adapter), base_models=(Origin.of(model.public_name),))
+    facts.add_to(writer)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    return writer
+
+
+def _write(
+    writer: gguf.GGUFWriter, pairs: Sequence[_Pair], target: Path, *, overwrite: bool
+) -> int:
+    """Write a file that exists complete or not at all; its size."""
+    tensors = {name: values for pair in pairs for name, values in pair.tensors.items()}
+    with staged_file(target, overwrite=overwrite) as path:
+        for name, values in tensors.items():
+            writer.add_tensor(name, values)
+        try:
+            writer.write_header_to_file(path)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+        found = {tensor.name: tensor.shape for tensor in read_gguf_header(path).tensors.values()}
+        if found != {name: values.shape for name, values in tensors.items()}:
+            raise AssertionError(f"{target}: written and planned tensors differ")
+        return path.stat().st_size
