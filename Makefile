@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 LLAMACPP := $(VENV)/.llamacpp
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-real test-wheel lint types bench-fuse bench-preserve bench-harness clean
+.PHONY: help install demo test test-real test-wheel lint types bench-fuse bench-preserve bench-harness bench-gguf clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1 \2/p' Makefile | \
@@ -54,6 +54,9 @@ bench-preserve: $(INSTALLED) ## Measure what fusing leaves of a fine-tune (train
 
 bench-harness: $(INSTALLED) ## Measure how far the figures of `mlx-fusekit bench` can be trusted
 	$(PY) benchmarks/bench_harness.py $(ARGS)
+
+bench-gguf: $(INSTALLED) ## Time exporting to GGUF
+	$(PY) benchmarks/gguf_speed.py $(ARGS)
 
 clean: ## Remove the environment and everything that was built
 	rm -rf $(VENV) $(VENV)-wheel dist demo

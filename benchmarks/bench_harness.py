@@ -34,10 +34,12 @@ from mlx_fusekit.bench.report import TIMES, Run
 from mlx_fusekit.bench.workload import Shape, random_prompts
 from mlx_fusekit.running import run_model
 
-SHAPE = Shape(8, 16)
+SHAPE = Shape(8, 8)
 TRIALS = 10
 #: Times added to each call of a model, as shares of what a call takes.
 ADDED = (0.05, 0.25)
+#: Both arms wait at least so long: in a pause MLX's threads fall asleep, and waking takes time.
+PAUSE_SECONDS = 0.005
 VOCABULARY = 1024
 
 
@@ -104,7 +106,7 @@ def same(runs: int) -> None:
 def slowed(runs: int) -> None:
     """An arm that is slower by a known time."""
     model = run_model(samples.model_path(), memory_share=0).model
-    plain = Waiting(model, 0)
+    plain = Waiting(model, PAUSE_SECONDS)
     once = timed({"plain": plain}, 0).median("plain", "tpot_seconds") or 0
     print(f"An arm slowed by a known time a call, {SHAPE}, {TRIALS} trials, {runs} seeds:\n")
     print("| added a token | true ratio | median of the ratios found | intervals that hold it |")
@@ -112,7 +114,7 @@ def slowed(runs: int) -> None:
     for share in ADDED:
         added, held, found, truths = share * once, 0, list[float](), list[float]()
         for seed in range(runs):
-            run = timed({"plain": plain, "slowed": Waiting(model, added)}, seed)
+            run = timed({"plain": plain, "slowed": Waiting(model, PAUSE_SECONDS + added)}, seed)
             without = run.median("plain", "tpot_seconds") or 0
             truths.append(without / (without + added))
             ratio = run.speedups("tpot_seconds", seed)["slowed"]

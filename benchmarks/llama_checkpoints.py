@@ -204,13 +204,13 @@ def _config(shape: Shape) -> dict[str, Any]:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE without merges: 256 bytes and an end of text."""
+    """A byte-level BPE of one merge, without which llama.cpp takes none: 256 bytes and an end."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     end = "<|endoftext|>"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: place for place, token in enumerate([end, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary = {token: place for place, token in enumerate([end, *alphabet, "th"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([end])

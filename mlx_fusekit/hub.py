@@ -15,6 +15,7 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 #: What a model or adapter is made of; ``*.py`` comes along only for models whose code is trusted.
 _DATA_PATTERNS = (
     "*.json",
+    "README.md",
     "model*.safetensors",
     "adapters.safetensors",
     "tokenizer.model",

@@ -28,7 +28,8 @@ def copy_sample(target: Path) -> Path:
 
 def make_exportable(folder: Path, config: dict[str, Any] = LLAMA, **how: Any) -> Path:
     """A tiny random model, made as ``tiny.make_model`` does, with the sample's tokenizer."""
-    make_model(folder, {**config, "vocab_size": VOCABULARY}, **how)
+    rows = max(config["vocab_size"], VOCABULARY)
+    make_model(folder, {**config, "vocab_size": rows}, **how)
     for name in TOKENIZER:
         shutil.copy(samples.model_path() / name, folder)
     return folder

@@ -69,11 +69,14 @@ def show(report: "ExportReport") -> None:
     facts += [("", f"{t.name}: {t.ggml_type.name}{_error(t)}") for t in worst[:_LISTED]]
     if len(worst) > _LISTED:
         facts.append(("", f"and {len(worst) - _LISTED} more (--json lists all)"))
-    if report.modelfile is not None and report.ollama_command is not None:
-        facts += [("Modelfile", report.modelfile), ("in Ollama", report.ollama_command)]
+    if report.modelfile is not None:
+        facts.append(("Modelfile", report.modelfile))
     facts.append(("time", f"{report.seconds:.1f} s"))
     verb = "Would write" if report.dry_run else "Wrote"
     output.print_facts(f"{verb} {report.gguf_path}", facts)
+    if report.ollama_command is not None:
+        # Not in the table, which would break a long line that is to be pasted.
+        click.echo(f"\nTo run it in Ollama:\n{report.ollama_command}")
     for note in report.notes:
         output.warn(note)
 

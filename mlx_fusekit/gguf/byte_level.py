@@ -19,8 +19,13 @@ def byte_level_merges(files: TokenizerFiles) -> tuple[str, ...]:
     """Merges as llama.cpp reads them, the two parts with a space between.
 
     Raises:
-        CheckpointError: for a part that has a space itself.
+        CheckpointError: when there are none, and for a part that has a space itself.
     """
+    if not files.merges:
+        raise CheckpointError(
+            f"{files.file}: has no merges, and llama.cpp runs no byte-level tokenizer without; "
+            "download the model again, with its tokenizer"
+        )
     for pair in files.merges:
         if " " in "".join(pair):
             raise CheckpointError(

@@ -168,7 +168,7 @@ def export_gguf(
         )
         encodings, nbytes = written.tensors, written.nbytes
         if beside is not None and text is not None:
-            beside.write_text(text, "utf-8")
+            _write_modelfile(beside, text)
         if ollama is not None and beside is not None:
             create_in_ollama(ollama, beside)
     inexact = tuple(encoding for encoding in encodings if not encoding.exact)
@@ -201,6 +201,8 @@ def _keys(found: hub.LocalFolder, exportable: _Exportable) -> gguf.GGUFWriter:
 
 
 def _check_modelfile(path: Path, ollama: str | None, *, overwrite: bool) -> None:
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; choose a --gguf-path in another one")
     if path.exists() and not overwrite:
         raise OutputError(f"{path}: exists already; add --overwrite to replace it")
     if ollama is not None and shutil.which(create_command(ollama, path)[0]) is None:
@@ -208,6 +210,19 @@ def _check_modelfile(path: Path, ollama: str | None, *, overwrite: bool) -> None
             f"--ollama {ollama}: the program ollama is not on the PATH; install it from "
             "https://ollama.com, or leave --ollama out"
         )
+
+
+def _write_modelfile(path: Path, text: str) -> None:
+    """Complete or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, "utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path}: could not be written ({error.strerror}); the GGUF file is there"
+        ) from error
 
 
 def _modelfile(folder: Path, target: Path, vocabulary: Vocabulary, system: str | None) -> str:
