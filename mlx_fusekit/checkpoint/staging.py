@@ -11,14 +11,14 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mlx_fusekit.checkpoint.writer import sync
 from mlx_fusekit.errors import OutputError
 
 #: What a disk or its rights can do to us; any other OSError is a bug of ours.
-DISK_ERRORS = (
+_DISK_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
@@ -87,24 +87,43 @@ def staging_folder(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"{parent}: cannot be written to ({error.strerror})") from error
     descriptor = os.open(staging, os.O_RDONLY)
+    with undone_on_failure(target, made, lambda: shutil.rmtree(staging, ignore_errors=True)):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield staging
+            sync(descriptor)
+            _put_in_place(staging, target)
+        finally:
+            os.close(descriptor)
+    _remove_replaced(target)
+
+
+@contextlib.contextmanager
+def undone_on_failure(
+    target: Path, made: Sequence[Path], remove: Callable[[], object]
+) -> Iterator[None]:
+    """Leave nothing behind when the block fails or is interrupted.
+
+    Args:
+        target: what was to be made, for the message.
+        made: folders that were made for it, innermost first; those still empty are removed.
+        remove: takes away what was written so far.
+
+    Raises:
+        OutputError: where disk or rights were the cause.
+    """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield staging
-        sync(descriptor)
-        _put_in_place(staging, target)
+        yield
     except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove()
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise OutputError(
                 f"{target}: could not be written ({error.strerror}); nothing was left behind"
             ) from error
         raise
-    finally:
-        os.close(descriptor)
-    _remove_replaced(target)
 
 
 def _put_in_place(staging: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlx_fusekit.checkpoint.staging import DISK_ERRORS, can_make, make_parents, sync_folder
+from mlx_fusekit.checkpoint.staging import can_make, make_parents, sync_folder, undone_on_failure
 from mlx_fusekit.checkpoint.writer import sync
 from mlx_fusekit.errors import OutputError
 from mlx_fusekit.gguf.header import MAGIC
@@ -68,25 +68,16 @@ def staged_file(target: Path, *, overwrite: bool) -> Iterator[Path]:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     except OSError as error:
         raise OutputError(f"{parent}: cannot be written to ({error.strerror})") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield partial
-        sync(descriptor)
-        check_gguf_target(target, overwrite=overwrite)
-        partial.replace(target)
-        sync_folder(parent)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            raise OutputError(
-                f"{target}: could not be written ({error.strerror}); nothing was left behind"
-            ) from error
-        raise
-    finally:
-        os.close(descriptor)
+    with undone_on_failure(target, made, lambda: partial.unlink(missing_ok=True)):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield partial
+            sync(descriptor)
+            check_gguf_target(target, overwrite=overwrite)
+            partial.replace(target)
+            sync_folder(parent)
+        finally:
+            os.close(descriptor)
 
 
 def _remove_abandoned(target: Path) -> None:
