@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mlx_fusekit.fusing import FuseReport, PreparedFuse, fuse, prepare_fuse
     from mlx_fusekit.gguf.exporting import ExportReport, export_gguf
     from mlx_fusekit.gguf.lora import LoraReport, export_lora
+    from mlx_fusekit.publishing import PublishReport, publish
     from mlx_fusekit.verifying import ParityReport, verify
 
 # The public names load on first use: importing NumPy and MLX takes longer than `--help` may.
@@ -25,6 +26,8 @@ _HOMES = {
     "ExportReport": "gguf.exporting",
     "export_lora": "gguf.lora",
     "LoraReport": "gguf.lora",
+    "publish": "publishing",
+    "PublishReport": "publishing",
     "verify": "verifying",
     "ParityReport": "verifying",
 }
@@ -36,6 +39,7 @@ __all__ = [
     "LoraReport",
     "ParityReport",
     "PreparedFuse",
+    "PublishReport",
     "Workload",
     "__version__",
     "benchmark",
@@ -43,6 +47,7 @@ __all__ = [
     "export_lora",
     "fuse",
     "prepare_fuse",
+    "publish",
     "verify",
 ]
 

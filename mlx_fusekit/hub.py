@@ -73,7 +73,10 @@ def resolve(
             )
         return _known_snapshot(path)
     if not _REPO_ID.fullmatch(str(name)):
-        raise HubError(f"{what} {name}: neither a folder here nor a Hub id (owner/name)")
+        defaults = {"--model": "mlx_model", "--adapter-path": "adapters"}
+        default = defaults.get(what) == str(name)
+        advice = f"; that is the default: name yours with {what}" * default
+        raise HubError(f"{what} {name}: neither a folder here nor a Hub id (owner/name){advice}")
     return _download(str(name), revision, what, code)
 
 

@@ -40,7 +40,7 @@ class FuseOptions:
             raise ConfigurationError("--dtype goes with --dequantize only; add that or drop it")
         if self.bits is not None and self.bits not in AFFINE_BITS:
             raise ConfigurationError(
-                f"--bits {self.bits}: MLX has {', '.join(map(str, AFFINE_BITS))}"
+                f"--bits {self.bits}: choose one of {', '.join(map(str, AFFINE_BITS))}"
             )
 
 

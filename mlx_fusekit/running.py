@@ -80,7 +80,8 @@ class RunningModel:
         Raises:
             CheckpointError: when the folder holds none that transformers can read.
         """
-        extra = {"trust_remote_code": True} if self.trust_remote_code else {}
+        # Said in so many words: left open, transformers asks on the terminal whether to run code.
+        extra = {"trust_remote_code": self.trust_remote_code}
         try:
             return load_tokenizer(
                 self.folder, extra, eos_token_ids=self.config.get("eos_token_id", None)

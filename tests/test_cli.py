@@ -114,7 +114,7 @@ def test_a_dry_run_shows_the_plan(folder: Path, tmp_path: Path) -> None:
         (["nonsense"], 2, "No such command"),
         (["inspect"], 2, "PATH"),
         (["inspect", "."], 1, "neither a model"),
-        (["inspect", "adapters", "--model", "adapters"], 1, "config.json: the file is missing"),
+        (["inspect", "adapters", "--model", "adapters"], 1, "is an adapter, not a model"),
     ],
 )
 def test_a_mistake_gets_one_line(

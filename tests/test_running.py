@@ -1,5 +1,7 @@
 """Models as they are run, against mlx-lm's own way of running them."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +247,25 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", other)
     with pytest.raises(AdapterError, match="does not fit the base"):
         run_teacher(base, opened(adapter))
+
+
+def test_a_tokenizers_own_code_needs_trust(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Left to itself, transformers asks on the terminal whether to run it."""
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(samples.model_path(), folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\n"
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class Own(PreTrainedTokenizerFast): pass\n"
+    )
+    with pytest.raises(CheckpointError, match="custom code"):
+        _ = run_model(folder).tokenizer
+    assert capsys.readouterr().out == ""
+    assert not ran.exists()
+    assert run_model(folder, trust_remote_code=True).tokenizer is not None
+    assert ran.exists()

@@ -295,6 +295,8 @@ class AdapterFolder:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
+    if not path.exists() and (folder / "config.json").exists():
+        raise AdapterError(f"{folder}: is a model, not an adapter; give the adapter's folder")
     if not path.exists():
         raise AdapterError(
             f"{path}: the file is missing; it says with which scale the adapter was trained, "

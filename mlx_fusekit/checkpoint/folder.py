@@ -46,6 +46,11 @@ class Checkpoint:
         """
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: there is no such model folder")
+        if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{folder}: is an adapter, not a model; give it as --adapter-path, and the model "
+                "that it was trained on as --model"
+            )
         config = read_json(folder / "config.json")
         headers = {name: read_header(folder / name) for name in _weight_files(folder)}
         tensors: dict[str, TensorRef] = {}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_fusekit.cli import bench_tables, output
+from mlx_fusekit.cli.completion import PATH
 from mlx_fusekit.cli.failures import INTERRUPTED
 from mlx_fusekit.errors import ConfigurationError, OutputError
 
@@ -21,10 +22,13 @@ _PLOTS = (".png", ".svg", ".pdf")
 
 
 @click.group("bench", invoke_without_command=True)
-@click.option("--model", help="Base model: folder or Hub id.")
-@click.option("--adapter-path", help="Adapter that base+adapter runs with: folder or Hub id.")
+@click.option("--model", type=PATH, help="Base model: folder or Hub id.")
+@click.option(
+    "--adapter-path", type=PATH, help="Adapter that base+adapter runs with: folder or Hub id."
+)
 @click.option(
     "--fused",
+    type=PATH,
     multiple=True,
     metavar="[NAME=]PATH",
     help="A fused model: folder or Hub id. Repeat to time more, each under its name.",
@@ -45,8 +49,10 @@ _PLOTS = (".png", ".svg", ".pdf")
     metavar="N",
     help="Tokens to generate. Repeat for more lengths.  [default: 128]",
 )
-@click.option("--prompt", metavar="TEXT", help="Process this, in the chat template.")
-@click.option("--prompt-file", metavar="FILE", help="Process what this file holds, likewise.")
+@click.option("--prompt", metavar="TEXT", help="Prompt to time, put into the chat template.")
+@click.option(
+    "--prompt-file", type=PATH, metavar="FILE", help="Process what this file holds, likewise."
+)
 @click.option(
     "-n",
     "--num-trials",
@@ -96,16 +102,20 @@ _PLOTS = (".png", ".svg", ".pdf")
     metavar="S",
     help="What fusing took, to see after how many tokens that is won back.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and order.")
-@click.option("--json", "json_path", metavar="FILE", help="Write all samples; - prints them.")
-@click.option("--csv", "csv_path", metavar="FILE", help="Write one line a trial.")
-@click.option("--plot", "plot_path", metavar="FILE", help="Draw them: .png, .svg or .pdf.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of prompts and order.")
+@click.option(
+    "--json", "json_path", type=PATH, metavar="FILE", help="Write all samples; - prints them."
+)
+@click.option("--csv", "csv_path", type=PATH, metavar="FILE", help="Write one line a trial.")
+@click.option(
+    "--plot", "plot_path", type=PATH, metavar="FILE", help="Draw the trials: .png, .svg or .pdf."
+)
 @click.option("--overwrite", is_flag=True, help="Replace these files where they exist.")
 @click.option("--revision", help="Branch, tag or commit of a Hub base.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the models' own *.py files.")
 @click.pass_context
 def command(context: click.Context, /, **options: Any) -> int | None:
-    r"""Time base and adapter against fused models.
+    """Time base and adapter against fused models.
 
     All get the same prompt and generate the same number of tokens, greedily. After a warm-up they
     take turns in a balanced order. The table has medians, and how many times as fast each is as
@@ -114,7 +124,7 @@ def command(context: click.Context, /, **options: Any) -> int | None:
     \b
     mlx-fusekit bench --model M --adapter-path A --fused S -p 512 -g 128 -n 10
     mlx-fusekit bench report mac.json linux.json
-    """
+    """  # noqa: D301 - click reads the backspace
     if context.invoked_subcommand is not None:
         return None
     if options["model"] is None:
@@ -248,9 +258,11 @@ def _named(values: Sequence[str]) -> dict[str, str]:
 
 
 @command.command("report")
-@click.argument("files", nargs=-1, required=True, metavar="FILE.json ...")
-@click.option("--csv", "csv_path", metavar="FILE", help="Write one line a trial.")
-@click.option("--plot", "plot_path", metavar="FILE", help="Draw them: .png, .svg or .pdf.")
+@click.argument("files", type=PATH, nargs=-1, required=True, metavar="FILE.json ...")
+@click.option("--csv", "csv_path", type=PATH, metavar="FILE", help="Write one line a trial.")
+@click.option(
+    "--plot", "plot_path", type=PATH, metavar="FILE", help="Draw the trials: .png, .svg or .pdf."
+)
 @click.option("--overwrite", is_flag=True, help="Replace these files where they exist.")
 def report_command(
     files: tuple[str, ...], csv_path: str | None, plot_path: str | None, overwrite: bool

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_fusekit.cli import output
+from mlx_fusekit.cli.completion import PATH
 
 if TYPE_CHECKING:
     from mlx_fusekit.gguf.encoding import TensorEncoding
@@ -17,8 +18,10 @@ _LISTED = 5
 
 
 @click.command("export-gguf")
-@click.option("--model", required=True, help="The model: folder or Hub id.")
-@click.option("--gguf-path", required=True, metavar="FILE", help="The GGUF file to write.")
+@click.option("--model", type=PATH, required=True, help="The model: folder or Hub id.")
+@click.option(
+    "--gguf-path", type=PATH, required=True, metavar="FILE", help="The GGUF file to write."
+)
 @click.option(
     "--outtype",
     type=click.Choice(OUTTYPES),

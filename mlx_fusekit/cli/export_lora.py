@@ -5,15 +5,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_fusekit.cli import output
+from mlx_fusekit.cli.completion import PATH
 
 if TYPE_CHECKING:
     from mlx_fusekit.gguf.lora import LoraReport
 
 
 @click.command("export-lora")
-@click.option("--model", required=True, help="The adapter's base: folder or Hub id.")
-@click.option("--adapter-path", required=True, help="The LoRA adapter: folder or Hub id.")
-@click.option("--gguf-path", required=True, metavar="FILE", help="The GGUF file to write.")
+@click.option("--model", type=PATH, required=True, help="The adapter's base: folder or Hub id.")
+@click.option(
+    "--adapter-path", type=PATH, required=True, help="The LoRA adapter: folder or Hub id."
+)
+@click.option(
+    "--gguf-path", type=PATH, required=True, metavar="FILE", help="The GGUF file to write."
+)
 @click.option("--overwrite", is_flag=True, help="Replace the file where it exists.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -47,7 +47,9 @@ def run(command: click.Command) -> None:
 
 
 def _say(message: str) -> None:
-    click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    # Unlike rich, click does not know of https://no-color.org
+    color = False if os.environ.get("NO_COLOR") else None
+    click.secho("error: ", fg="red", bold=True, nl=False, err=True, color=color)
     click.echo(" ".join(message.split()), err=True)
 
 

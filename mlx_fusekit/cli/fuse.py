@@ -1,30 +1,46 @@
 """``mlx-fusekit fuse``."""
 
+import shlex
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_fusekit.cli import output
-from mlx_fusekit.cli.failures import BELOW_THRESHOLD
-from mlx_fusekit.fusing import FuseReport, prepare_fuse
-from mlx_fusekit.requantize.options import CALIBRATION_TOKENS
+from mlx_fusekit.cli import publish as publishing
+from mlx_fusekit.cli.completion import PATH
+from mlx_fusekit.cli.failures import BELOW_THRESHOLD, INTERRUPTED
+from mlx_fusekit.errors import FusekitError
+
+if TYPE_CHECKING:
+    from mlx_fusekit.fusing import FuseReport
+    from mlx_fusekit.publishing import PublishReport
+
+#: So that --help imports nothing heavy; the package's own is checked against it by a test.
+CALIBRATION_TOKENS = 8192
 
 
 @click.command("fuse")
 @click.option(
-    "--model", default="mlx_model", show_default=True, help="Base model: folder or Hub id."
+    "--model",
+    type=PATH,
+    default="mlx_model",
+    show_default=True,
+    help="Base model: folder or Hub id.",
 )
 @click.option(
     "--adapter-path",
+    type=PATH,
     multiple=True,
     default=("adapters",),
-    show_default="adapters",
     metavar="PATH[:WEIGHT]",
-    help="Adapter: folder or Hub id. Repeat to add up several LoRA adapters, each with a weight.",
+    help="Adapter: folder or Hub id. Repeat to add up several LoRA adapters, each with a weight.  "
+    "[default: adapters]",
 )
-@click.option("--save-path", default="fused_model", show_default=True, help="Folder to make.")
+@click.option(
+    "--save-path", type=PATH, default="fused_model", show_default=True, help="Folder to make."
+)
 @click.option(
     "--requantize",
     type=click.Choice(["auto", "calibrated", "nearest"]),
@@ -43,6 +59,7 @@ from mlx_fusekit.requantize.options import CALIBRATION_TOKENS
 )
 @click.option(
     "--calibration",
+    type=PATH,
     metavar="FILE",
     help="Text to calibrate on: JSONL as mlx-lm trains on, a folder with train.jsonl, or plain "
     "text.  [default: the adapter's training data where it lies, else text written by base and "
@@ -70,7 +87,9 @@ from mlx_fusekit.requantize.options import CALIBRATION_TOKENS
     metavar="SHARE",
     help="How much larger auto may make the model.  [default: 0.1, without a cap with --max-kl]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the calibration text.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the calibration text."
+)
 @click.option("--export-gguf", is_flag=True, help="Write the fused model as a GGUF file too.")
 @click.option(
     "--gguf-path",
@@ -79,18 +98,33 @@ from mlx_fusekit.requantize.options import CALIBRATION_TOKENS
     metavar="FILE",
     help="That file, seen from --save-path.",
 )
+@click.option(
+    "--upload-repo",
+    metavar="OWNER/NAME",
+    help="Upload the result to this repository on the Hub, which is made private; "
+    "`mlx-fusekit publish` does the same, and more.",
+)
 @click.option("--revision", help="Branch, tag or commit of a Hub base.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing model folder.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; read headers only, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--trust-remote-code", is_flag=True, help="Run and copy the model's own *.py files.")
-def command(as_json: bool, dry_run: bool, export_gguf: bool, gguf_path: str, **options: Any) -> int:
+def command(
+    as_json: bool,
+    dry_run: bool,
+    export_gguf: bool,
+    gguf_path: str,
+    upload_repo: str | None,
+    **options: Any,
+) -> int:
     """Fuse adapters into a base model; one model folder comes out.
 
     The result loads with mlx_lm.load and needs no adapter. It has the base's format and size
     unless --bits, --dequantize or --max-kl says otherwise. Exits with code 3 when --max-kl does
     not hold; the model is there all the same.
     """
+    from mlx_fusekit.fusing import prepare_fuse
+
     options["adapter_path"] = list(options["adapter_path"])
     save_path, trust_remote_code = Path(options["save_path"]), options["trust_remote_code"]
     prepared = prepare_fuse(
@@ -99,6 +133,10 @@ def command(as_json: bool, dry_run: bool, export_gguf: bool, gguf_path: str, **o
     if export_gguf:
         target = save_path.expanduser() / Path(gguf_path).expanduser()
         check_gguf(prepared.plan.base.folder, target, options["overwrite"], trust_remote_code)
+        if upload_repo is not None and target.resolve().parent != save_path.expanduser().resolve():
+            output.warn(f"--gguf-path {target}: is not in {save_path}, and is not uploaded")
+    if upload_repo is not None:
+        check_upload(upload_repo, dry_run=dry_run)
     before = prepared.report()
     for warning in before.warnings:
         output.warn(warning)
@@ -116,13 +154,23 @@ def command(as_json: bool, dry_run: bool, export_gguf: bool, gguf_path: str, **o
         exported = exporting.run(
             save_path, target, overwrite=options["overwrite"], trust_remote_code=trust_remote_code
         )
+    published = None
+    if upload_repo is not None and not dry_run:
+        if report.passed:
+            published = upload(save_path, upload_repo, trust_remote_code)
+        else:
+            line = _publish_line(save_path, upload_repo)
+            output.warn(f"not uploaded, since --max-kl does not hold; {line}")
     if as_json:
         more = {} if exported is None else {"gguf": exported.as_json()}
+        more |= {} if published is None else {"published": published.as_json()}
         output.print_json(report.as_json() | more)
     else:
         _print(report)
         if exported is not None:
             exporting.show(exported)
+        if published is not None:
+            publishing.show(published)
     return 0 if report.passed else BELOW_THRESHOLD
 
 
@@ -135,7 +183,36 @@ def check_gguf(base: Path, target: Path, overwrite: bool, trust_remote_code: boo
     check_gguf_target(target, overwrite=overwrite)
 
 
-def _print(report: FuseReport) -> None:
+def check_upload(repo: str, *, dry_run: bool) -> None:
+    """Refuse a repository that cannot be written to before anything is fused."""
+    from mlx_fusekit.hub_upload import check_access, check_name
+
+    if dry_run:
+        check_name(repo, "--upload-repo")
+    else:
+        check_access(repo, what="--upload-repo")
+
+
+def upload(save_path: Path, repo: str, trust_remote_code: bool) -> "PublishReport":
+    """Publish what was fused; when that fails, say where it is and how to go on."""
+    try:
+        report = publishing.run(save_path, repo, trust_remote_code=trust_remote_code)
+    except FusekitError as error:
+        raise type(error)(f"{error}; {_publish_line(save_path, repo)}") from error
+    except KeyboardInterrupt:
+        output.warn(f"interrupted; {_publish_line(save_path, repo)}")
+        raise SystemExit(INTERRUPTED) from None
+    for warning in report.warnings:
+        output.warn(warning)
+    return report
+
+
+def _publish_line(save_path: Path, repo: str) -> str:
+    command = shlex.join(["mlx-fusekit", "publish", "--path", str(save_path), "--repo", repo])
+    return f"the fused model is in {save_path}, and `{command}` uploads it"
+
+
+def _print(report: "FuseReport") -> None:
     title = "Plan (nothing was written)" if report.dry_run else f"Fused into {report.save_path}"
     revision = f" @ {report.revision[:12]}" if report.revision else ""
     formats = ", ".join(f"{count} as {name}" for name, count in report.modules.items()) or "none"
@@ -169,12 +246,12 @@ def _print(report: FuseReport) -> None:
     output.print_facts(title, facts)
 
 
-def _memory(report: FuseReport) -> str:
+def _memory(report: "FuseReport") -> str:
     running = ", and what running the base takes" * (report.requantize == "calibrated")
     return f"about {output.size(report.memory_bytes)}{running}"
 
 
-def _strategy(report: FuseReport) -> str:
+def _strategy(report: "FuseReport") -> str:
     if report.requantize is None:
         return "not needed"
     if report.requantize == "nearest":
@@ -182,7 +259,7 @@ def _strategy(report: FuseReport) -> str:
     return "calibrated, so that the layers' outputs change least"
 
 
-def _calibration(report: FuseReport) -> list[tuple[str, str]]:
+def _calibration(report: "FuseReport") -> list[tuple[str, str]]:
     facts = report.calibration
     if facts is None:
         return []

@@ -1,14 +1,23 @@
 """``mlx-fusekit inspect``."""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from mlx_fusekit.cli import output
-from mlx_fusekit.inspection import AdapterFacts, DeltaFacts, ModelFacts, inspect
+from mlx_fusekit.cli.completion import PATH
+
+if TYPE_CHECKING:
+    from mlx_fusekit.inspection import AdapterFacts, DeltaFacts, ModelFacts
 
 
 @click.command("inspect")
-@click.argument("path")
-@click.option("--model", help="An adapter's base: compare its update with the quantization step.")
+@click.argument("path", type=PATH)
+@click.option(
+    "--model",
+    type=PATH,
+    help="An adapter's base: compare its update with the quantization step.",
+)
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the model's own *.py files.")
@@ -16,6 +25,8 @@ def command(
     path: str, model: str | None, revision: str | None, as_json: bool, trust_remote_code: bool
 ) -> None:
     """Show the facts of a model or adapter folder."""
+    from mlx_fusekit.inspection import ModelFacts, inspect
+
     facts = inspect(path, model=model, revision=revision, trust_remote_code=trust_remote_code)
     if as_json:
         output.print_json(facts.as_json())
@@ -25,7 +36,7 @@ def command(
         _print_adapter(facts)
 
 
-def _print_model(facts: ModelFacts) -> None:
+def _print_model(facts: "ModelFacts") -> None:
     formats = ", ".join(f"{count} x {name}" for name, count in facts.formats.items())
     rows = [
         ("architecture", facts.architecture),
@@ -42,10 +53,10 @@ def _print_model(facts: ModelFacts) -> None:
         output.print_rows("\nOther formats", ("module", "format"), list(facts.exceptions.items()))
 
 
-def _print_adapter(facts: AdapterFacts) -> None:
+def _print_adapter(facts: "AdapterFacts") -> None:
     for warning in facts.warnings:
         output.warn(warning)
-    targets = ", ".join(f"{name} x {count}" for name, count in facts.targets.items())
+    targets = ", ".join(f"{name} x {count}" for name, count in sorted(facts.targets.items()))
     rows = [
         ("type", facts.fine_tune_type),
         ("trained on", facts.trained_on or "not recorded"),
@@ -65,12 +76,12 @@ def _print_adapter(facts: AdapterFacts) -> None:
         )
 
 
-def _in_order(delta: DeltaFacts) -> list[tuple[int, str]]:
+def _in_order(delta: "DeltaFacts") -> list[tuple[int, str]]:
     """Sort key under which layer 2 comes before layer 10."""
     return [(int(part) if part.isdigit() else -1, part) for part in delta.module.split(".")]
 
 
-def _row(delta: DeltaFacts) -> tuple[str, ...]:
+def _row(delta: "DeltaFacts") -> tuple[str, ...]:
     steps = f"{delta.delta_steps:.3f}" if delta.delta_steps is not None else "-"
     step = f"{delta.step_rms:.2e}" if delta.step_rms is not None else "-"
     name = delta.module.removeprefix("model.")

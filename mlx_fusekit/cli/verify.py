@@ -1,26 +1,36 @@
 """``mlx-fusekit verify``."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_fusekit.cli import output
+from mlx_fusekit.cli.completion import PATH
 from mlx_fusekit.cli.failures import BELOW_THRESHOLD
-from mlx_fusekit.verifying import MAX_TOKENS, ParityReport, verify
+
+if TYPE_CHECKING:
+    from mlx_fusekit.verifying import ParityReport
+
+#: So that --help imports nothing heavy; the package's own is checked against it by a test.
+MAX_TOKENS = 4096
 
 
 @click.command("verify")
-@click.option("--model", help="Base model: folder or Hub id.")
+@click.option("--model", type=PATH, help="Base model: folder or Hub id.")
 @click.option(
     "--adapter-path",
+    type=PATH,
     multiple=True,
     metavar="PATH[:WEIGHT]",
     help="Adapter that was fused: folder or Hub id. Repeat as for fuse.",
 )
-@click.option("--fused", required=True, help="The fused model: folder, Hub id, or GGUF file.")
-@click.option("--reference", help="Compare with this model instead of base and adapter.")
+@click.option(
+    "--fused", type=PATH, required=True, help="The fused model: folder, Hub id, or GGUF file."
+)
+@click.option("--reference", type=PATH, help="Compare with this model instead of base and adapter.")
 @click.option(
     "--data",
+    type=PATH,
     metavar="FILE",
     help="Text to compare on: chat, completions or text JSONL, or plain text. Of conversations "
     "and completions the answers count.  [default: text written by base and adapter]",
@@ -31,7 +41,7 @@ from mlx_fusekit.verifying import MAX_TOKENS, ParityReport, verify
     metavar="X",
     help="Exit with code 3 when the mean KL is above X nats a token.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the text's choice.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the text.")
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=2),
@@ -50,6 +60,8 @@ def command(as_json: bool, **options: Any) -> int:
     them) on the same tokens, and checks its files against the base's. Exits with code 3 when a
     check of the files fails or the KL divergence is above --max-kl. A GGUF file runs in llama.cpp.
     """
+    from mlx_fusekit.verifying import verify
+
     sources = [options.pop(name) for name in ("model", "adapter_path", "fused")]
     with output.steps_bar() as progress:
         report = verify(*sources, progress=progress, **options)
@@ -62,7 +74,7 @@ def command(as_json: bool, **options: Any) -> int:
     return 0 if report.passed else BELOW_THRESHOLD
 
 
-def _print(report: ParityReport) -> None:
+def _print(report: "ParityReport") -> None:
     header = ("", "KL mean", "median", "p99", "top-1", "perplexity", "exact match")
     rows: list[tuple[str, ...]] = []
     if report.adapters:
@@ -110,7 +122,7 @@ def _print(report: ParityReport) -> None:
     output.print_facts("", facts)
 
 
-def _verdict(report: ParityReport) -> str:
+def _verdict(report: "ParityReport") -> str:
     faults = []
     if not report.structure_ok:
         faults.append("the structure is not in order")

@@ -92,14 +92,16 @@ def calibration_text(
     wanted = task_tokens + held_out_tokens
     reading = (tokenizer, wanted, max_length, derived_seed(seed, "selection"))
     if file is not None:
-        source, pool = str(file), _read(file, *reading)
+        source, pool = _short_name(file), _read(file, *reading)
     elif training_data is not None:
         try:
             pool = _read(training_data, *reading)
             source = f"the adapter's training data ({_short_name(training_data)})"
         except ConfigurationError as error:
-            # The user did not ask for this file.
-            source = f"{source}, since its training data cannot be used: {error}"
+            # The user did not ask for this file. The recipe tells the source, and no place of this
+            # machine.
+            why = str(error).replace(str(training_data), _short_name(training_data))
+            source = f"{source}, since its training data cannot be used: {why}"
     task, held_out = _split(pool or [], held_out_tokens)
 
     # Both are zero where nothing is to be generated.

@@ -98,7 +98,7 @@ def test_json_on_stdout_is_one_object(folder: Path) -> None:
         ((*ARMS, "--json", "no/b.json"), 1, "there is no folder no"),
         ((*ARMS, "--json", "base"), 1, "that is a folder"),
         ((*ARMS, "--fused", "a=fused", "--fused", "a=fused"), 2, "a is taken"),
-        ((*ARMS, "--fused", "adapter"), 1, "config.json"),
+        ((*ARMS, "--fused", "adapter"), 1, "adapter: is an adapter, not a model"),
         (("report", "missing.json"), 1, "missing.json: there is no such file"),
         (("report", "base/config.json"), 1, "not a report"),
     ],

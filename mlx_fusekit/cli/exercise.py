@@ -1,0 +1,207 @@
+"""``mlx-fusekit exercise``."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_fusekit.cli import output
+from mlx_fusekit.cli.completion import PATH
+from mlx_fusekit.cli.failures import BELOW_THRESHOLD
+from mlx_fusekit.exercise.texts import LANGUAGES, step, text
+
+if TYPE_CHECKING:
+    from mlx_fusekit.exercise.parts import Table
+
+
+@click.command("exercise")
+@click.option(
+    "--model",
+    type=PATH,
+    help="Your base: folder or Hub id.  [default: the embedded sample]",
+)
+@click.option("--adapter-path", type=PATH, help="Your adapter for it: folder or Hub id.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("exercise"),
+    show_default=True,
+    metavar="DIR",
+    help="Folder to make: report.md, report.json, pictures, both fused models.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier exercise, your answer too.")
+@click.option(
+    "--lang",
+    "language",
+    type=click.Choice(LANGUAGES),
+    default=LANGUAGES[0],
+    show_default=True,
+    help="Language of lesson and report.",
+)
+@click.option(
+    "--adapters",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="How many adapters you use with this base.",
+)
+@click.option(
+    "-p",
+    "--prompt-tokens",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    metavar="N",
+    help="Length of the prompt that is timed.",
+)
+@click.option(
+    "-g",
+    "--generation-tokens",
+    type=click.IntRange(min=2),
+    default=16,
+    show_default=True,
+    metavar="N",
+    help="Tokens to generate.",
+)
+@click.option(
+    "-n",
+    "--num-trials",
+    "trials",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="Timed generations of each model; a verdict needs at least 6.",
+)
+@click.option(
+    "--data",
+    type=PATH,
+    metavar="FILE",
+    help="Text to compare the models on, as for verify.  [default: of the sample its unseen "
+    "questions, else what base and adapter write]",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of text, prompt and order.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the model's own *.py files.")
+@click.option(
+    "--check",
+    "checked",
+    type=click.Path(path_type=Path),
+    metavar="REPORT.md",
+    help="Tell whether a report is complete; exits with 3 if it is not.",
+)
+@click.option("--any-machine", is_flag=True, help="With --check: measured elsewhere is fine.")
+@click.pass_context
+def command(
+    context: click.Context,
+    /,
+    checked: Path | None,
+    any_machine: bool,
+    out: Path,
+    overwrite: bool,
+    language: str,
+    **options: Any,
+) -> int:
+    """The course exercise: is fusing worth losing swappability?
+
+    Fuses an adapter with mlx_lm.fuse and with mlx-fusekit, compares both with base+adapter, times
+    (a) base+adapter and (b) the fused model, and writes a report with your figures in which two
+    sentences are left for you to write.
+
+    \b
+    mlx-fusekit exercise
+    mlx-fusekit exercise --check exercise/report.md
+    """  # noqa: D301 - click knows this backslash
+    if checked is not None:
+        _alone(context)
+        return _check(checked, any_machine=any_machine)
+    if any_machine:
+        raise click.UsageError("--any-machine goes with --check", context)
+    if (options["model"] is None) != (options["adapter_path"] is None):
+        raise click.UsageError(
+            "--model and --adapter-path: give both, or neither for the sample", context
+        )
+    from mlx_fusekit.exercise import report
+    from mlx_fusekit.exercise.lesson import Settings, run_lesson
+
+    start, terminal = time.perf_counter(), _Terminal(language)
+    run_lesson(Settings(**options), out.expanduser(), language, terminal, overwrite=overwrite)
+    written = out / report.NAME
+    terminal.heading(text(language, "step_answer"))
+    terminal.say(text(language, "question"))
+    click.echo(text(language, "written", path=written))
+    click.echo(text(language, "took", seconds=f"{time.perf_counter() - start:.0f} s"))
+    click.echo()
+    click.echo(text(language, "next"))
+    click.echo(f"  mlx-fusekit exercise --check {written}")
+    return 0
+
+
+def _alone(context: click.Context) -> None:
+    """Refuse what --check would silently leave aside."""
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "")
+        mine = parameter.name in ("checked", "any_machine")
+        if not mine and given is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[-1]}: leave it out beside --check", context)
+
+
+def _check(path: Path, *, any_machine: bool) -> int:
+    from mlx_fusekit.exercise.check import check_report
+
+    found = check_report(path.expanduser(), any_machine=any_machine)
+    if not found.complaints:
+        click.echo(text(found.language, "check_complete", name=path))
+        return 0
+    click.echo(text(found.language, "check_incomplete", name=path))
+    for line in found.complaints:
+        click.echo(f"- {line}")
+    return BELOW_THRESHOLD
+
+
+class _Terminal:
+    """The lesson's audience."""
+
+    def __init__(self, language: str) -> None:
+        from rich.console import Console
+
+        self._language = language
+        self._console = Console(highlight=False, markup=False)
+        self._warnings = Console(stderr=True, highlight=False, markup=False)
+
+    def heading(self, words: str) -> None:
+        from rich.cells import cell_len
+
+        width = min(cell_len(words), self._console.width)
+        self._console.print(f"{words}\n{'-' * width}\n", style="bold")
+
+    def say(self, words: str) -> None:
+        from rich.text import Text
+
+        # In bold what has backticks in the report; where nothing is bold, they stay.
+        pieces = words.split("`") if self._console.is_terminal else [words]
+        bold = Text.assemble(*((piece, "bold" * (n % 2)) for n, piece in enumerate(pieces)))
+        self._console.print(bold, end="\n\n")
+
+    def show(self, table: "Table") -> None:
+        output.print_rows(table.title, table.header, table.rows)
+        self._console.print()
+
+    def warn(self, words: str) -> None:
+        label = text(self._language, "warning")
+        self._warnings.print(f"{label}: {words}\n", style="yellow", soft_wrap=True)
+
+    @contextlib.contextmanager
+    def watching(self, *, animated: bool = True) -> Iterator[output.StepReport | None]:
+        with output.steps_bar(animated=animated) as progress:
+            if progress is None:
+                yield None
+                return
+
+            def report(name: str, done: int, total: int) -> None:
+                progress(step(self._language, name), done, total)
+
+            yield report

@@ -1,0 +1,348 @@
+"""The lesson from end to end: fuse twice, compare, time, and write the report."""
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from mlx_fusekit import (
+    BenchReport,
+    ParityReport,
+    PreparedFuse,
+    Workload,
+    benchmark,
+    hub,
+    prepare_fuse,
+    samples,
+    verify,
+)
+from mlx_fusekit.adapters import AdapterFolder
+from mlx_fusekit.bench.workload import Shape, check_context
+from mlx_fusekit.checkpoint.staging import can_make, staging_folder
+from mlx_fusekit.errors import ConfigurationError, OutputError
+from mlx_fusekit.execute import memory_bytes
+from mlx_fusekit.exercise import parts, plots, report
+from mlx_fusekit.exercise.findings import (
+    ADAPTED,
+    BASE,
+    CALIBRATED,
+    JSON_NAME,
+    ROUNDED,
+    Closeness,
+    Findings,
+    Fusing,
+    read_findings_file,
+)
+from mlx_fusekit.exercise.peer import fuse_by_rounding, weight_bytes
+from mlx_fusekit.exercise.texts import text
+from mlx_fusekit.exercise.trade_off import speed_sentence
+from mlx_fusekit.progress import StepProgress
+
+#: Folders of the fused models, in the exercise's.
+FOLDERS = {ROUNDED: "mlx-lm", CALIBRATED: "fused"}
+#: Tokens to compare the models on.
+PARITY_TOKENS = 1000
+#: Without the base by itself, two models are timed where three would take more of the memory.
+_MEMORY_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a learner chose.
+
+    Attributes:
+        model: folder or Hub id of the base; the embedded sample's without one.
+        adapter_path: likewise, of the adapter.
+        data: text for the parity; by default the sample's, or what base and adapter write.
+        adapters: how many adapters the learner uses.
+        prompt_tokens: length of the prompt that is timed.
+        generation_tokens: tokens to generate after it.
+        trials: timed generations of each model.
+        load_trials: processes that load each model, for load time and memory.
+        seed: of everything that is drawn.
+        trust_remote_code: let the model's own code run.
+    """
+
+    model: str | None = None
+    adapter_path: str | None = None
+    data: str | None = None
+    adapters: int = 3
+    prompt_tokens: int = 32
+    generation_tokens: int = 16
+    trials: int = 10
+    load_trials: int = 2
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+class Audience(Protocol):
+    """Whom the lesson speaks to."""
+
+    def heading(self, words: str) -> None:
+        """A step begins."""
+
+    def say(self, words: str) -> None:
+        """A paragraph."""
+
+    def show(self, table: parts.Table) -> None:
+        """What was measured."""
+
+    def warn(self, words: str) -> None:
+        """Something that may matter."""
+
+    def watching(self, *, animated: bool = True) -> AbstractContextManager[StepProgress | None]:
+        """What work that takes long reports to; while timing, nothing may move on its own."""
+
+
+def check_out(out: Path, *, overwrite: bool, sources: Sequence[Path]) -> None:
+    """Refuse a folder that must not be written to, before any work.
+
+    Args:
+        out: the folder to make.
+        overwrite: whether an earlier exercise may be replaced.
+        sources: folders that are read.
+
+    Raises:
+        OutputError: with the cure.
+    """
+    if out.is_symlink():
+        raise OutputError(f"--out {out}: is a link; give the folder itself")
+    real = out.resolve()
+    for source in (path.resolve() for path in sources):
+        if source.is_relative_to(real) or real.is_relative_to(source):
+            raise OutputError(f"--out {out}: is or holds what is read ({source}); choose another")
+    if not can_make(out.parent):
+        raise OutputError(f"--out {out}: {out.parent} cannot be made; choose another")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"--out {out}: is a file; choose another")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"--out {out} exists; choose another, or give --overwrite")
+    try:
+        read_findings_file(out / JSON_NAME)
+    except ConfigurationError as error:
+        raise OutputError(
+            f"--out {out}: holds no exercise, so --overwrite does not replace it; choose another"
+        ) from error
+
+
+def run_lesson(
+    settings: Settings, out: Path, language: str, audience: Audience, *, overwrite: bool = False
+) -> Findings:
+    """Run the exercise and write its folder: the report, its JSON, pictures, both fused models.
+
+    Args:
+        settings: what to run.
+        out: the folder to make.
+        language: one of :data:`mlx_fusekit.exercise.texts.LANGUAGES`.
+        audience: hears it step by step.
+        overwrite: replace an earlier exercise, with the answer in it.
+
+    Raises:
+        FusekitError: with one line that names the file or flag, and the cure; the folder is then
+            as it was before.
+    """
+    lesson = _Lesson(settings, language, audience)
+    check_out(out, overwrite=overwrite, sources=(lesson.model.path, lesson.adapter.path))
+    with staging_folder(out) as staging:
+        findings = lesson.run(staging)
+        value = findings.as_json()
+        written = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        (staging / JSON_NAME).write_text(written, "utf-8")
+        # From what a reader of the file will find in it.
+        words = report.render(json.loads(written), language)
+        (staging / report.NAME).write_text(words, "utf-8")
+    return findings
+
+
+class _Lesson:
+    """One exercise."""
+
+    def __init__(self, settings: Settings, language: str, audience: Audience) -> None:
+        self._settings, self._language, self._audience = settings, language, audience
+        code = settings.trust_remote_code
+        sample = settings.model is None
+        self.model = hub.resolve(settings.model or samples.model_path(), code=code)
+        adapter = settings.adapter_path or samples.adapter_path()
+        self.adapter = hub.resolve(adapter, what="--adapter-path")
+        self._data = Path(settings.data).expanduser() if settings.data else None
+        if self._data is None and sample:
+            self._data = samples.evaluation_data_path()
+        if self._data is not None and not self._data.is_file():
+            raise ConfigurationError(f"--data {settings.data}: there is no such file")
+
+    def run(self, folder: Path) -> Findings:
+        prepared = self._prepared(folder / FOLDERS[CALIBRATED])
+        plan = prepared.report()
+        rank, scale = self._rank_and_scale(plan.kind)
+        formats = plan.modules or {"parameters": plan.parameters}
+        quantized = plan.requantize is not None
+        names = {"model": report.plain(self.model.public_name), "adapter": self._adapter_name}
+        self._audience.heading(self._text("title", **names))
+        self._say("intro", **names)
+        self._audience.heading(self._text("step_fuse"))
+        modules = sum(formats.values())
+        self._audience.say(parts.explain_merging(plan.kind, rank, scale, modules, self._language))
+        self._audience.say(parts.explain_rounding(quantized, formats, self._language))
+        fusing = self._fuse(folder, prepared)
+        parity, tokens = self._compare(folder, fusing)
+        if quantized:
+            self._say("parity_depends")
+        bench = self._time(folder, fusing[CALIBRATED])
+        drawn = plots.draw(folder, parity, bench)
+        findings = Findings(
+            model=self.model.public_name,
+            revision=self.model.revision,
+            adapter=self.adapter.public_name,
+            kind=plan.kind,
+            rank=rank,
+            scale=scale,
+            formats=formats,
+            quantized=quantized,
+            adapters=self._settings.adapters,
+            fusing=fusing,
+            parity=parity,
+            parity_data=self._data.name if self._data else "",
+            parity_tokens=tokens,
+            bench=bench,
+            plots=drawn,
+            seed=self._settings.seed,
+        )
+        self._audience.heading(self._text("step_cost"))
+        self._say("cost_explained", adapters=findings.adapters)
+        self._audience.show(parts.cost_table(findings, self._language))
+        if not drawn:
+            self._audience.warn(self._text("no_plots"))
+        return findings
+
+    @property
+    def _adapter_name(self) -> str:
+        return report.plain(self.adapter.public_name)
+
+    def _text(self, key: str, **values: object) -> str:
+        return text(self._language, key, **values)
+
+    def _say(self, key: str, **values: object) -> None:
+        self._audience.say(self._text(key, **values))
+
+    def _prepared(self, target: Path) -> PreparedFuse:
+        """The calibrated fuse, checked and planned; and what timing would refuse, refused now."""
+        prepared = prepare_fuse(
+            self.model.path,
+            self.adapter.path,
+            target,
+            requantize="calibrated",
+            seed=self._settings.seed,
+            trust_remote_code=self._settings.trust_remote_code,
+        )
+        shape = Shape(self._settings.prompt_tokens, self._settings.generation_tokens)
+        check_context(prepared.plan.base.config, shape, self.model.public_name)
+        return prepared
+
+    def _rank_and_scale(self, kind: str) -> tuple[int | None, float | None]:
+        if kind == "full":
+            return None, None
+        opened = AdapterFolder.open(self.adapter.path)
+        shapes = [module["lora_a"].shape for module in opened.modules.values()]
+        return max(shape[-1] for shape in shapes), opened.scale
+
+    def _fuse(self, folder: Path, prepared: PreparedFuse) -> dict[str, Fusing]:
+        """Both ways, mlx-lm's first."""
+        fusing = {}
+        rounded = fuse_by_rounding(
+            self.model.path,
+            self.adapter.path,
+            folder / FOLDERS[ROUNDED],
+            trust_remote_code=self._settings.trust_remote_code,
+        )
+        if isinstance(rounded, Fusing):
+            fusing[ROUNDED] = rounded
+            self._audience.say(parts.fusing_sentence(ROUNDED, rounded, self._language))
+        else:
+            self._audience.warn(self._text("peer_failed", line=rounded))
+        start = time.perf_counter()
+        with self._audience.watching() as progress:
+            done = prepared.run(progress=progress)
+        for warning in done.warnings:
+            self._audience.warn(warning)
+        target = folder / FOLDERS[CALIBRATED]
+        seconds = time.perf_counter() - start
+        fusing[CALIBRATED] = Fusing(target.name, seconds, weight_bytes(target))
+        self._audience.say(parts.fusing_sentence(CALIBRATED, fusing[CALIBRATED], self._language))
+        return fusing
+
+    def _compare(self, folder: Path, fusing: dict[str, Fusing]) -> tuple[dict[str, Closeness], int]:
+        """How close all models are to base+adapter, and how many tokens tell it."""
+        self._audience.heading(self._text("step_parity"))
+        found = {}
+        for name, made in fusing.items():
+            with self._audience.watching() as progress:
+                found[name] = verify(
+                    self.model.path,
+                    self.adapter.path,
+                    folder / made.folder,
+                    data=self._data,
+                    seed=self._settings.seed,
+                    max_tokens=PARITY_TOKENS,
+                    trust_remote_code=self._settings.trust_remote_code,
+                    progress=progress,
+                )
+        last = found[CALIBRATED]
+        parity = _closeness(found)
+        data = self._data.name if self._data else ""
+        self._audience.say(parts.explain_parity(data, last.tokens, self._language))
+        self._audience.show(parts.parity_table(parity, self._language))
+        return parity, last.tokens
+
+    def _time(self, folder: Path, fused: Fusing) -> BenchReport:
+        chosen = self._settings
+        self._audience.heading(self._text("step_timing"))
+        self._audience.say(
+            parts.explain_timing(
+                chosen.prompt_tokens, chosen.generation_tokens, chosen.trials, self._language
+            )
+        )
+        with self._audience.watching(animated=False) as progress:
+            bench = benchmark(
+                self.model.path,
+                self.adapter.path,
+                folder / fused.folder,
+                workload=Workload(
+                    prompt_tokens=(chosen.prompt_tokens,),
+                    generation_tokens=(chosen.generation_tokens,),
+                    trials=chosen.trials,
+                    load_trials=chosen.load_trials,
+                    seed=chosen.seed,
+                ),
+                skip_base=3 * fused.disk_bytes > _MEMORY_SHARE * memory_bytes(),
+                fuse_seconds=fused.seconds,
+                trust_remote_code=chosen.trust_remote_code,
+                progress=progress,
+            )
+        if not bench.complete:
+            # Half a benchmark makes no report; it was interrupted, and so is the exercise.
+            raise KeyboardInterrupt
+        self._audience.show(parts.timing_table(bench, self._language))
+        assert bench.speedup is not None
+        self._say("interval_explained")
+        self._audience.say(speed_sentence(bench.speedup, self._language))
+        for caution in parts.cautions(bench, self._language):
+            self._audience.warn(caution)
+        return bench
+
+
+def _closeness(found: dict[str, ParityReport]) -> dict[str, Closeness]:
+    """From the base to base+adapter."""
+    last = found[CALIBRATED].as_json()
+    models = {
+        name: Closeness(value["kl_mean"], value["top1_agreement"], value["exact_match_fused"])
+        for name, value in ((name, parity.as_json()) for name, parity in found.items())
+    }
+    base = Closeness(last["kl_base_mean"], last["top1_agreement_base"], last["exact_match_base"])
+    return {BASE: base, **models, ADAPTED: Closeness(0.0, 1.0, last["exact_match_reference"])}
