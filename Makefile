@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 LLAMACPP := $(VENV)/.llamacpp
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-real test-wheel lint types bench-fuse bench-preserve bench-harness bench-gguf clean
+.PHONY: help install demo exercise test test-real test-wheel lint types bench-fuse bench-preserve bench-harness bench-gguf clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1 \2/p' Makefile | \
@@ -20,6 +20,9 @@ install: $(INSTALLED) ## Make .venv with everything that development needs
 
 demo: $(INSTALLED) ## Fuse the embedded sample model, and show what became of its fine-tune
 	@LD_PRELOAD="$$(sh scripts/fast_blas.sh)" $(PY) scripts/demo.py $(ARGS)
+
+exercise: $(INSTALLED) ## Run the course exercise on the embedded sample (ARGS="--lang ko" for Korean)
+	@LD_PRELOAD="$$(sh scripts/fast_blas.sh)" $(PY) -m mlx_fusekit exercise --overwrite $(ARGS)
 
 test: $(INSTALLED) ## Run the tests
 	LD_PRELOAD="$$(sh scripts/fast_blas.sh)" OPENBLAS_NUM_THREADS=1 \
@@ -59,7 +62,7 @@ bench-gguf: $(INSTALLED) ## Time exporting to GGUF
 	$(PY) benchmarks/gguf_speed.py $(ARGS)
 
 clean: ## Remove the environment and everything that was built
-	rm -rf $(VENV) $(VENV)-wheel dist demo
+	rm -rf $(VENV) $(VENV)-wheel dist demo exercise
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find mlx_fusekit scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
