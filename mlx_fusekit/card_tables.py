@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_fusekit.figures import milliseconds, size
+
 if TYPE_CHECKING:
     from mlx_fusekit.bench.report import BenchReport, Run
     from mlx_fusekit.bench.statistics import Ratio
@@ -119,8 +121,8 @@ def _times(report: "BenchReport", run: "Run", arm: str) -> str:
         rows.append(
             (
                 "this model" if name == arm else plain(name),
-                _milliseconds(run.median(name, "ttft_seconds")),
-                _milliseconds(run.median(name, "tpot_seconds")),
+                milliseconds(run.median(name, "ttft_seconds")),
+                milliseconds(run.median(name, "tpot_seconds")),
                 number(run.median(name, "generation_tokens_per_second")),
                 size(facts.disk_bytes),
                 "" if memory is None else size(memory),
@@ -185,18 +187,3 @@ def number(value: float | None, digits: int = 3) -> str:
 def share(value: float | None) -> str:
     """A share in percent."""
     return "" if value is None else f"{value:.1%}"
-
-
-def size(nbytes: int) -> str:
-    """Bytes for people, in decimal units."""
-    value, units = float(nbytes), ["B", "kB", "MB", "GB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.0f} B" if units[0] == "B" else f"{value:.3g} {units[0]}"
-
-
-def _milliseconds(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    value = seconds * 1000
-    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"

@@ -18,10 +18,10 @@ from mlx_fusekit.card_tables import (
     parity_table,
     plain,
     public_source,
-    size,
 )
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.evidence import Evidence
+from mlx_fusekit.figures import size
 from mlx_fusekit.licences import Licence
 from mlx_fusekit.publish_files import CARD_NAME, MODELFILE_NAME, PublishedModel
 from mlx_fusekit.recipe import RECIPE_NAME

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_fusekit import figures
 from mlx_fusekit.cli import output
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ def compare(reports: Mapping[str, "BenchReport"]) -> None:
             (
                 f"{name}\n  {report.environment.chip}",
                 str(first.shape),
-                _milliseconds(first.median(report.reference, "tpot_seconds")),
-                _milliseconds(first.median(arm, "tpot_seconds")),
+                figures.milliseconds(first.median(report.reference, "tpot_seconds")),
+                figures.milliseconds(first.median(arm, "tpot_seconds")),
                 _ratio(found),
             )
         )
@@ -63,12 +64,12 @@ def _times(report: "BenchReport", run: "Run") -> None:
         rows.append(
             (
                 _with_outliers(run, arm),
-                _milliseconds(run.median(arm, "ttft_seconds")),
-                _milliseconds(run.median(arm, "tpot_seconds")),
-                _milliseconds(_p99(gaps)),
-                _number(run.median(arm, "prompt_tokens_per_second")),
-                _number(run.median(arm, "generation_tokens_per_second")),
-                _seconds(run.median(arm, "total_seconds")),
+                figures.milliseconds(run.median(arm, "ttft_seconds")),
+                figures.milliseconds(run.median(arm, "tpot_seconds")),
+                figures.milliseconds(_p99(gaps)),
+                figures.number(run.median(arm, "prompt_tokens_per_second")),
+                figures.number(run.median(arm, "generation_tokens_per_second")),
+                figures.in_seconds(run.median(arm, "total_seconds")),
             )
         )
     output.print_rows(title, header, rows)
@@ -129,18 +130,18 @@ def _costs(report: "BenchReport") -> None:
             (
                 name,
                 f"{arm.bits_per_weight:.2f}",
-                output.size(arm.disk_bytes),
-                output.size(arm.read_bytes_per_token),
+                figures.size(arm.disk_bytes),
+                figures.size(arm.read_bytes_per_token),
                 "" if share is None else f"{share:.1%}",
-                "" if load is None else _seconds(load.median),
-                "" if arm.peak_memory_bytes is None else output.size(arm.peak_memory_bytes),
+                "" if load is None else figures.in_seconds(load.median),
+                "" if arm.peak_memory_bytes is None else figures.size(arm.peak_memory_bytes),
             )
         )
     header = ("", "bits/weight", "disk", "read/token", "of limit", "load", "memory")
     output.print_rows("What they cost", header, rows)
     limit = report.bandwidth_bytes_per_second
     if limit is not None:
-        click.echo(f"of limit: weights read a second, by the memory's {output.size(int(limit))}/s")
+        click.echo(f"of limit: weights read a second, by the memory's {figures.size(int(limit))}/s")
     click.echo()
 
 
@@ -154,10 +155,15 @@ def _decision(report: "BenchReport") -> None:
     saved = found.saved_seconds_per_token
     if speed.verdict in ("faster", "slower"):
         word = "saves" if saved > 0 else "loses"
-        facts.append(("time", f"each 1,000 tokens it {word} {_seconds(abs(saved) * 1000)}"))
+        facts.append(
+            ("time", f"each 1,000 tokens it {word} {figures.in_seconds(abs(saved) * 1000)}")
+        )
     if found.tokens is not None and speed.verdict == "faster":
         facts.append(
-            ("break-even", f"fusing took {_seconds(found.fuse_seconds)}: {found.tokens:,} tokens")
+            (
+                "break-even",
+                f"fusing took {figures.in_seconds(found.fuse_seconds)}: {found.tokens:,} tokens",
+            )
         )
     elif found.fuse_seconds is None:
         facts.append(("break-even", "give --fuse-seconds to see when fusing has paid"))
@@ -169,13 +175,13 @@ def _decision(report: "BenchReport") -> None:
     adapter = unfused.adapter_disk_bytes
     base = unfused.disk_bytes - adapter
     for count in _ADAPTERS:
-        swapped, separate = base + count * adapter, count * fused
+        swapped, separate = map(figures.size, (base + count * adapter, count * fused))
         label = "disk" if count == _ADAPTERS[0] else ""
         word = "adapter" if count == 1 else "adapters"
         facts.append(
             (
                 label,
-                f"{count} {word}: {output.size(swapped)} swappable, {output.size(separate)} fused",
+                f"{count} {word}: {swapped} swappable, {separate} fused",
             )
         )
     facts.append(("lost", "one base in memory can serve many adapters; fused, each is a model"))
@@ -195,7 +201,7 @@ def _machine(report: "BenchReport") -> None:
     found = report.environment
     versions = " ".join(f"{name} {version}" for name, version in found.versions.items())
     power = f", power: {found.power}" if found.power else ""
-    memory = output.size(found.memory_bytes)
+    memory = figures.size(found.memory_bytes)
     click.echo(f"{found.chip}, {found.cores} cores, {memory}, {found.os}{power}")
     if found.machines > 1:
         click.echo(f"one of {found.machines} machines, of which bytes are the share")
@@ -218,18 +224,3 @@ def _interval(ratio: "Ratio") -> str:
         return ""
     low, high = ratio.ci95
     return f"[{low:.3f}, {high:.3f}]"
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{_number(seconds * 1000)} ms"
-
-
-def _seconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{_number(seconds)} s"
-
-
-def _number(value: float | None) -> str:
-    """Three figures, and no fewer than are before the point."""
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_fusekit import figures
 from mlx_fusekit.cli import output
 from mlx_fusekit.cli.completion import PATH
 
@@ -65,7 +66,7 @@ def show(report: "ExportReport") -> None:
     facts = [
         ("architecture", report.architecture),
         ("tensors", types),
-        ("size", output.size(report.bytes)),
+        ("size", figures.size(report.bytes)),
         ("values", _exactness(report)),
     ]
     worst = sorted(report.inexact, key=lambda tensor: -(tensor.rel_rmse or 0))

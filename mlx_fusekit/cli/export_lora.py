@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_fusekit import figures
 from mlx_fusekit.cli import output
 from mlx_fusekit.cli.completion import PATH
 
@@ -46,7 +47,7 @@ def show(report: "LoraReport") -> None:
         ("tensors", f"{report.tensors} F32"),
         ("rank", str(report.rank)),
         ("alpha", f"{report.alpha:g}"),
-        ("size", output.size(report.bytes)),
+        ("size", figures.size(report.bytes)),
         ("in llama.cpp", f"--lora {report.gguf_path}"),
         ("time", f"{report.seconds:.1f} s"),
     ]

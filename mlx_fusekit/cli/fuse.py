@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_fusekit import figures
 from mlx_fusekit.cli import output
 from mlx_fusekit.cli import publish as publishing
 from mlx_fusekit.cli.completion import PATH
@@ -229,12 +230,12 @@ def _print(report: "FuseReport") -> None:
     facts += [
         ("re-quantized", _strategy(report)),
         *_calibration(report),
-        ("size", f"{output.size(report.output_bytes)} ({growth:+.1%} against the base)"),
-        ("computed", output.size(report.computed_bytes)),
+        ("size", f"{figures.size(report.output_bytes)} ({growth:+.1%} against the base)"),
+        ("computed", figures.size(report.computed_bytes)),
     ]
     if report.dry_run:
         facts += [
-            ("disk free", output.size(report.disk_free_bytes)),
+            ("disk free", figures.size(report.disk_free_bytes)),
             ("working memory", _memory(report)),
             ("files", ", ".join(report.files)),
         ]
@@ -248,7 +249,7 @@ def _print(report: "FuseReport") -> None:
 
 def _memory(report: "FuseReport") -> str:
     running = ", and what running the base takes" * (report.requantize == "calibrated")
-    return f"about {output.size(report.memory_bytes)}{running}"
+    return f"about {figures.size(report.memory_bytes)}{running}"
 
 
 def _strategy(report: "FuseReport") -> str:
@@ -279,5 +280,5 @@ def _calibration(report: "FuseReport") -> list[tuple[str, str]]:
     if facts.widened:
         widths = Counter(facts.widened.values())
         names = ", ".join(f"{count} modules to {bits} bits" for bits, count in widths.items())
-        rows.append(("widened", f"{names}, for {output.size(facts.added_bytes)}"))
+        rows.append(("widened", f"{names}, for {figures.size(facts.added_bytes)}"))
     return rows

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_fusekit import figures
 from mlx_fusekit.cli import output
 from mlx_fusekit.cli.completion import PATH
 
@@ -42,7 +43,7 @@ def _print_model(facts: "ModelFacts") -> None:
         ("architecture", facts.architecture),
         ("parameters", f"{facts.parameters:,}"),
         ("layers", str(facts.layers) if facts.layers is not None else "unknown"),
-        ("size", f"{output.size(facts.bytes)} in {facts.files} file(s), {facts.tensors} tensors"),
+        ("size", f"{figures.size(facts.bytes)} in {facts.files} file(s), {facts.tensors} tensors"),
         ("bits per weight", f"{facts.bits_per_weight:.2f}"),
         ("matrices", formats),
     ]
@@ -64,7 +65,7 @@ def _print_adapter(facts: "AdapterFacts") -> None:
         ("scale", f"{facts.scale:g}" if facts.scale is not None else "-"),
         ("layers", str(facts.num_layers) if facts.num_layers is not None else "not recorded"),
         ("modules", f"{facts.modules}: {targets}"),
-        ("size", f"{output.size(facts.bytes)}, {facts.parameters:,} parameters"),
+        ("size", f"{figures.size(facts.bytes)}, {facts.parameters:,} parameters"),
     ]
     output.print_facts(f"Adapter {facts.path}", rows)
     if facts.deltas:

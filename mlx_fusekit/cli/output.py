@@ -87,16 +87,6 @@ def steps_bar(*, animated: bool = True) -> Iterator[StepReport | None]:
         yield report
 
 
-def size(nbytes: int) -> str:
-    """Bytes for people, in decimal units."""
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
-
-
 def _stdout() -> Console:
     return Console(highlight=False, markup=False, soft_wrap=False)
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_fusekit import figures
 from mlx_fusekit.cli import output
 from mlx_fusekit.cli.completion import PATH
 from mlx_fusekit.cli.failures import INTERRUPTED
@@ -80,7 +81,7 @@ def show(report: "PublishReport") -> None:
     """What was uploaded, for people; of a dry run, the card too."""
     if report.dry_run:
         click.echo(report.card)
-    rows = [(file.name, output.size(file.bytes)) for file in report.files]
+    rows = [(file.name, figures.size(file.bytes)) for file in report.files]
     title = "Would upload" if report.dry_run else f"Uploaded to {report.repo}"
     output.print_rows(title, ("file", "size"), rows)
     if report.left_out:
@@ -88,7 +89,7 @@ def show(report: "PublishReport") -> None:
         stayed = [(item.name, item.reason) for item in report.left_out]
         output.print_rows("Left out", ("file", "why"), stayed, text_columns=2)
     facts = [
-        ("size", output.size(report.bytes)),
+        ("size", figures.size(report.bytes)),
         ("visible to", "people with access (private)" if report.private else "everybody"),
         ("licence", report.licence or "not known"),
         ("verified", "yes" if report.verified else "no"),

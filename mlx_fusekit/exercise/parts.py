@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from mlx_fusekit.bench.report import BenchReport
 from mlx_fusekit.bench.statistics import Summary
-from mlx_fusekit.exercise.figures import in_seconds, milliseconds, nats, number, share, size
 from mlx_fusekit.exercise.findings import (
     ADAPTED,
     BASE,
@@ -18,6 +17,7 @@ from mlx_fusekit.exercise.findings import (
 )
 from mlx_fusekit.exercise.texts import text
 from mlx_fusekit.exercise.trade_off import TradeOff
+from mlx_fusekit.figures import in_seconds, milliseconds, nats, number, share, size
 
 #: A benchmark whose trials changed by more than this share is worth a caution.
 _DRIFT = 0.05

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_fusekit.exercise import parts, plots
-from mlx_fusekit.exercise.figures import size
 from mlx_fusekit.exercise.findings import Findings, digest, fingerprint, read_findings
 from mlx_fusekit.exercise.texts import text
 from mlx_fusekit.exercise.trade_off import model_answer, parity_sentence, speed_sentence
+from mlx_fusekit.figures import size
 
 NAME = "report.md"
 #: The lines around the place of the learner's answer.

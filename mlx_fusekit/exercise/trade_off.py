@@ -6,9 +6,9 @@ The speed's verdict is that of the 95 % interval of the benchmark, never that of
 from dataclasses import dataclass
 
 from mlx_fusekit.bench.statistics import FEWEST_PAIRS, Ratio
-from mlx_fusekit.exercise.figures import about, in_seconds, nats, size
 from mlx_fusekit.exercise.findings import ADAPTED, BASE, CALIBRATED, FUSED, ROUNDED, Findings
 from mlx_fusekit.exercise.texts import text
+from mlx_fusekit.figures import about, in_seconds, nats, size
 
 
 @dataclass(frozen=True)

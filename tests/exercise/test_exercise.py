@@ -17,7 +17,7 @@ from tiny import LLAMA, make_adapter, make_model
 
 from mlx_fusekit import samples
 from mlx_fusekit.bench.report import BenchReport
-from mlx_fusekit.cli.exercise import command
+from mlx_fusekit.cli import group
 from mlx_fusekit.errors import ConfigurationError, FusekitError, OutputError
 from mlx_fusekit.exercise import report
 from mlx_fusekit.exercise.findings import (
@@ -200,7 +200,7 @@ def test_a_mistake_is_told_at_once(
     done: Done, arguments: list[str], code: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(done.folder)
-    result = CliRunner().invoke(command, arguments)
+    result = CliRunner().invoke(group, ["exercise", *arguments])
     assert result.exit_code == code
     assert isinstance(result.exception, FusekitError if code == 1 else SystemExit)
     assert message in (str(result.exception) if code == 1 else result.output)

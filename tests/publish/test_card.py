@@ -154,7 +154,7 @@ class TestWhatItSays:
         assert "| re-quantized | rounded to nearest |" in card
         assert re.search(r"\| merged modules \| \d+ \|", card)
         assert re.search(r"\| matrices \| \d+ x 4-bit group 64 \|", card)
-        assert "| size | 1.71 MB |" in card
+        assert "| size | 1.7 MB |" in card
         assert "without a report of `mlx-fusekit verify`" in card
         assert f'mlx_lm.generate --model {REPO} --prompt "Hello"' in card
         assert "ollama" not in card.lower()
@@ -241,7 +241,7 @@ def test_small_things() -> None:
     assert public_source("/home/me/x.txt") == "`x.txt`"
     assert [size(n) for n in (999, 1000, 75_790_402, 4_500_000_000)] == [
         "999 B",
-        "1 kB",
+        "1.0 kB",
         "75.8 MB",
-        "4.5 GB",
+        "4.50 GB",
     ]
