@@ -122,6 +122,8 @@ def test_an_interrupted_upload_can_go_on(hub: UploadHub, fused: Path, tmp_path: 
         stderr=subprocess.PIPE,
         text=True,
         env=environment(hub, tmp_path),
+        # A job in the background of a script ignores the signal, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not hub.faults[0].hits and process.poll() is None:
         time.sleep(0.05)
