@@ -138,7 +138,8 @@ def test_calibration_files(base: Path, bare_adapter: Path, tmp_path: Path, name:
         file.write_text("How many books are there? SELECT COUNT(*) FROM titles;\n" * 40)
     report = fuse(base, bare_adapter, tmp_path / "fused", calibration=file, calibration_tokens=128)
     assert report.calibration is not None
-    assert report.calibration.source == f"{file.parent.name}/{file.name}"
+    read = file / "train.jsonl" if name == "folder" else file
+    assert report.calibration.source == f"{read.parent.name}/{read.name}"
 
 
 def test_a_bad_calibration_file_leaves_nothing(

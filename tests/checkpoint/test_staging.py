@@ -149,7 +149,11 @@ main()
 def start(base: Path, adapter: Path, target: Path, *more: str) -> subprocess.Popen[bytes]:
     paths = ["--model", str(base), "--adapter-path", str(adapter), "--save-path", str(target)]
     return subprocess.Popen(
-        [sys.executable, "-c", _SLOW, *paths, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", _SLOW, *paths, *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A job in the background of a script ignores the signal, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
