@@ -89,6 +89,7 @@ def _along(axes: "Axes", report: BenchReport, run: Run) -> None:
         tokens, colour = np.arange(2, gaps.shape[1] + 2), _colour(report, arm)
         axes.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(tokens, middle, color=colour, linewidth=1.4, label=arm)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("token of the generation")
     axes.set_ylabel("gap before it (ms)")
     where = report.environment
