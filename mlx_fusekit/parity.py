@@ -20,15 +20,13 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.numerics import Float32
+from mlx_fusekit.progress import Progress
 from mlx_fusekit.texts.sequences import TokenSequence, grouped_by_length
 
 #: Tokens of a batch, padding included. More are hardly faster, fewer are slower.
 BATCH_TOKENS = 1024
 #: Bytes of one float32 array of log-probabilities; about five live at once.
 LOGIT_BYTES = 96_000_000
-
-#: Called with scored tokens done and scored tokens in all.
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

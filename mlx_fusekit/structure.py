@@ -4,7 +4,7 @@ From headers and bytes alone, a few megabytes at a time; nothing is run.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +18,8 @@ from mlx_fusekit.checkpoint.sanitized import LazyTensor
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.merge import unchanged_rows
 from mlx_fusekit.numerics import FLOAT_DTYPES, STORAGE, to_float32
+from mlx_fusekit.progress import Progress
 from mlx_fusekit.quantization import QuantSpec
-
-#: Called with bytes compared and bytes in all.
-Progress = Callable[[int, int], None]
 
 _ADAPTER_LEAVES = ("lora_a", "lora_b", "lora_A", "lora_B", "lora_magnitude_vector")
 _READ_BYTES = 8 << 20

@@ -1,6 +1,5 @@
 """What is timed: a base, the base with its adapter as mlx-lm runs it, fused models."""
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -178,9 +177,3 @@ def _active_share(module: nn.Module, config: Mapping[str, Any]) -> float:
         experts,
     )
     return float(min(1.0, active / experts))
-
-
-def adapter_kind(folder: Path) -> str:
-    """``lora``, ``dora`` or ``full``."""
-    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-    return str(config.get("fine_tune_type", "lora"))

@@ -49,7 +49,7 @@ def equivalence(
     for name, parity in measured.items():
         same = sum(_common(text, own) for text, own in zip(texts, tokens[name], strict=True))
         share = same / sum(len(text) for text in texts)
-        found[name] = Equivalence(share, parity.top1_agreement, float(parity.kl.mean()))
+        found[name] = Equivalence(share, parity.top1_agreement, parity.kl_mean)
     return {name: found[name] for name in models}
 
 

@@ -18,7 +18,6 @@ from mlx_fusekit.bench.arms import (
     FUSED,
     ArmSource,
     LoadedArm,
-    adapter_kind,
     load_arm,
     weight_facts,
 )
@@ -425,7 +424,7 @@ def _arm_report(source: ArmSource, arm: LoadedArm) -> ArmReport:
     return ArmReport(
         model=source.public_name,
         adapter=str(source.adapter) if source.adapter else None,
-        adapter_kind=adapter_kind(source.adapter) if source.adapter else None,
+        adapter_kind=AdapterFolder.open(source.adapter).kind if source.adapter else None,
         disk_bytes=source.disk_bytes,
         adapter_disk_bytes=source.adapter_disk_bytes,
         bits_per_weight=facts.bits_per_weight,

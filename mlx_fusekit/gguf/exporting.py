@@ -1,6 +1,5 @@
 """From an MLX model folder to one GGUF file: the public ``export_gguf()``."""
 
-import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from mlx_fusekit.gguf.architectures import Layout, lay_out
 from mlx_fusekit.gguf.encoding import OUTTYPES, TensorEncoding
 from mlx_fusekit.gguf.model_facts import read_model_facts
 from mlx_fusekit.gguf.modelfile import (
-    create_command,
     create_in_ollama,
     create_line,
     modelfile_text,
+    ollama_program,
 )
 from mlx_fusekit.gguf.plan import plan_gguf
 from mlx_fusekit.gguf.staging import check_gguf_target
@@ -205,11 +204,8 @@ def _check_modelfile(path: Path, ollama: str | None, *, overwrite: bool) -> None
         raise OutputError(f"{path}: is a folder; choose a --gguf-path in another one")
     if path.exists() and not overwrite:
         raise OutputError(f"{path}: exists already; add --overwrite to replace it")
-    if ollama is not None and shutil.which(create_command(ollama, path)[0]) is None:
-        raise ConfigurationError(
-            f"--ollama {ollama}: the program ollama is not on the PATH; install it from "
-            "https://ollama.com, or leave --ollama out"
-        )
+    if ollama is not None:
+        ollama_program(ollama, path)
 
 
 def _write_modelfile(path: Path, text: str) -> None:

@@ -73,6 +73,21 @@ def create_line(name: str, modelfile: Path) -> str:
     return shlex.join(create_command(name, modelfile))
 
 
+def ollama_program(name: str, modelfile: Path) -> str:
+    """Where the program is that makes an Ollama model of a Modelfile.
+
+    Raises:
+        ConfigurationError: for a name that Ollama does not allow, or when it is not on the PATH.
+    """
+    program = shutil.which(create_command(name, modelfile)[0])
+    if program is None:
+        raise ConfigurationError(
+            f"--ollama {name}: the program ollama is not on the PATH; install it from "
+            f"https://ollama.com, or run `{create_line(name, modelfile)}` where it is"
+        )
+    return program
+
+
 def create_in_ollama(name: str, modelfile: Path) -> None:
     """Run ``ollama create``; what it prints goes to standard error.
 
@@ -80,15 +95,12 @@ def create_in_ollama(name: str, modelfile: Path) -> None:
         ConfigurationError: for a name that Ollama does not allow, or when it is not on the PATH.
         OutputError: when it fails.
     """
-    command = create_command(name, modelfile)
-    program = shutil.which(command[0])
-    if program is None:
-        raise ConfigurationError(
-            f"--ollama {name}: the program ollama is not on the PATH; install it from "
-            f"https://ollama.com, or run `{create_line(name, modelfile)}` where it is"
-        )
+    program = ollama_program(name, modelfile)
     done = subprocess.run(  # noqa: S603 - no shell, and the name was checked
-        [program, *command[1:]], stdin=subprocess.DEVNULL, stdout=2, check=False
+        [program, *create_command(name, modelfile)[1:]],
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        check=False,
     )
     if done.returncode:
         raise OutputError(

@@ -17,6 +17,7 @@ import numpy as np
 from mlx_fusekit.merge import RowRange
 from mlx_fusekit.numerics import Float32
 from mlx_fusekit.plan import FusePlan, WeightStep
+from mlx_fusekit.progress import Progress
 from mlx_fusekit.quantization import QuantizedRows
 from mlx_fusekit.requantize.fused import FusedModules
 from mlx_fusekit.requantize.matrices import Matrix, Weight, part_of, stacked
@@ -39,8 +40,6 @@ MOMENTS_BYTES = 2 << 30
 #: Weights solved at once; more rows than this are solved one part after the other.
 _SOLVED_ELEMENTS = 1 << 24
 
-#: Called with modules done and modules in all.
-Progress = Callable[[int, int], None]
 #: Gives a module's calls in a batch, by the batch's index.
 Inputs = Callable[[int], list[ModuleInput]]
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_fusekit.numerics import STORAGE
-from mlx_fusekit.parity import Progress, Variant, compare
+from mlx_fusekit.parity import Variant, compare
 from mlx_fusekit.plan import WeightStep
+from mlx_fusekit.progress import Progress
 from mlx_fusekit.quantization import AFFINE_BITS, AFFINE_GROUPS, CODEBOOK_MODES, QuantSpec
 from mlx_fusekit.requantize.fused import FusedModules
 from mlx_fusekit.requantize.grids import nearest_of

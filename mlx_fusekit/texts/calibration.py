@@ -10,8 +10,9 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_fusekit.errors import ConfigurationError
+from mlx_fusekit.progress import Progress
 from mlx_fusekit.texts.data import data_file, read_sequences
-from mlx_fusekit.texts.generate import Progress, generate_sequences
+from mlx_fusekit.texts.generate import generate_sequences
 from mlx_fusekit.texts.seeds import derived_seed
 from mlx_fusekit.texts.sequences import TokenSequence
 

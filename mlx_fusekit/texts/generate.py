@@ -17,13 +17,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_fusekit.progress import Progress
 from mlx_fusekit.texts.data import TEMPLATE_ERRORS, sequence_start
 from mlx_fusekit.texts.seeds import derived_seed
 from mlx_fusekit.texts.sequences import TokenSequence
 from mlx_fusekit.texts.special import special_ids
-
-#: Called with tokens done and tokens in all.
-Progress = Callable[[int, int], None]
 
 _BATCH = 32
 #: Shorter samples teach nothing, and come from a start that the model has no words for.
