@@ -12,6 +12,7 @@ from mlx_fusekit.cli import output
 from mlx_fusekit.cli.completion import PATH
 from mlx_fusekit.cli.failures import BELOW_THRESHOLD
 from mlx_fusekit.exercise.texts import LANGUAGES, step, text
+from mlx_fusekit.progress import StepProgress
 
 if TYPE_CHECKING:
     from mlx_fusekit.exercise.parts import Table
@@ -195,7 +196,7 @@ class _Terminal:
         self._warnings.print(f"{label}: {words}\n", style="yellow", soft_wrap=True)
 
     @contextlib.contextmanager
-    def watching(self, *, animated: bool = True) -> Iterator[output.StepReport | None]:
+    def watching(self, *, animated: bool = True) -> Iterator[StepProgress | None]:
         with output.steps_bar(animated=animated) as progress:
             if progress is None:
                 yield None

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -17,8 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-Report = Callable[[int, int], None]
-StepReport = Callable[[str, int, int], None]
+from mlx_fusekit.progress import StepProgress
 
 
 def print_json(value: Any) -> None:
@@ -58,7 +57,7 @@ def warn(message: str) -> None:
 
 
 @contextlib.contextmanager
-def steps_bar(*, animated: bool = True) -> Iterator[StepReport | None]:
+def steps_bar(*, animated: bool = True) -> Iterator[StepProgress | None]:
     """A bar a step on stderr with the time left; None where stderr is no terminal.
 
     What is yielded takes the step's name, how much of it is done, and how much there is in all.
