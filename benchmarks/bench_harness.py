@@ -32,7 +32,7 @@ from mlx_fusekit.bench.arms import ArmSource
 from mlx_fusekit.bench.harness import Workload, benchmark_arms, measure
 from mlx_fusekit.bench.report import TIMES, Run
 from mlx_fusekit.bench.workload import Shape, random_prompts
-from mlx_fusekit.running import run_model
+from mlx_fusekit.running.model import run_model
 
 SHAPE = Shape(8, 8)
 TRIALS = 10

@@ -31,9 +31,9 @@ def measure(width: int, tokens: int) -> dict[str, float]:
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import quantize_model, save_config, save_model
 
-    from mlx_fusekit.fusing import prepare_fuse
+    from mlx_fusekit.fusing.fuse import prepare_fuse
     from mlx_fusekit.requantize import calibrated, solver
-    from mlx_fusekit.running import run_adapted
+    from mlx_fusekit.running.model import run_adapted
     from mlx_fusekit.texts.sequences import TokenSequence
 
     config: dict[str, Any] = {

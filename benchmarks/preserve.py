@@ -45,7 +45,10 @@ import numpy as np
 import mlx_fusekit
 from mlx_fusekit import samples
 from mlx_fusekit.adapters import AdapterFolder
-from mlx_fusekit.parity import (
+from mlx_fusekit.running.model import run_model, run_teacher
+from mlx_fusekit.texts.data import read_sequences
+from mlx_fusekit.texts.sequences import TokenSequence
+from mlx_fusekit.verifying.parity import (
     Batch,
     Model,
     kl_divergence,
@@ -53,9 +56,6 @@ from mlx_fusekit.parity import (
     make_batches,
     vocabulary_of,
 )
-from mlx_fusekit.running import run_model, run_teacher
-from mlx_fusekit.texts.data import read_sequences
-from mlx_fusekit.texts.sequences import TokenSequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from fetch_smollm2 import MODEL_NAME, build_once, default_cache, fetch, locked

@@ -7,18 +7,18 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mlx_fusekit.bench.harness import Workload, benchmark
     from mlx_fusekit.bench.report import BenchReport
-    from mlx_fusekit.fusing import FuseReport, PreparedFuse, fuse, prepare_fuse
+    from mlx_fusekit.fusing.fuse import FuseReport, PreparedFuse, fuse, prepare_fuse
     from mlx_fusekit.gguf.exporting import ExportReport, export_gguf
     from mlx_fusekit.gguf.lora import LoraReport, export_lora
-    from mlx_fusekit.publishing import PublishReport, publish
-    from mlx_fusekit.verifying import ParityReport, verify
+    from mlx_fusekit.publishing.publish import PublishReport, publish
+    from mlx_fusekit.verifying.verify import ParityReport, verify
 
 # The public names load on first use: importing NumPy and MLX takes longer than `--help` may.
 _HOMES = {
-    "fuse": "fusing",
-    "prepare_fuse": "fusing",
-    "FuseReport": "fusing",
-    "PreparedFuse": "fusing",
+    "fuse": "fusing.fuse",
+    "prepare_fuse": "fusing.fuse",
+    "FuseReport": "fusing.fuse",
+    "PreparedFuse": "fusing.fuse",
     "benchmark": "bench.harness",
     "BenchReport": "bench.report",
     "Workload": "bench.harness",
@@ -26,10 +26,10 @@ _HOMES = {
     "ExportReport": "gguf.exporting",
     "export_lora": "gguf.lora",
     "LoraReport": "gguf.lora",
-    "publish": "publishing",
-    "PublishReport": "publishing",
-    "verify": "verifying",
-    "ParityReport": "verifying",
+    "publish": "publishing.publish",
+    "PublishReport": "publishing.publish",
+    "verify": "verifying.verify",
+    "ParityReport": "verifying.verify",
 }
 
 __all__ = [

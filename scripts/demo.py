@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_fusekit import samples, verify
-from mlx_fusekit.exact_match import ChatItem, exact_match, load_chat_items
+from mlx_fusekit.texts.exact_match import ChatItem, exact_match, load_chat_items
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "demo"

@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "real")]
 from test_gguf_architectures import compare, export  # noqa: E402
 from tiny_architectures import CONFIGS, make_model  # noqa: E402
 
-from mlx_fusekit.gguf.architectures import supported  # noqa: E402
+from mlx_fusekit.gguf.models.architectures import supported  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "gguf.md"
 START, END = "<!-- table: scripts/gguf_support.py -->\n", "<!-- end of table -->\n"

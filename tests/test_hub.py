@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import COMMIT, Hub
-from tiny import make_adapter, make_model
+from support.hub_server import COMMIT, Hub
+from support.tiny import make_adapter, make_model
 
 TOKEN = "hf_thisIsASecretToken"
 

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from mlx_fusekit.checkpoint.header import TensorRef
-from mlx_fusekit.numerics import Float32
+from mlx_fusekit.formats.floats import Float32
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from mlx_lm.utils import sharded_load
 
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.errors import AdapterError, CheckpointError
-from mlx_fusekit.running import RunningModel, run_model
+from mlx_fusekit.running.model import RunningModel, run_model
 
 BASE = "base"
 ADAPTED = "base+adapter"

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import mlx.nn as nn
 
-from mlx_fusekit.parity import compare
 from mlx_fusekit.texts.sequences import TokenSequence
+from mlx_fusekit.verifying.parity import compare
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from mlx_fusekit import hub
 from mlx_fusekit.adapters import AdapterFolder
+from mlx_fusekit.adapters.sources import open_bound
 from mlx_fusekit.bench.arms import (
     ADAPTED,
     BASE,
@@ -38,13 +39,12 @@ from mlx_fusekit.bench.workload import (
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
-from mlx_fusekit.execute import memory_bytes
+from mlx_fusekit.fusing.execute import memory_bytes
 from mlx_fusekit.progress import Progress, StepProgress, of_step
-from mlx_fusekit.running import RunningModel
-from mlx_fusekit.sources import open_bound
-from mlx_fusekit.structure import check_same_model
+from mlx_fusekit.running.model import RunningModel
 from mlx_fusekit.texts.seeds import derived_seed
 from mlx_fusekit.texts.special import special_ids
+from mlx_fusekit.verifying.structure import check_same_model
 
 TRIALS = 10
 #: The share of memory that all arms may take together; the rest is for what they compute.

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlx_fusekit.numerics import Array
-from mlx_fusekit.quantization import QuantSpec
+from mlx_fusekit.formats.floats import Array
+from mlx_fusekit.formats.quantization import QuantSpec
 
 
 class TensorSource(Protocol):

@@ -10,9 +10,9 @@ from types import MappingProxyType
 from typing import Any
 
 from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
-from mlx_fusekit.checkpoint.model_class import logical_columns
+from mlx_fusekit.checkpoint.mlx_lm import logical_columns
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
-from mlx_fusekit.quantization import CODEBOOK_MODES, QuantSpec
+from mlx_fusekit.formats.quantization import CODEBOOK_MODES, QuantSpec
 
 INDEX_NAME = "model.safetensors.index.json"
 _WEIGHT_FILE = re.compile(r"model[^/\\:\0]*\.safetensors")

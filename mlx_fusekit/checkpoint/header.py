@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mlx_fusekit.errors import CheckpointError
-from mlx_fusekit.numerics import STORAGE, Array
+from mlx_fusekit.formats.floats import STORAGE, Array
 
 _LARGEST_HEADER = 100_000_000
 _LARGEST_SIZE = 2**63 - 1

@@ -15,10 +15,10 @@ import numpy as np
 
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.folder import Checkpoint, layer_count
-from mlx_fusekit.checkpoint.model_class import model_classes
+from mlx_fusekit.checkpoint.mlx_lm import model_classes
 from mlx_fusekit.errors import CheckpointError
-from mlx_fusekit.numerics import STORAGE, Array
-from mlx_fusekit.quantization import QuantSpec
+from mlx_fusekit.formats.floats import STORAGE, Array
+from mlx_fusekit.formats.quantization import QuantSpec
 
 if TYPE_CHECKING:
     import mlx.core as mx

@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_fusekit.checkpoint.clone import copy_range, reflink
 from mlx_fusekit.checkpoint.header import Header, TensorRef
-from mlx_fusekit.numerics import STORAGE, Array
+from mlx_fusekit.formats.floats import STORAGE, Array
 
 _COPY_PIECE = 256 << 20
 

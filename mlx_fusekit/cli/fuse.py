@@ -15,8 +15,8 @@ from mlx_fusekit.cli.failures import BELOW_THRESHOLD, INTERRUPTED
 from mlx_fusekit.errors import FusekitError
 
 if TYPE_CHECKING:
-    from mlx_fusekit.fusing import FuseReport
-    from mlx_fusekit.publishing import PublishReport
+    from mlx_fusekit.fusing.fuse import FuseReport
+    from mlx_fusekit.publishing.publish import PublishReport
 
 #: So that --help imports nothing heavy; the package's own is checked against it by a test.
 CALIBRATION_TOKENS = 8192
@@ -124,7 +124,7 @@ def command(
     unless --bits, --dequantize or --max-kl says otherwise. Exits with code 3 when --max-kl does
     not hold; the model is there all the same.
     """
-    from mlx_fusekit.fusing import prepare_fuse
+    from mlx_fusekit.fusing.fuse import prepare_fuse
 
     options["adapter_path"] = list(options["adapter_path"])
     save_path, trust_remote_code = Path(options["save_path"]), options["trust_remote_code"]
@@ -178,7 +178,7 @@ def command(
 def check_gguf(base: Path, target: Path, overwrite: bool, trust_remote_code: bool) -> None:
     """Refuse what cannot be exported before anything is fused."""
     from mlx_fusekit.gguf.exporting import check_exportable
-    from mlx_fusekit.gguf.staging import check_gguf_target
+    from mlx_fusekit.gguf.file.staging import check_gguf_target
 
     check_exportable(base, trust_remote_code=trust_remote_code)
     check_gguf_target(target, overwrite=overwrite)
@@ -186,7 +186,7 @@ def check_gguf(base: Path, target: Path, overwrite: bool, trust_remote_code: boo
 
 def check_upload(repo: str, *, dry_run: bool) -> None:
     """Refuse a repository that cannot be written to before anything is fused."""
-    from mlx_fusekit.hub_upload import check_access, check_name
+    from mlx_fusekit.publishing.upload import check_access, check_name
 
     if dry_run:
         check_name(repo, "--upload-repo")

@@ -9,7 +9,7 @@ from mlx_fusekit.cli import output
 from mlx_fusekit.cli.completion import PATH
 
 if TYPE_CHECKING:
-    from mlx_fusekit.inspection import AdapterFacts, DeltaFacts, ModelFacts
+    from mlx_fusekit.inspecting import AdapterFacts, DeltaFacts, ModelFacts
 
 
 @click.command("inspect")
@@ -26,7 +26,7 @@ def command(
     path: str, model: str | None, revision: str | None, as_json: bool, trust_remote_code: bool
 ) -> None:
     """Show the facts of a model or adapter folder."""
-    from mlx_fusekit.inspection import ModelFacts, inspect
+    from mlx_fusekit.inspecting import ModelFacts, inspect
 
     facts = inspect(path, model=model, revision=revision, trust_remote_code=trust_remote_code)
     if as_json:

@@ -11,7 +11,7 @@ from mlx_fusekit.cli.completion import PATH
 from mlx_fusekit.cli.failures import INTERRUPTED
 
 if TYPE_CHECKING:
-    from mlx_fusekit.publishing import PublishReport
+    from mlx_fusekit.publishing.publish import PublishReport
 
 
 @click.command("publish")
@@ -72,7 +72,7 @@ def command(as_json: bool, path: str, repo: str, **options: Any) -> int:
 
 def run(path: str | Path, repo: str, **options: Any) -> "PublishReport":
     """Publish; huggingface_hub shows on a terminal how far it is."""
-    from mlx_fusekit.publishing import publish
+    from mlx_fusekit.publishing.publish import publish
 
     return publish(path, repo, **options)
 

@@ -9,7 +9,7 @@ from mlx_fusekit.cli.completion import PATH
 from mlx_fusekit.cli.failures import BELOW_THRESHOLD
 
 if TYPE_CHECKING:
-    from mlx_fusekit.verifying import ParityReport
+    from mlx_fusekit.verifying.verify import ParityReport
 
 #: So that --help imports nothing heavy; the package's own is checked against it by a test.
 MAX_TOKENS = 4096
@@ -60,7 +60,7 @@ def command(as_json: bool, **options: Any) -> int:
     them) on the same tokens, and checks its files against the base's. Exits with code 3 when a
     check of the files fails or the KL divergence is above --max-kl. A GGUF file runs in llama.cpp.
     """
-    from mlx_fusekit.verifying import verify
+    from mlx_fusekit.verifying.verify import verify
 
     sources = [options.pop(name) for name in ("model", "adapter_path", "fused")]
     with output.steps_bar() as progress:

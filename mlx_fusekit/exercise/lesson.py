@@ -23,7 +23,6 @@ from mlx_fusekit.adapters import AdapterFolder
 from mlx_fusekit.bench.workload import Shape, check_context
 from mlx_fusekit.checkpoint.staging import can_make, staging_folder
 from mlx_fusekit.errors import ConfigurationError, OutputError
-from mlx_fusekit.execute import memory_bytes
 from mlx_fusekit.exercise import parts, plots, report
 from mlx_fusekit.exercise.findings import (
     ADAPTED,
@@ -39,6 +38,7 @@ from mlx_fusekit.exercise.findings import (
 from mlx_fusekit.exercise.peer import fuse_by_rounding, weight_bytes
 from mlx_fusekit.exercise.texts import text
 from mlx_fusekit.exercise.trade_off import speed_sentence
+from mlx_fusekit.fusing.execute import memory_bytes
 from mlx_fusekit.progress import StepProgress
 
 #: Folders of the fused models, in the exercise's.

@@ -13,9 +13,10 @@ from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.folder import read_json
 from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import ConfigurationError, OutputError
-from mlx_fusekit.gguf import hyperparameters
-from mlx_fusekit.gguf.architectures import Layout, lay_out
-from mlx_fusekit.gguf.encoding import OUTTYPES, TensorEncoding
+from mlx_fusekit.gguf.file.encoding import OUTTYPES, TensorEncoding
+from mlx_fusekit.gguf.file.plan import plan_gguf
+from mlx_fusekit.gguf.file.staging import check_gguf_target
+from mlx_fusekit.gguf.file.writer import write_gguf
 from mlx_fusekit.gguf.model_facts import read_model_facts
 from mlx_fusekit.gguf.modelfile import (
     create_in_ollama,
@@ -23,10 +24,9 @@ from mlx_fusekit.gguf.modelfile import (
     modelfile_text,
     ollama_program,
 )
-from mlx_fusekit.gguf.plan import plan_gguf
-from mlx_fusekit.gguf.staging import check_gguf_target
-from mlx_fusekit.gguf.vocabulary import Vocabulary, read_vocabulary
-from mlx_fusekit.gguf.writer import write_gguf
+from mlx_fusekit.gguf.models import hyperparameters
+from mlx_fusekit.gguf.models.architectures import Layout, lay_out
+from mlx_fusekit.gguf.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from mlx_fusekit.progress import StepProgress, of_step
 
 MODELFILE_NAME = "Modelfile"

@@ -19,17 +19,17 @@ import numpy.typing as npt
 
 from mlx_fusekit import hub
 from mlx_fusekit.adapters import AdapterFolder, LowRankUpdate
-from mlx_fusekit.adapters.folder import CONFIG_NAME
+from mlx_fusekit.adapters.mlx_lm import CONFIG_NAME
+from mlx_fusekit.adapters.sources import open_bound
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.errors import AdapterError
-from mlx_fusekit.gguf.architectures import Layout, lay_out
-from mlx_fusekit.gguf.header import read_gguf_header
+from mlx_fusekit.formats.floats import Float32
+from mlx_fusekit.gguf.file.header import read_gguf_header
+from mlx_fusekit.gguf.file.staging import check_gguf_target, staged_file
 from mlx_fusekit.gguf.model_facts import Origin, read_model_facts
-from mlx_fusekit.gguf.naming import in_file_order, leaf
-from mlx_fusekit.gguf.staging import check_gguf_target, staged_file
-from mlx_fusekit.gguf.tensors import GgufTensor
-from mlx_fusekit.numerics import Float32
-from mlx_fusekit.sources import open_bound
+from mlx_fusekit.gguf.models.architectures import Layout, lay_out
+from mlx_fusekit.gguf.models.naming import in_file_order, leaf
+from mlx_fusekit.gguf.models.tensors import GgufTensor
 
 _CURE = "fuse the adapter and export the model instead: mlx-fusekit fuse --export-gguf"
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_fusekit.checkpoint.folder import read_json, resolve_inside
+from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.hub import LocalFolder
-from mlx_fusekit.recipe import RECIPE_NAME
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

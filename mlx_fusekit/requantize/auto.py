@@ -11,15 +11,15 @@ import numpy as np
 from mlx_fusekit.adapters import AdapterFolder
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.sanitized import open_base
-from mlx_fusekit.parity import Model, Variant, compare
-from mlx_fusekit.plan import FusePlan, plan_fuse
+from mlx_fusekit.merging.plan import FusePlan, plan_fuse
 from mlx_fusekit.progress import StepProgress, of_step
 from mlx_fusekit.requantize.calibrated import Calibration, SolvedWeights
 from mlx_fusekit.requantize.options import CalibrationOptions, CalibrationReport
 from mlx_fusekit.requantize.widening import choose_widths, measured_costs
-from mlx_fusekit.running import RunningModel, run_adapted
+from mlx_fusekit.running.model import RunningModel, run_adapted
 from mlx_fusekit.texts.calibration import CalibrationText, calibration_text
 from mlx_fusekit.texts.data import training_data
+from mlx_fusekit.verifying.parity import Model, Variant, compare
 
 #: Rounds of widening after which the search ends.
 _MOST_ROUNDS = 5

@@ -14,13 +14,12 @@ from functools import partial
 import mlx.nn as nn
 import numpy as np
 
-from mlx_fusekit.merge import RowRange
-from mlx_fusekit.numerics import Float32
-from mlx_fusekit.plan import FusePlan, WeightStep
+from mlx_fusekit.formats.floats import Float32
+from mlx_fusekit.formats.quantization import QuantizedRows
+from mlx_fusekit.merging.arithmetic import RowRange
+from mlx_fusekit.merging.merged import Matrix, Weight, part_of, stacked
+from mlx_fusekit.merging.plan import FusePlan, WeightStep
 from mlx_fusekit.progress import Progress
-from mlx_fusekit.quantization import QuantizedRows
-from mlx_fusekit.requantize.fused import FusedModules
-from mlx_fusekit.requantize.matrices import Matrix, Weight, part_of, stacked
 from mlx_fusekit.requantize.moments import (
     InputMoments,
     compensated,
@@ -32,7 +31,8 @@ from mlx_fusekit.requantize.solver import Moments, Solution, solve
 from mlx_fusekit.requantize.strategy import TargetFormat
 from mlx_fusekit.requantize.taps import ModuleInput
 from mlx_fusekit.requantize.walk import LayerChain, layers_of, token_batches
-from mlx_fusekit.running import RunningModel, place
+from mlx_fusekit.running.model import RunningModel, place
+from mlx_fusekit.running.swapped import FusedModules
 from mlx_fusekit.texts.sequences import TokenSequence
 
 #: Bytes that the second moments of experts may take, as many as are held at once.

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mlx_fusekit import codebooks
-from mlx_fusekit.numerics import Array, Float32, from_float32, to_float32
-from mlx_fusekit.quantization import (
+from mlx_fusekit.formats import codebooks
+from mlx_fusekit.formats.floats import Array, Float32, from_float32, to_float32
+from mlx_fusekit.formats.quantization import (
     QuantizedRows,
     QuantSpec,
     codebook_scales,

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_fusekit.numerics import Float32
+from mlx_fusekit.formats.floats import Float32
 from mlx_fusekit.requantize.solver import WIDEST_FLOAT64, Moments
 from mlx_fusekit.requantize.taps import ModuleInput, evaluate, inputs_noted
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mlx_fusekit.numerics import Float32
-from mlx_fusekit.quantization import QuantizedRows
+from mlx_fusekit.formats.floats import Float32
+from mlx_fusekit.formats.quantization import QuantizedRows
 from mlx_fusekit.requantize.grids import Grid, fitted_grid, grid_of, nearest_of, values_of
 from mlx_fusekit.requantize.strategy import TargetFormat
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from mlx_fusekit.merge import RowRange
-from mlx_fusekit.numerics import Float32
-from mlx_fusekit.quantization import QuantizedRows, QuantSpec, quantize_nearest
+from mlx_fusekit.formats.floats import Float32
+from mlx_fusekit.formats.quantization import QuantizedRows, QuantSpec, quantize_nearest
+from mlx_fusekit.merging.arithmetic import RowRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,8 @@ class Requantizer(Protocol):
         Args:
             module: path of the module, for what a strategy knows of it.
             rows: which of its rows these are.
-            merged: a float32 block (see :mod:`mlx_fusekit.quantization`); may be overwritten.
+            merged: a float32 block (see :mod:`mlx_fusekit.formats.quantization`), which may be
+                overwritten.
             base: the same rows of the base, in the base's format.
             target: the format to return.
         """

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from mlx_fusekit.numerics import Float32
+from mlx_fusekit.formats.floats import Float32
 
 
 @dataclass(frozen=True, eq=False)

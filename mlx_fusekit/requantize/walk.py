@@ -15,9 +15,9 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from mlx_fusekit.requantize.fused import FusedModules
 from mlx_fusekit.requantize.taps import ModuleInput, calls_intercepted, evaluate, inputs_noted
-from mlx_fusekit.running import RunningModel
+from mlx_fusekit.running.model import RunningModel
+from mlx_fusekit.running.swapped import FusedModules
 from mlx_fusekit.texts.sequences import TokenSequence, grouped_by_length
 
 #: Tokens of a batch, padding included.

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_fusekit.numerics import STORAGE
-from mlx_fusekit.parity import Variant, compare
-from mlx_fusekit.plan import WeightStep
+from mlx_fusekit.formats.floats import STORAGE
+from mlx_fusekit.formats.quantization import AFFINE_BITS, AFFINE_GROUPS, CODEBOOK_MODES, QuantSpec
+from mlx_fusekit.merging.merged import Weight
+from mlx_fusekit.merging.plan import WeightStep
 from mlx_fusekit.progress import Progress
-from mlx_fusekit.quantization import AFFINE_BITS, AFFINE_GROUPS, CODEBOOK_MODES, QuantSpec
-from mlx_fusekit.requantize.fused import FusedModules
 from mlx_fusekit.requantize.grids import nearest_of
-from mlx_fusekit.requantize.matrices import Weight
-from mlx_fusekit.running import RunningModel
+from mlx_fusekit.running.model import RunningModel
+from mlx_fusekit.running.swapped import FusedModules
 from mlx_fusekit.texts.sequences import TokenSequence
+from mlx_fusekit.verifying.parity import Variant, compare
 
 #: Share of the whole that a group counts for at least: single measurements can be negative.
 _LEAST_SHARE = 1e-3

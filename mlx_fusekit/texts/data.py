@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import jinja2
 
 from mlx_fusekit.errors import ConfigurationError
-from mlx_fusekit.exact_match import ChatItem, encode_chat_item
+from mlx_fusekit.texts.exact_match import ChatItem, encode_chat_item
 from mlx_fusekit.texts.sequences import TokenSequence
 
 T = TypeVar("T")

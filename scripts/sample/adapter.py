@@ -15,7 +15,7 @@ from mlx_lm import load
 from mlx_lm.lora import CONFIG_DEFAULTS, train_model
 from mlx_lm.tuner.datasets import load_local_dataset
 
-from mlx_fusekit.exact_match import exact_match, load_chat_items
+from mlx_fusekit.texts.exact_match import exact_match, load_chat_items
 from sample.queries import Split, random_query_of
 
 BASE_NAME = "mlx-fusekit/sample-4bit"

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from tiny import QWEN3_MOE, make_adapter, make_model
+from support.tiny import QWEN3_MOE, make_adapter, make_model
 
 from mlx_fusekit import prepare_fuse
 from mlx_fusekit.errors import AdapterError
@@ -216,14 +216,14 @@ def test_another_base_is_a_warning(base: Path, adapter: Path) -> None:
 
 
 def test_full_weights_of_a_wrong_shape(base: Path, tmp_path: Path) -> None:
-    from tiny import save_adapter
+    from support.tiny import save_adapter
 
     adapter = save_adapter(tmp_path / "full", {f"{Q}.weight": mx.zeros((128, 64))}, kind="full")
     refused(base, adapter, "does not fit the base's")
 
 
 def test_full_weights_with_nan(base: Path, tmp_path: Path) -> None:
-    from tiny import save_adapter
+    from support.tiny import save_adapter
 
     weight = mx.zeros((128, 128)).at[5, 5].add(mx.nan)
     adapter = save_adapter(tmp_path / "full", {f"{Q}.weight": weight}, kind="full")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import make_adapter, make_model
+from support.tiny import make_adapter, make_model
 
 from mlx_fusekit import fuse
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_adapters, load_model
-from tiny import LLAMA, QWEN3_MOE, VOCABULARY, make_adapter, make_model
+from support.tiny import LLAMA, QWEN3_MOE, VOCABULARY, make_adapter, make_model
 
 from mlx_fusekit.bench.arms import ArmSource, load_arm, weight_facts
 from mlx_fusekit.bench.timing import time_generation

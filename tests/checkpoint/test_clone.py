@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import make_adapter, make_model
+from support.tiny import make_adapter, make_model
 
 from mlx_fusekit import prepare_fuse
 from mlx_fusekit.checkpoint import clone

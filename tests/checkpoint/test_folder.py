@@ -6,11 +6,11 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from tiny import make_model
+from support.tiny import make_model
 
 from mlx_fusekit.checkpoint.folder import INDEX_NAME, Checkpoint
 from mlx_fusekit.errors import CheckpointError
-from mlx_fusekit.quantization import QuantSpec
+from mlx_fusekit.formats.quantization import QuantSpec
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from mlx_lm.utils import load_model
-from tiny import make_adapter, make_model
+from support.tiny import make_adapter, make_model
 
 from mlx_fusekit import fuse, prepare_fuse
 from mlx_fusekit.checkpoint.staging import staging_folder
@@ -133,7 +133,7 @@ def test_a_glob_character_in_the_name_is_no_pattern(tmp_path: Path) -> None:
 # Large enough that a kill can fall into the middle of the writing.
 _SLOW = """
 import sys, time
-from mlx_fusekit import fusing
+from mlx_fusekit.fusing import fuse as fusing
 from mlx_fusekit.checkpoint import writer
 write = writer.FileWriter.write_rows
 def slow(self, name, first_row, rows):

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from exercise_reports import GOOD, make_bench, make_findings, write_report
-from test_cli import run
+from support.command import run
+from support.exercise_reports import GOOD, make_bench, make_findings, write_report
 
 from mlx_fusekit.bench.environment import Environment
 from mlx_fusekit.errors import ConfigurationError

@@ -11,9 +11,9 @@ from typing import Any
 import mlx_lm
 import pytest
 from click.testing import CliRunner
-from exercise_reports import make_bench, make_findings
-from test_cli import run
-from tiny import LLAMA, make_adapter, make_model
+from support.command import run
+from support.exercise_reports import make_bench, make_findings
+from support.tiny import LLAMA, make_adapter, make_model
 
 from mlx_fusekit import samples
 from mlx_fusekit.bench.report import BenchReport

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exportable import copy_sample, make_exportable
 from gguf import GGUFReader
-from test_cli import run
-from tiny import make_adapter
+from support.command import run
+from support.exportable import copy_sample, make_exportable
+from support.tiny import make_adapter
 
 from mlx_fusekit import samples
 from mlx_fusekit.gguf.exporting import export_gguf

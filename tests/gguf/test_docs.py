@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mlx_fusekit.gguf.architectures import supported
+from mlx_fusekit.gguf.models.architectures import supported
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "gguf.md"
 

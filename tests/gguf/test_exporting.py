@@ -13,15 +13,15 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
-from exportable import as_in_file, copy_sample, make_exportable
-from test_verify import rewritten
-from tiny import dequantized
+from support.exportable import as_in_file, copy_sample, make_exportable
+from support.folders import rewritten
+from support.tiny import dequantized
 
 from mlx_fusekit import samples
 from mlx_fusekit.cli.export_gguf import OUTTYPES as OUTTYPES_OF_THE_COMMAND
 from mlx_fusekit.errors import CheckpointError, ConfigurationError, FusekitError, OutputError
-from mlx_fusekit.gguf.encoding import OUTTYPES
 from mlx_fusekit.gguf.exporting import ExportReport, check_exportable, export_gguf
+from mlx_fusekit.gguf.file.encoding import OUTTYPES
 
 SAMPLE = samples.model_path()
 QUANTIZED, NORMS = 29, 9

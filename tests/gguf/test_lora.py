@@ -16,16 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_model
-from tiny import LINEARS, LLAMA, make_adapter, make_model, save_adapter
-from tiny_architectures import make_model as make_architecture
+from support.tiny import LINEARS, LLAMA, make_adapter, make_model, save_adapter
+from support.tiny_architectures import make_model as make_architecture
 
 from mlx_fusekit.adapters import AdapterFolder
 from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import AdapterError, CheckpointError, FusekitError, OutputError
 from mlx_fusekit.gguf import lora
-from mlx_fusekit.gguf.architectures import lay_out
 from mlx_fusekit.gguf.lora import LoraReport, export_lora
-from mlx_fusekit.gguf.tensors import GgufTensor
+from mlx_fusekit.gguf.models.architectures import lay_out
+from mlx_fusekit.gguf.models.tensors import GgufTensor
 
 UNTIED = {**LLAMA, "tie_word_embeddings": False}
 HEADS, HEAD_DIM = 4, 32

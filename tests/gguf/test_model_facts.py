@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from gguf import GGUFWriter
-from tokenizer_folders import Json, read_keys, write_folder
+from support.tokenizer_folders import Json, read_keys, write_folder
 
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.gguf.model_facts import (

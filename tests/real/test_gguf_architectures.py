@@ -9,22 +9,22 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_architectures import CONFIGS, VOCABULARY, make_model
+from support.tiny_architectures import CONFIGS, VOCABULARY, make_model
 
 from mlx_fusekit.checkpoint.sanitized import open_base
-from mlx_fusekit.gguf import hyperparameters
-from mlx_fusekit.gguf.architectures import lay_out
-from mlx_fusekit.gguf.families import FAMILIES
-from mlx_fusekit.gguf.llamacpp import LlamaCpp
-from mlx_fusekit.gguf.plan import plan_gguf
-from mlx_fusekit.gguf.writer import write_gguf
-from mlx_fusekit.running import run_model
+from mlx_fusekit.gguf.file.plan import plan_gguf
+from mlx_fusekit.gguf.file.writer import write_gguf
+from mlx_fusekit.gguf.models import hyperparameters
+from mlx_fusekit.gguf.models.architectures import lay_out
+from mlx_fusekit.gguf.models.families import FAMILIES
+from mlx_fusekit.running.llamacpp import LlamaCpp
+from mlx_fusekit.running.model import run_model
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mlx_fusekit.gguf.writer import WrittenFile
-    from mlx_fusekit.numerics import Float32
+    from mlx_fusekit.formats.floats import Float32
+    from mlx_fusekit.gguf.file.writer import WrittenFile
 
 pytest.importorskip("llama_cpp")
 

@@ -10,20 +10,20 @@ from gguf import GGMLQuantizationType as GgmlType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_fusekit.gguf.blocks import (
-    block_type,
-    encode_nearest_q8_0,
-    encode_quantized,
-    encode_values,
-)
-from mlx_fusekit.numerics import Array, Float32
-from mlx_fusekit.quantization import (
+from mlx_fusekit.formats.floats import Array, Float32
+from mlx_fusekit.formats.quantization import (
     QuantizedRows,
     QuantSpec,
     dequantize,
     quantize_nearest,
     to_block,
     to_matrix,
+)
+from mlx_fusekit.gguf.file.blocks import (
+    block_type,
+    encode_nearest_q8_0,
+    encode_quantized,
+    encode_values,
 )
 
 ROWS, COLUMNS = 16, 256

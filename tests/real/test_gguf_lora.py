@@ -16,21 +16,22 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_model, load_tokenizer
-from tiny import make_adapter
-from tiny_architectures import CONFIGS, VOCABULARY, make_model
+from support.tiny import make_adapter
+from support.tiny_architectures import CONFIGS, VOCABULARY, make_model
 
 from mlx_fusekit.adapters import AdapterFolder
 from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import CheckpointError
-from mlx_fusekit.exact_match import encode_chat_item, load_chat_items
-from mlx_fusekit.gguf import hyperparameters, lora
-from mlx_fusekit.gguf.architectures import lay_out
+from mlx_fusekit.gguf import lora
 from mlx_fusekit.gguf.exporting import export_gguf
-from mlx_fusekit.gguf.llamacpp import LlamaCpp
+from mlx_fusekit.gguf.file.plan import plan_gguf
+from mlx_fusekit.gguf.file.writer import write_gguf
 from mlx_fusekit.gguf.lora import export_lora
-from mlx_fusekit.gguf.plan import plan_gguf
-from mlx_fusekit.gguf.writer import write_gguf
-from mlx_fusekit.running import run_teacher
+from mlx_fusekit.gguf.models import hyperparameters
+from mlx_fusekit.gguf.models.architectures import lay_out
+from mlx_fusekit.running.llamacpp import LlamaCpp
+from mlx_fusekit.running.model import run_teacher
+from mlx_fusekit.texts.exact_match import encode_chat_item, load_chat_items
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from fetch_smollm2 import ModelFolders
     from train_adapter import AdapterFolders
 
-    from mlx_fusekit.numerics import Float32
+    from mlx_fusekit.formats.floats import Float32
 
 pytest.importorskip("llama_cpp")
 
@@ -157,7 +158,7 @@ def test_an_embedding_that_is_the_output_matrix_too_ends_llama_cpp(
     adapter = make_adapter(tmp_path / "adapter", folder, keys=["model.embed_tokens"])
     export_lora(folder, adapter, tmp_path / "adapter.gguf")
     code = (
-        "from pathlib import Path; from mlx_fusekit.gguf.llamacpp import LlamaCpp\n"
+        "from pathlib import Path; from mlx_fusekit.running.llamacpp import LlamaCpp\n"
         "LlamaCpp(Path('model.gguf'), adapter=Path('adapter.gguf')).logits([1, 2])"
     )
     result = subprocess.run(

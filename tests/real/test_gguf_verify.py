@@ -10,17 +10,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from exportable import TOKENIZER, make_exportable
 from gguf import GGUFReader
-from test_cli import run
-from tiny import LLAMA
+from support.command import run
+from support.exportable import TOKENIZER, make_exportable
+from support.tiny import LLAMA
 
 from mlx_fusekit import fuse, samples, verify
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.gguf.exporting import export_gguf
-from mlx_fusekit.gguf.judged import JudgedGguf
-from mlx_fusekit.gguf.llamacpp import LlamaCpp
-from mlx_fusekit.verifying import ParityReport
+from mlx_fusekit.running.llamacpp import LlamaCpp
+from mlx_fusekit.verifying.judged import JudgedGguf
+from mlx_fusekit.verifying.verify import ParityReport
 
 llama_cpp: Any = pytest.importorskip("llama_cpp")
 
@@ -242,6 +242,6 @@ def logits_of(model: Path, tokens: list[int]) -> np.ndarray:
     if model.suffix == ".gguf":
         with LlamaCpp(model, context=64) as running:
             return running.logits(tokens)
-    from mlx_fusekit.running import run_model
+    from mlx_fusekit.running.model import run_model
 
     return np.array(run_model(model).model(mx.array([tokens]))[0])

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from gguf import TokenType
-from pretokenizer_families import FAMILIES, QWEN35
-from tokenizer_folders import (
+from support.pretokenizer_families import FAMILIES, QWEN35
+from support.tokenizer_folders import (
     LLAMA3,
     QWEN2,
     SPACE,
@@ -31,13 +31,13 @@ from tokenizer_folders import (
     write_folder,
     write_gguf,
 )
-from tokenizer_strings import all_strings, is_composed
+from support.tokenizer_strings import all_strings, is_composed
 from tokenizers import pre_tokenizers, trainers
 
 from mlx_fusekit.errors import CheckpointError
-from mlx_fusekit.gguf.llamacpp import LlamaCpp
 from mlx_fusekit.gguf.model_facts import loadable_name
-from mlx_fusekit.gguf.vocabulary import Vocabulary, read_vocabulary
+from mlx_fusekit.gguf.tokenizer.vocabulary import Vocabulary, read_vocabulary
+from mlx_fusekit.running.llamacpp import LlamaCpp
 from mlx_fusekit.samples import model_path
 
 if TYPE_CHECKING:

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import gguf
 import numpy as np
 import pytest
-from tiny_architectures import VOCABULARY, make_model
+from support.tiny_architectures import VOCABULARY, make_model
 
 from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
-from mlx_fusekit.gguf import hyperparameters
-from mlx_fusekit.gguf.architectures import lay_out
-from mlx_fusekit.gguf.llamacpp import BATCH_TOKENS, LlamaCpp
-from mlx_fusekit.gguf.plan import plan_gguf
-from mlx_fusekit.gguf.writer import write_gguf
+from mlx_fusekit.gguf.file.plan import plan_gguf
+from mlx_fusekit.gguf.file.writer import write_gguf
+from mlx_fusekit.gguf.models import hyperparameters
+from mlx_fusekit.gguf.models.architectures import lay_out
+from mlx_fusekit.running.llamacpp import BATCH_TOKENS, LlamaCpp
 
 if TYPE_CHECKING:
     from pathlib import Path

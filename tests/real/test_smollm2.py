@@ -13,7 +13,7 @@ from mlx_lm import generate, load
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.utils import load_adapters
 
-from mlx_fusekit.exact_match import exact_match, load_chat_items
+from mlx_fusekit.texts.exact_match import exact_match, load_chat_items
 
 if TYPE_CHECKING:
     from fetch_smollm2 import ModelFolders

@@ -11,9 +11,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-import tiny
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
-from teachers import (
+from support import tiny
+from support.teachers import (
     ARCHITECTURES,
     EXPERTS,
     GEMMA3N,
@@ -23,22 +23,22 @@ from teachers import (
     make_case,
     random_text,
 )
-from tiny import LINEARS, make_model, save_adapter
+from support.tiny import LINEARS, make_model, save_adapter
 
-from mlx_fusekit.execute import execute
-from mlx_fusekit.merge import RowRange
-from mlx_fusekit.numerics import Float32
-from mlx_fusekit.parity import Variant, compare
-from mlx_fusekit.plan import WeightStep
-from mlx_fusekit.quantization import QuantizedRows, dequantize, to_block, to_matrix
+from mlx_fusekit.formats.floats import Float32
+from mlx_fusekit.formats.quantization import QuantizedRows, dequantize, to_block, to_matrix
+from mlx_fusekit.fusing.execute import execute
+from mlx_fusekit.merging.arithmetic import RowRange
+from mlx_fusekit.merging.merged import Weight, part_of, stacked
+from mlx_fusekit.merging.plan import WeightStep
 from mlx_fusekit.requantize import Nearest, calibrated
 from mlx_fusekit.requantize.calibrated import Calibration, SolvedWeights
-from mlx_fusekit.requantize.fused import FusedModules
-from mlx_fusekit.requantize.matrices import Weight, part_of, stacked
 from mlx_fusekit.requantize.strategy import TargetFormat
 from mlx_fusekit.requantize.taps import calls_intercepted, evaluate, inputs_noted
-from mlx_fusekit.running import place, run_model
+from mlx_fusekit.running.model import place, run_model
+from mlx_fusekit.running.swapped import FusedModules
 from mlx_fusekit.texts.sequences import TokenSequence
+from mlx_fusekit.verifying.parity import Variant, compare
 
 TEXT = random_text(8)
 OTHER_TEXT = random_text(3, seed=1)

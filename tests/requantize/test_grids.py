@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from formats import AFFINE, CODEBOOKS, FORMATS, hard_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.formats import AFFINE, CODEBOOKS, FORMATS, hard_weights
 
-from mlx_fusekit import codebooks
-from mlx_fusekit.numerics import Float32
-from mlx_fusekit.quantization import QuantSpec, to_block, to_matrix
+from mlx_fusekit.formats import codebooks
+from mlx_fusekit.formats.floats import Float32
+from mlx_fusekit.formats.quantization import QuantSpec, to_block, to_matrix
 from mlx_fusekit.requantize.grids import (
     AffineGrid,
     CodebookGrid,

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from formats import FORMATS, SOME, hard_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.formats import FORMATS, SOME, hard_weights
 
-from mlx_fusekit.numerics import Float32
-from mlx_fusekit.quantization import QuantizedRows, QuantSpec
+from mlx_fusekit.formats.floats import Float32
+from mlx_fusekit.formats.quantization import QuantizedRows, QuantSpec
 from mlx_fusekit.requantize import solver
 from mlx_fusekit.requantize.grids import (
     AffineGrid,

@@ -11,12 +11,11 @@ import pytest
 from mlx_lm.models.llama import LlamaModel
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
-from teachers import ARCHITECTURES, Case, case_of, logits_of, make_case, random_text
-from tiny import LLAMA, make_adapter, make_model
+from support.teachers import ARCHITECTURES, Case, case_of, logits_of, make_case, random_text
+from support.tiny import LLAMA, make_adapter, make_model
 
-from mlx_fusekit.numerics import Float32
+from mlx_fusekit.formats.floats import Float32
 from mlx_fusekit.requantize.calibrated import Calibration
-from mlx_fusekit.requantize.fused import FusedModules
 from mlx_fusekit.requantize.moments import (
     InputMoments,
     compensated,
@@ -27,7 +26,8 @@ from mlx_fusekit.requantize.moments import (
 from mlx_fusekit.requantize.solver import Moments
 from mlx_fusekit.requantize.taps import ModuleInput, calls_intercepted, evaluate, inputs_noted
 from mlx_fusekit.requantize.walk import LayerChain, layers_of, token_batches
-from mlx_fusekit.running import place, run_model
+from mlx_fusekit.running.model import place, run_model
+from mlx_fusekit.running.swapped import FusedModules
 from mlx_fusekit.texts.sequences import TokenSequence
 
 TEXT = random_text(5, longest=30)

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from support.tiny import make_adapter, make_model
 
 from mlx_fusekit.checkpoint.folder import Checkpoint
-from mlx_fusekit.fusing import prepare_fuse
-from mlx_fusekit.plan import FuseOptions, plan_fuse
+from mlx_fusekit.fusing.fuse import prepare_fuse
+from mlx_fusekit.merging.plan import FuseOptions, plan_fuse
 from mlx_fusekit.requantize.widening import choose_widths, next_width, stored_bytes
-from tests.tiny import make_adapter, make_model
 
 
 @pytest.fixture(

@@ -5,7 +5,7 @@ import pytest
 from mlx_lm import load
 from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.utils import load_tokenizer
-from tiny import LLAMA, in_float32
+from support.tiny import LLAMA, in_float32
 
 from mlx_fusekit import samples
 

@@ -1,0 +1,410 @@
+"""mlx-lm's adapter folders: ``adapter_config.json`` beside ``adapters.safetensors``.
+
+The tensors are those of ``mlx_lm.tuner``: ``<module>.lora_a``, ``<module>.lora_b`` and DoRA's
+``<module>.m``, or for full fine-tunes the parameters themselves.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from mlx_fusekit.adapters.updates import Adapter, FullUpdate, LowRankUpdate, Update
+from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
+from mlx_fusekit.checkpoint.folder import read_json
+from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
+from mlx_fusekit.errors import AdapterError, CheckpointError
+from mlx_fusekit.formats.floats import FLOAT_DTYPES, Float32, to_float32
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapters.safetensors"
+
+_LORA_LEAVES = ("lora_a", "lora_b")
+_DORA_LEAVES = ("lora_a", "lora_b", "m")
+_PICKLED = ("*.npz", "*.bin", "*.pt", "*.pth", "*.pkl")
+_FULL_READ_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An mlx-lm adapter folder, opened read-only; its tensors are not read yet.
+
+    Attributes:
+        kind: "lora", "dora" or "full".
+        config: ``adapter_config.json``.
+    """
+
+    folder: Path
+    kind: str
+    config: Mapping[str, Any]
+    header: Header
+
+    @classmethod
+    def open(cls, folder: Path) -> "AdapterFolder":
+        """Open an adapter folder and check what can be checked without its base.
+
+        Raises:
+            AdapterError: naming the file or tensor that is wrong, and the cure.
+        """
+        if not folder.is_dir():
+            raise AdapterError(f"{folder}: there is no such adapter folder")
+        config = _read_config(folder)
+        header = _read_weights(folder)
+        kind = config.get("fine_tune_type", "lora")
+        if kind not in ("lora", "dora", "full"):
+            raise AdapterError(
+                f"{folder / CONFIG_NAME}: fine_tune_type is {kind!r}; lora, dora and full are known"
+            )
+        if not header.tensors:
+            raise AdapterError(f"{header.file}: holds no tensors; train the adapter first")
+        return cls(folder, kind, MappingProxyType(config), header)
+
+    @property
+    def scale(self) -> float:
+        """The factor of LoRA's and DoRA's update.
+
+        Raises:
+            AdapterError: when the configuration has none, or it is no finite number.
+        """
+        scale = self._lora_parameters.get("scale")
+        where = f"{self.folder / CONFIG_NAME}: lora_parameters"
+        if scale is None:
+            hint = ""
+            if "alpha" in self._lora_parameters:
+                hint = " (mlx-lm's scale is what others call alpha / rank)"
+            raise AdapterError(f"{where} has no 'scale'; add the one it was trained with{hint}")
+        if (
+            isinstance(scale, bool)
+            or not isinstance(scale, int | float)
+            or not math.isfinite(scale)
+        ):
+            raise AdapterError(f"{where}.scale is {scale!r}; it must be a finite number")
+        return float(scale)
+
+    @property
+    def _lora_parameters(self) -> Mapping[str, Any]:
+        parameters = self.config.get("lora_parameters")
+        if not isinstance(parameters, dict):
+            raise AdapterError(
+                f"{self.folder / CONFIG_NAME}: has no lora_parameters; "
+                "add rank and scale as trained"
+            )
+        return parameters
+
+    @property
+    def modules(self) -> Mapping[str, Mapping[str, TensorRef]]:
+        """LoRA and DoRA tensors by module path and leaf name.
+
+        Raises:
+            AdapterError: for a tensor that is none of an adapter's, or one whose pair is missing.
+        """
+        leaves = _DORA_LEAVES if self.kind == "dora" else _LORA_LEAVES
+        modules: dict[str, dict[str, TensorRef]] = defaultdict(dict)
+        for name, tensor in self.header.tensors.items():
+            module, _, leaf = name.rpartition(".")
+            if leaf not in leaves or not module:
+                raise AdapterError(
+                    f"{self.header.file}: tensor {name!r} is not one that a {self.kind} adapter "
+                    f"of mlx-lm has ({', '.join(leaves)}); check fine_tune_type in {CONFIG_NAME}"
+                )
+            modules[module][leaf] = tensor
+        for module, tensors in modules.items():
+            if missing := next((leaf for leaf in leaves if leaf not in tensors), None):
+                raise AdapterError(
+                    f"{self.header.file}: {module}.{missing} is missing beside "
+                    f"{module}.{next(iter(tensors))}; the adapter was not saved whole"
+                )
+        return modules
+
+    @property
+    def target_tensors(self) -> set[str]:
+        """Names of the base's tensors that the adapter changes."""
+        if self.kind == "full":
+            return set(self.header.tensors)
+        return {f"{module}.weight" for module in self.modules}
+
+    def bind(self, base: BaseModel, base_id: str | None = None) -> Adapter:
+        """Check every tensor against the base and read the adapter into its neutral form.
+
+        Args:
+            base: the model it will be merged into.
+            base_id: the Hub id or path the user gave for it; compared with the one the adapter
+                was trained on, a difference is a warning.
+
+        Raises:
+            AdapterError: naming the first tensor that does not fit, and the cure.
+        """
+        warnings = _base_warnings(self.config.get("model"), base_id)
+        if self.kind == "full":
+            weights, parameters = self._bind_full(base)
+            return Adapter(self.kind, weights, parameters, warnings)
+        weights = {
+            module: self._bind_low_rank(base, module, tensors)
+            for module, tensors in self.modules.items()
+        }
+        return Adapter(self.kind, MappingProxyType(weights), MappingProxyType({}), warnings)
+
+    def _bind_low_rank(
+        self, base: BaseModel, module: str, tensors: Mapping[str, TensorRef]
+    ) -> Update:
+        weight = base.tensors.get(f"{module}.weight")
+        if weight is None:
+            raise AdapterError(
+                f"{self.header.file}: {module} is no module of the base model"
+                f"{_closest(module, base)}; fuse into the model the adapter was trained on"
+            )
+        self._check_targeted(base, module)
+        a, b = tensors["lora_a"], tensors["lora_b"]
+        up_ref, down_ref = (a, b) if _is_embedding(module, weight, a, b) else (b, a)
+        up, down = (_read_finite(ref) for ref in (up_ref, down_ref))
+        if up.ndim == 2:
+            # A linear keeps lora_a as [columns, rank] and lora_b as [rank, rows]; an embedding
+            # lora_a as [rows, rank] and lora_b as [rank, columns]; experts are as we want them.
+            if up_ref is b:
+                up, down = up.T, down.T
+            up, down = up[None], down[None]
+        elif up.ndim != 3:
+            raise AdapterError(
+                f"{self.header.file}: {b.name} has shape {list(b.shape)}; want 2 or 3 axes"
+            )
+        self._check_shapes(base, module, weight, up, down, tensors)
+        with np.errstate(over="ignore"):
+            up = up * np.float32(self.scale)
+        self._check_overflow(module, up, down)
+        magnitude = _read_finite(tensors["m"]) if "m" in tensors else None
+        return LowRankUpdate(np.ascontiguousarray(up), np.ascontiguousarray(down), magnitude)
+
+    def _check_shapes(
+        self,
+        base: BaseModel,
+        module: str,
+        weight: TensorSource,
+        up: Float32,
+        down: Float32,
+        tensors: Mapping[str, TensorRef],
+    ) -> None:
+        experts, rows, rank = up.shape
+        columns = down.shape[-1]
+        have = f"lora_a {list(tensors['lora_a'].shape)}, lora_b {list(tensors['lora_b'].shape)}"
+        expected = weight.shape[:-1] if len(weight.shape) == 3 else (1, *weight.shape[:-1])
+        fits = (experts, rows) == expected and down.shape[:2] == (experts, rank)
+        if fits:
+            try:
+                spec = base.quantization(module, columns)
+            except CheckpointError:
+                fits = False
+            else:
+                fits = spec is not None or columns == weight.shape[-1]
+        magnitude = tensors.get("m")
+        if magnitude is not None:
+            have += f", m {list(magnitude.shape)}"
+            fits &= magnitude.shape == (rows,) and experts == 1
+        if not fits:
+            raise AdapterError(
+                f"{self.header.file}: {module} has {have}, which does not fit the base's weight "
+                f"{weight.dtype} {list(weight.shape)}; "
+                "fuse into the model the adapter was trained on"
+            )
+        declared = self._lora_parameters.get("rank")
+        if declared is not None and declared != rank:
+            raise AdapterError(
+                f"{self.header.file}: {module} has rank {rank}, but {CONFIG_NAME} says {declared}; "
+                "correct 'rank' there"
+            )
+
+    def _check_overflow(self, module: str, up: Float32, down: Float32) -> None:
+        if not np.isfinite(up).all():
+            raise AdapterError(
+                f"{self.header.file}: {module} overflows float32 when multiplied with scale "
+                f"{self.scale:g}; correct 'scale' in {CONFIG_NAME}"
+            )
+        largest = (
+            float(np.abs(up).max(initial=0)) * float(np.abs(down).max(initial=0)) * up.shape[-1]
+        )
+        if largest < 1e38:
+            return
+        with np.errstate(over="ignore", invalid="ignore"):
+            finite = np.isfinite(up @ down).all()
+        if not finite:
+            raise AdapterError(
+                f"{self.header.file}: the update of {module} overflows float32 at scale "
+                f"{self.scale:g}; correct 'scale' in {CONFIG_NAME}"
+            )
+
+    def _check_targeted(self, base: BaseModel, module: str) -> None:
+        """Refuse what mlx-lm would refuse: a tensor outside the layers and keys of the config."""
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.(.+)$", module)
+        keys = self._lora_parameters.get("keys")
+        if keys is not None and module not in keys and (layer is None or layer[2] not in keys):
+            raise AdapterError(
+                f"{self.header.file}: {module} is not among lora_parameters.keys of {CONFIG_NAME}, "
+                "so mlx-lm would not load it; add its key there if it was trained"
+            )
+        if layer is None or (keys is not None and module in keys):
+            return
+        total, trained = base.layer_count, self.config.get("num_layers")
+        # mlx-lm takes 0 and negative numbers as all layers.
+        if total is None or not isinstance(trained, int) or trained <= 0:
+            return
+        if int(layer[1]) < total - trained:
+            raise AdapterError(
+                f"{self.header.file}: {module} is not among the last {trained} layers "
+                f"(num_layers in {CONFIG_NAME}) of {total}, so mlx-lm would not load it; "
+                "correct num_layers"
+            )
+
+    def _bind_full(self, base: BaseModel) -> tuple[Mapping[str, Update], Mapping[str, FullUpdate]]:
+        weights: dict[str, Update] = {}
+        parameters: dict[str, FullUpdate] = {}
+        for name, tensor in self.header.tensors.items():
+            module = name.removesuffix(".weight")
+            target = base.tensors.get(name)
+            if target is None:
+                raise AdapterError(
+                    f"{self.header.file}: {name!r} is no parameter of the base model"
+                    f"{_closest(name, base)}; fuse into the model it was trained from"
+                )
+            _check_finite_streaming(tensor)
+            if tensor.shape == target.shape and target.dtype in FLOAT_DTYPES:
+                parameters[name] = FullUpdate(tensor)
+            elif name.endswith(".weight") and self._fits_quantized(base, module, tensor):
+                weights[module] = FullUpdate(tensor)
+            else:
+                raise AdapterError(
+                    f"{self.header.file}: {name!r} is {tensor.dtype} {list(tensor.shape)}, which "
+                    f"does not fit the base's {target.dtype} {list(target.shape)}; "
+                    "fuse into the model it was trained from"
+                )
+        return MappingProxyType(weights), MappingProxyType(parameters)
+
+    def _fits_quantized(self, base: BaseModel, module: str, tensor: TensorRef) -> bool:
+        target = base.tensors[f"{module}.weight"]
+        if tensor.shape[:-1] != target.shape[:-1] or tensor.dtype not in FLOAT_DTYPES:
+            return False
+        try:
+            return base.quantization(module, tensor.shape[-1]) is not None
+        except CheckpointError:
+            return False
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    if not path.exists() and (folder / "config.json").exists():
+        raise AdapterError(f"{folder}: is a model, not an adapter; give the adapter's folder")
+    if not path.exists():
+        raise AdapterError(
+            f"{path}: the file is missing; it says with which scale the adapter was trained, "
+            "so copy it from the training folder"
+        )
+    try:
+        config = read_json(path)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from error
+    if "peft_type" in config:
+        raise AdapterError(
+            f"{path}: this is a PEFT adapter ({config['peft_type']}); "
+            "this version reads the adapters of mlx-lm only"
+        )
+    return config
+
+
+def _read_weights(folder: Path) -> Header:
+    path = folder / WEIGHTS_NAME
+    if not path.exists():
+        pickled = next((p for s in _PICKLED for p in folder.glob(s)), None)
+        if pickled is not None:
+            raise AdapterError(
+                f"{pickled}: pickled or old-format weights are never opened; save the adapter "
+                f"again with a current mlx-lm, as {WEIGHTS_NAME}"
+            )
+        checkpoint = next(iter(sorted(folder.glob("*_adapters.safetensors"), reverse=True)), None)
+        hint = f"; to fuse {checkpoint.name}, copy it to that name" if checkpoint else ""
+        raise AdapterError(f"{path}: the file is missing{hint}")
+    try:
+        return read_header(path)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from error
+
+
+def _is_embedding(module: str, weight: TensorSource, a: TensorRef, b: TensorRef) -> bool:
+    """Whether lora_a is ``[rows, rank]`` and lora_b ``[rank, columns]``, as an embedding's are.
+
+    The shapes decide, save for a square weight: there the name does.
+    """
+    if len(a.shape) != 2 or len(b.shape) != 2 or len(weight.shape) != 2:
+        return False
+    rows = weight.shape[0]
+    as_linear, as_embedding = b.shape[1] == rows, a.shape[0] == rows
+    if as_linear and as_embedding:
+        leaf = module.rpartition(".")[2]
+        return "emb" in leaf or leaf in ("wte", "wpe")
+    return as_embedding
+
+
+def _read_finite(tensor: TensorRef) -> Float32:
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise AdapterError(
+            f"{tensor.file}: {tensor.name} has dtype {tensor.dtype}; floats are expected"
+        )
+    values = to_float32(tensor.read(), tensor.dtype)
+    if not np.isfinite(values).all():
+        raise AdapterError(
+            f"{tensor.file}: {tensor.name} holds NaN or infinity; the training diverged, "
+            "use an earlier checkpoint"
+        )
+    return values
+
+
+def _check_finite_streaming(tensor: TensorRef) -> None:
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise AdapterError(
+            f"{tensor.file}: {tensor.name} has dtype {tensor.dtype}; floats are expected"
+        )
+    if not tensor.shape:
+        return
+    rows = math.prod(tensor.shape[:-1])
+    step = max(1, _FULL_READ_BYTES // max(4 * tensor.shape[-1], 1))
+    for first in range(0, rows, step):
+        values = to_float32(tensor.read_rows(first, min(first + step, rows)), tensor.dtype)
+        if not np.isfinite(values).all():
+            raise AdapterError(
+                f"{tensor.file}: {tensor.name} holds NaN or infinity; the training diverged, "
+                "use an earlier checkpoint"
+            )
+
+
+def _closest(name: str, base: BaseModel) -> str:
+    import difflib
+
+    module = name.removesuffix(".weight")
+    known = {tensor.rpartition(".")[0] for tensor in base.tensors}
+    match = difflib.get_close_matches(module, known, n=1)
+    return f" (closest: {match[0]})" if match else ""
+
+
+def _base_warnings(trained_on: Any, base_id: str | None) -> tuple[str, ...]:
+    if not isinstance(trained_on, str) or not trained_on or base_id is None:
+        return ()
+    if _model_name(trained_on) == _model_name(base_id):
+        return ()
+    return (
+        f"the adapter was trained on {trained_on}, not on {base_id}; "
+        "if they differ in more than the name, the result will be wrong",
+    )
+
+
+def _model_name(id_or_path: str) -> str:
+    """The part of a Hub id, folder or cache path that names the model."""
+    if cached := re.search(r"models--([^/\\]+)[/\\]snapshots", id_or_path):
+        return cached[1].split("--")[-1].lower()
+    return (
+        Path(id_or_path).resolve().name.lower()
+        if Path(id_or_path).exists()
+        else (id_or_path.rstrip("/").rpartition("/")[2].lower())
+    )

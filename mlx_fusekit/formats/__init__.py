@@ -1,0 +1,1 @@
+"""Number formats: stored floating-point types, codebooks, and MLX's quantization."""

@@ -1,0 +1,1 @@
+"""Fusing, from end to end."""

@@ -1,0 +1,1 @@
+"""GGUF files: blocks, layout, and writing them whole or not at all."""

@@ -1,0 +1,1 @@
+"""What llama.cpp calls the parts of each kind of model."""

@@ -1,0 +1,400 @@
+"""What a fuse will do, decided from headers alone: which tensors are computed, which are copied."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from mlx_fusekit.adapters import Adapter, FullUpdate, Update
+from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
+from mlx_fusekit.checkpoint.folder import Checkpoint
+from mlx_fusekit.checkpoint.header import TensorRef
+from mlx_fusekit.checkpoint.writer import FileLayout, OutputTensor, new_layout, same_layout
+from mlx_fusekit.errors import ConfigurationError
+from mlx_fusekit.formats.floats import FLOAT_DTYPES
+from mlx_fusekit.formats.quantization import AFFINE_BITS, AFFINE_GROUPS, QuantSpec
+from mlx_fusekit.merging.blocks import LEAVES, logical_shape, weight_sources
+
+#: As mlx-lm: files larger than this are inconvenient on the Hub.
+LARGEST_FILE_BYTES = 5 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class FuseOptions:
+    """What the user asked for.
+
+    Attributes:
+        bits: width of the merged modules, or None for the base's.
+        dequantize: write the whole model unquantized.
+        dtype: safetensors dtype of a dequantized model; None keeps each module's own.
+        widths: bits of single modules, by path, where they are to be wider than all that.
+    """
+
+    bits: int | None = None
+    dequantize: bool = False
+    dtype: str | None = None
+    widths: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and self.dequantize:
+            raise ConfigurationError("--bits and --dequantize exclude each other; drop one")
+        if self.dtype is not None and not self.dequantize:
+            raise ConfigurationError("--dtype goes with --dequantize only; add that or drop it")
+        if self.bits is not None and self.bits not in AFFINE_BITS:
+            raise ConfigurationError(
+                f"--bits {self.bits}: choose one of {', '.join(map(str, AFFINE_BITS))}"
+            )
+
+
+@dataclass(frozen=True)
+class WeightStep:
+    """Compute one module's weight: dequantize, merge, bring into the target format.
+
+    Attributes:
+        update: what the adapter does to it; None where only the format changes.
+        source_spec: the base's quantization, None for a dense weight.
+        target_spec: the quantization to write, None for a dense weight.
+        dtype: of the dense weight written, or of the scales and biases.
+        sources: the base's tensors by leaf name ("weight", "scales", "biases", "global_scale").
+        outputs: the tensors written, by the same leaf names.
+    """
+
+    module: str
+    update: Update | None
+    source_spec: QuantSpec | None
+    target_spec: QuantSpec | None
+    dtype: str
+    sources: Mapping[str, TensorSource]
+    outputs: Mapping[str, OutputTensor]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Logical (experts, rows, columns) of the weight."""
+        return logical_shape(self.sources["weight"], self.source_spec)
+
+
+@dataclass(frozen=True)
+class ParameterStep:
+    """Write one unquantized parameter with a new value or dtype.
+
+    Attributes:
+        source: the new value.
+    """
+
+    source: TensorSource
+    output: OutputTensor
+
+
+Step = WeightStep | ParameterStep
+
+
+@dataclass(frozen=True)
+class FusePlan:
+    """All that a fuse will do.
+
+    Attributes:
+        files: the weight files to be written.
+        steps: what is computed, in the order of the files.
+        raw_copies: tensors to be taken over from a :class:`SanitizedModel` unchanged.
+        unchanged: modules of the adapter whose update is zero.
+        quantization: quantization block for ``config.json``, None when it stays as it is,
+            empty when the model is no longer quantized.
+    """
+
+    base: BaseModel
+    adapter: Adapter
+    options: FuseOptions
+    files: tuple[FileLayout, ...]
+    steps: tuple[Step, ...]
+    raw_copies: tuple[OutputTensor, ...]
+    unchanged: tuple[str, ...]
+    quantization: Mapping[str, object] | None
+
+    @property
+    def merged(self) -> tuple[WeightStep, ...]:
+        """Steps that merge an update into a module's weight."""
+        return tuple(s for s in self.steps if isinstance(s, WeightStep) and s.update is not None)
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of all weight files."""
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def computed_bytes(self) -> int:
+        """How much of that is computed and not copied."""
+        return sum(output.nbytes for step in self.steps for output in outputs_of(step))
+
+    @property
+    def base_bytes(self) -> int:
+        """Size of the base's weight files."""
+        return sum(path.stat().st_size for path in self.base.folder.glob("model*.safetensors"))
+
+
+def outputs_of(step: Step) -> Iterable[OutputTensor]:
+    """The tensors a step writes."""
+    return step.outputs.values() if isinstance(step, WeightStep) else (step.output,)
+
+
+def plan_fuse(base: BaseModel, adapter: Adapter, options: FuseOptions) -> FusePlan:
+    """Decide what happens to every tensor of the base.
+
+    Raises:
+        ConfigurationError: when the options do not fit the base.
+    """
+    if options.bits is not None and not base.quantized_modules:
+        raise ConfigurationError(
+            f"--bits {options.bits}: the base is not quantized; drop the flag, or quantize the "
+            "result with mlx_lm.convert"
+        )
+    steps: list[Step] = []
+    unchanged: list[str] = []
+    for module, update in adapter.weights.items():
+        step = _weight_step(base, module, update, options)
+        if update.is_zero and step.source_spec == step.target_spec and not options.dequantize:
+            unchanged.append(module)
+        else:
+            steps.append(step)
+    _check_bits(options, steps)
+    steps += [
+        _parameter_step(base.tensors[name], update, options)
+        for name, update in adapter.parameters.items()
+    ]
+    if options.dequantize:
+        steps += _dequantize_steps(base, steps, options)
+    return _lay_out(base, adapter, options, steps, tuple(unchanged))
+
+
+def _check_bits(options: FuseOptions, steps: Iterable[Step]) -> None:
+    """``--bits`` widens what is narrower; where nothing is, it was a mistake."""
+    specs = [s.source_spec for s in steps if isinstance(s, WeightStep) and s.source_spec]
+    if options.bits is not None and specs and all(spec.bits > options.bits for spec in specs):
+        raise ConfigurationError(
+            f"--bits {options.bits}: the merged modules have {min(s.bits for s in specs)} bits "
+            "already, and the flag only widens; give a larger number or drop it"
+        )
+
+
+def _weight_step(
+    base: BaseModel, module: str, update: Update | None, options: FuseOptions
+) -> WeightStep:
+    columns = None
+    if update is not None:
+        columns = (
+            update.tensor.shape[-1] if isinstance(update, FullUpdate) else update.down.shape[-1]
+        )
+    spec = base.quantization(module, columns)
+    sources = weight_sources(base, module, spec)
+    target = _target_spec(module, spec, columns, options)
+    dtype = _written_dtype(base, sources, spec, target, options)
+    step = WeightStep(module, update, spec, target, dtype, sources, {})
+    return WeightStep(module, update, spec, target, dtype, sources, _outputs(step))
+
+
+def _target_spec(
+    module: str, spec: QuantSpec | None, columns: int | None, options: FuseOptions
+) -> QuantSpec | None:
+    if spec is None or options.dequantize:
+        return None
+    bits = options.widths.get(module, options.bits)
+    if bits is None or spec.bits > bits:
+        return spec
+    if spec.affine and spec.bits == bits:
+        return spec
+    group_size = spec.group_size if spec.group_size in AFFINE_GROUPS else 32
+    if columns is not None and columns % group_size:
+        raise ConfigurationError(
+            f"{bits} bits: {module} has {columns} columns, no multiple of {group_size}; "
+            "use --dequantize"
+        )
+    return QuantSpec(bits, group_size)
+
+
+def _written_dtype(
+    base: BaseModel,
+    sources: Mapping[str, TensorSource],
+    spec: QuantSpec | None,
+    target: QuantSpec | None,
+    options: FuseOptions,
+) -> str:
+    if target is not None and not target.affine:
+        return "U8"
+    if options.dtype is not None:
+        return options.dtype
+    if spec is None:
+        return sources["weight"].dtype
+    return sources["scales"].dtype if spec.affine else _main_float_dtype(base)
+
+
+def _main_float_dtype(base: BaseModel) -> str:
+    """The floating-point type most of the unquantized bytes have."""
+    sizes = dict.fromkeys(FLOAT_DTYPES, 0)
+    for name, tensor in base.tensors.items():
+        if tensor.dtype in sizes and not name.endswith(".global_scale"):
+            sizes[tensor.dtype] += tensor.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype]) if any(sizes.values()) else "BF16"
+
+
+def _outputs(step: WeightStep) -> dict[str, OutputTensor]:
+    stored = step.sources["weight"].shape
+    _, _, columns = step.shape
+    name = f"{step.module}.weight"
+    if step.target_spec is None:
+        return {"weight": OutputTensor(name, step.dtype, (*stored[:-1], columns))}
+    spec = step.target_spec
+    groups = (*stored[:-1], columns // spec.group_size)
+    outputs = {
+        "weight": OutputTensor(name, "U32", (*stored[:-1], spec.words(columns))),
+        "scales": OutputTensor(f"{step.module}.scales", step.dtype, groups),
+    }
+    if spec.affine:
+        outputs["biases"] = OutputTensor(f"{step.module}.biases", step.dtype, groups)
+    if "global_scale" in step.sources and not spec.affine:
+        source = step.sources["global_scale"]
+        outputs["global_scale"] = OutputTensor(source.name, source.dtype, source.shape)
+    return outputs
+
+
+def _parameter_step(
+    target: TensorSource, update: FullUpdate, options: FuseOptions
+) -> ParameterStep:
+    dtype = options.dtype or target.dtype
+    return ParameterStep(update.tensor, OutputTensor(target.name, dtype, target.shape))
+
+
+def _dequantize_steps(base: BaseModel, planned: list[Step], options: FuseOptions) -> Iterable[Step]:
+    """Steps for all that the adapter does not touch, where it is quantized or of another type."""
+    done = {output.name for step in planned for output in outputs_of(step)}
+    quantized = set()
+    for module in base.quantized_modules:
+        quantized |= {f"{module}.{leaf}" for leaf in LEAVES}
+        if f"{module}.weight" not in done:
+            yield _weight_step(base, module, None, options)
+    main = _main_float_dtype(base)
+    for name, tensor in base.tensors.items():
+        if name in done or name in quantized or options.dtype in (None, tensor.dtype):
+            continue
+        assert options.dtype is not None
+        # What a 16-bit model keeps in float32 (a router's bias, say) is kept so on purpose.
+        if tensor.dtype == main or (tensor.dtype in FLOAT_DTYPES and options.dtype == "F32"):
+            yield ParameterStep(tensor, OutputTensor(name, options.dtype, tensor.shape))
+
+
+def _lay_out(
+    base: BaseModel,
+    adapter: Adapter,
+    options: FuseOptions,
+    steps: list[Step],
+    unchanged: tuple[str, ...],
+) -> FusePlan:
+    computed = {output.name: output for step in steps for output in outputs_of(step)}
+    dropped = {
+        source.name
+        for step in steps
+        if isinstance(step, WeightStep)
+        for leaf, source in step.sources.items()
+        if leaf not in step.outputs
+    }
+    added = _added_after(steps)
+    raw_copies: list[OutputTensor] = []
+
+    def outputs_for(tensor: TensorSource) -> Iterable[OutputTensor]:
+        if tensor.name in dropped:
+            return
+        if tensor.name in computed:
+            yield computed[tensor.name]
+        elif isinstance(tensor, TensorRef):
+            yield OutputTensor(tensor.name, tensor.dtype, tensor.shape, tensor)
+        else:
+            raw_copies.append(OutputTensor(tensor.name, tensor.dtype, tensor.shape))
+            yield raw_copies[-1]
+        yield from added.get(tensor.name, ())
+
+    if isinstance(base, Checkpoint):
+        files = _keep_files(base, outputs_for, frozenset(computed))
+    else:
+        files = _cut_into_files([o for t in base.tensors.values() for o in outputs_for(t)])
+    order = {tensor.name: place for place, tensor in enumerate(t for f in files for t in f.tensors)}
+    steps.sort(key=lambda step: min(order[output.name] for output in outputs_of(step)))
+    return FusePlan(
+        base,
+        adapter,
+        options,
+        files,
+        tuple(steps),
+        tuple(raw_copies),
+        unchanged,
+        _quantization_block(base, steps, options),
+    )
+
+
+def _added_after(steps: Iterable[Step]) -> dict[str, list[OutputTensor]]:
+    """Tensors the base does not have (affine biases of a former codebook), by their predecessor."""
+    return {
+        step.sources["scales"].name: [
+            output for leaf, output in step.outputs.items() if leaf not in step.sources
+        ]
+        for step in steps
+        if isinstance(step, WeightStep) and "scales" in step.sources
+    }
+
+
+def _keep_files(
+    base: Checkpoint,
+    outputs_for: Callable[[TensorSource], Iterable[OutputTensor]],
+    computed: frozenset[str],
+) -> tuple[FileLayout, ...]:
+    files = []
+    for name, header in base.headers.items():
+        tensors = [output for ref in header.tensors.values() for output in outputs_for(ref)]
+        before = [(ref.name, ref.dtype, ref.shape) for ref in header.tensors.values()]
+        if [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors] == before:
+            files.append(same_layout(name, header, computed))
+        else:
+            files.append(new_layout(name, tensors))
+    grown = any(file.base is None and file.nbytes > LARGEST_FILE_BYTES for file in files)
+    return _cut_into_files([t for file in files for t in file.tensors]) if grown else tuple(files)
+
+
+def _cut_into_files(tensors: list[OutputTensor]) -> tuple[FileLayout, ...]:
+    groups: list[list[OutputTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.nbytes > LARGEST_FILE_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    if len(groups) == 1:
+        return (new_layout("model.safetensors", groups[0]),)
+    return tuple(
+        new_layout(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group)
+        for number, group in enumerate(groups, start=1)
+    )
+
+
+def _quantization_block(
+    base: BaseModel, steps: list[Step], options: FuseOptions
+) -> Mapping[str, object] | None:
+    if options.dequantize:
+        return {}
+    current = base.config.get("quantization") or {}
+    if isinstance(base, Checkpoint):
+        current = base.quantization_config
+    widened = {
+        step.module: step.target_spec.as_config()
+        for step in steps
+        if isinstance(step, WeightStep)
+        and step.target_spec is not None
+        and step.target_spec != step.source_spec
+    }
+    if not current and base.quantized_modules:
+        # The base left it to the shapes; mlx-lm wants to be told.
+        specs = {module: base.quantization(module) for module in base.quantized_modules}
+        first = next(spec for spec in specs.values() if spec)
+        current = {
+            **first.as_config(),
+            **{m: s.as_config() for m, s in specs.items() if s and s != first},
+        }
+        return {**current, **widened}
+    if not widened and isinstance(base, Checkpoint):
+        return None
+    return {**current, **widened} if current or widened else None

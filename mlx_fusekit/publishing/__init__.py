@@ -1,0 +1,1 @@
+"""Publishing a fused model on the Hugging Face Hub."""

@@ -1,0 +1,309 @@
+"""Publishing: a fused model's folder to the Hugging Face Hub, with a card that tells what it is.
+
+Everything that can be refused on this machine is refused before the Hub is asked, and everything
+that the Hub refuses before anything is sent. The folder itself is never written to: what is
+uploaded is laid out beside it, as links to its files.
+"""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_fusekit.checkpoint.recipe import RECIPE_NAME, as_text
+from mlx_fusekit.errors import CheckpointError, ConfigurationError, HubError
+from mlx_fusekit.progress import StepProgress
+from mlx_fusekit.publishing import upload as hub_upload
+from mlx_fusekit.publishing.card import Card, CardFacts, write_card
+from mlx_fusekit.publishing.card_tables import public_source
+from mlx_fusekit.publishing.evidence import Evidence, read_evidence
+from mlx_fusekit.publishing.files import CARD_NAME, LeftOut, PublishedFile, PublishedModel
+from mlx_fusekit.publishing.licences import Licence, languages_of
+
+_MAIN = "main"
+
+
+@dataclass(frozen=True)
+class PublishReport:
+    """What publishing did, or with ``dry_run`` would do.
+
+    Attributes:
+        repo: ``owner/name``; in a dry run the name the user gave.
+        private: whether only people with access to it see it.
+        files: what was uploaded, by name in the repository, the card among them.
+        left_out: what stayed in the folder, and why.
+        removed: weight files of another model that were in the repository.
+        bytes: of all files; the Hub does not take again what it has.
+        card: the text of ``README.md``.
+        licence: identifier; None where it is not known.
+        verified: whether a report was given in which the model passed ``verify``.
+        commit: its id; None in a dry run, as ``commit_url`` and ``pull_request_url``.
+    """
+
+    repo: str
+    revision: str | None
+    private: bool
+    files: tuple[PublishedFile, ...]
+    left_out: tuple[LeftOut, ...]
+    removed: tuple[str, ...]
+    bytes: int
+    card: str
+    licence: str | None
+    verified: bool
+    commit: str | None
+    commit_url: str | None
+    pull_request_url: str | None
+    dry_run: bool
+    seconds: float
+    warnings: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as a JSON object."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A model found fit to be published; nothing was asked of the Hub.
+
+    Attributes:
+        recipe: the text of ``fusekit.json``, where it must be another than the folder's.
+    """
+
+    model: PublishedModel
+    evidence: Evidence
+    asked_licence: Licence | None
+    own_card: Card | None
+    recipe: str | None
+    trust_remote_code: bool
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        cleaned = (
+            f"{RECIPE_NAME} is published without the folder of the calibration text"
+            if self.recipe is not None
+            else ""
+        )
+        return tuple(
+            line for line in (*self.model.warnings, *self.evidence.warnings, cleaned) if line
+        )
+
+
+def publish(
+    path: str | Path,
+    repo: str,
+    *,
+    public: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    verify_report: str | Path | None = None,
+    bench_report: str | Path | None = None,
+    licence: str | None = None,
+    trust_remote_code: bool = False,
+    dry_run: bool = False,
+    progress: StepProgress | None = None,
+) -> PublishReport:
+    """Upload a fused model, and its GGUF files if there are any, with a model card.
+
+    An interrupted upload is continued by calling it again: what has arrived is not sent twice.
+    The token is huggingface_hub's (``HF_TOKEN``, or the one that ``hf auth login`` stored).
+
+    Args:
+        path: the model's folder, or one of GGUF files alone.
+        repo: ``owner/name``, or ``name`` for one of the user's own; made where it is not there.
+        public: let everybody see it; a repository that exists keeps its visibility.
+        create_pr: open a pull request instead of committing.
+        revision: branch to commit to, which is made where it is not there; by default main.
+        commit_message: of the commit, and title of the pull request.
+        verify_report: file with the output of ``verify --json``, for the card.
+        bench_report: file that ``bench --json`` wrote, for the card.
+        licence: the Hub's identifier of the model's licence; by default that of the card that is
+            there, of the base's card, or of a LICENSE file in the folder.
+        trust_remote_code: upload the model's own ``*.py`` files too.
+        dry_run: write the card and list the files; reads cards on the Hub, and uploads nothing.
+        progress: called with the step, and how many bytes of it are done and there are in all.
+            huggingface_hub draws bars of its own on a terminal.
+
+    Raises:
+        ConfigurationError: for a flag or report that does not fit.
+        CheckpointError: for a folder that is no complete, fused model.
+        HubError: when the Hub refuses or cannot be reached.
+    """
+    start = time.perf_counter()
+    prepared = _prepare(
+        Path(path).expanduser(), repo, create_pr, revision, verify_report, bench_report,
+        licence, trust_remote_code,
+    )  # fmt: skip
+    repo_id = repo if dry_run else hub_upload.check_access(repo, create_pr=create_pr)
+    card, found_licence, notes = _card(prepared, repo_id, revision, dry_run)
+    files = (*prepared.model.files, PublishedFile(CARD_NAME, len(card.encode())))
+    report = PublishReport(
+        repo=repo_id,
+        revision=revision,
+        private=not public,
+        files=tuple(sorted(files, key=lambda file: file.name)),
+        left_out=prepared.model.left_out,
+        removed=(),
+        bytes=sum(file.bytes for file in files),
+        card=card,
+        licence=found_licence.identifier if found_licence else None,
+        verified=prepared.evidence.verified,
+        commit=None,
+        commit_url=None,
+        pull_request_url=None,
+        dry_run=dry_run,
+        seconds=0.0,
+        warnings=(*prepared.warnings, *notes),
+    )
+    if not dry_run:
+        message = commit_message or f"Upload {prepared.model.folder.resolve().name}"
+        report = _upload(prepared, report, public, create_pr, message, progress)
+    return replace(report, seconds=time.perf_counter() - start)
+
+
+def _prepare(
+    folder: Path,
+    repo: str,
+    create_pr: bool,
+    revision: str | None,
+    verify_report: str | Path | None,
+    bench_report: str | Path | None,
+    licence: str | None,
+    trust_remote_code: bool,
+) -> _Prepared:
+    """Refuse whatever can be refused without a network."""
+    hub_upload.check_name(repo)
+    if create_pr and revision not in (None, _MAIN):
+        raise ConfigurationError(
+            f"--create-pr opens a pull request against {_MAIN}; drop --revision {revision}, or "
+            "--create-pr"
+        )
+    asked = None if licence is None else Licence.asked(licence)
+    model = PublishedModel.open(folder, trust_remote_code=trust_remote_code)
+    evidence = read_evidence(model, repo, verify_report, bench_report)
+    text = model.card
+    own_card = None if text is None else Card.parse(text, str(folder / CARD_NAME))
+    if own_card is not None:
+        own_card.with_section("")
+    return _Prepared(model, evidence, asked, own_card, _public_recipe(model), trust_remote_code)
+
+
+def _card(
+    prepared: _Prepared, repo_id: str, revision: str | None, dry_run: bool
+) -> tuple[str, Licence | None, tuple[str, ...]]:
+    """The card, its licence, and what to tell of them."""
+    notes = []
+    there = _card_there(repo_id, revision, needed=not dry_run)
+    own_card = prepared.own_card
+    existing = there if own_card is None else own_card
+    if own_card is not None and there is not None and there.own_text != own_card.own_text:
+        notes.append(f"the text of {CARD_NAME} in the folder takes the place of the one on the Hub")
+    facts = CardFacts(
+        repo=repo_id,
+        model=prepared.model,
+        evidence=prepared.evidence,
+        trust_remote_code=prepared.trust_remote_code,
+    )
+    base = _base_card(facts.base_id)
+    own = existing.metadata if existing is not None else {}
+    licence = (
+        prepared.asked_licence
+        or Licence.of_card(own, CARD_NAME)
+        or Licence.of_card(base, "the base's card", facts.base_id)
+        or Licence.of_files(prepared.model.folder)
+    )
+    if licence is None:
+        notes.append("the licence is not known; name it with --licence, as the base's asks for")
+    if facts.base_id is None and not any(key == "base_model" for key in own):
+        notes.append(
+            "the card names no base_model, since the base was no model on the Hub; write it into "
+            f"the front matter of a {CARD_NAME} in the folder if there is one"
+        )
+    languages = tuple(languages_of(own) or languages_of(base))
+    facts = replace(facts, licence=licence, languages=languages)
+    return write_card(facts, existing), licence, tuple(notes)
+
+
+def _card_there(repo_id: str, revision: str | None, needed: bool) -> Card | None:
+    """The card that the repository has, with the text that people wrote there.
+
+    Args:
+        needed: whether that text would be lost if the Hub does not answer now.
+    """
+    text = None
+    with contextlib.suppress(*(() if needed else (HubError,))):
+        text = hub_upload.read_card(repo_id, revision) if "/" in repo_id else None
+    return None if text is None else Card.parse(text, f"{CARD_NAME} of {repo_id} on the Hub")
+
+
+def _base_card(base_id: str | None) -> Mapping[str, Any]:
+    """Front matter of the base's card; one that cannot be had or read says nothing."""
+    with contextlib.suppress(HubError, CheckpointError):
+        text = hub_upload.read_card(base_id) if base_id is not None else None
+        return Card.parse(text or "").metadata
+    return {}
+
+
+def _public_recipe(model: PublishedModel) -> str | None:
+    """``fusekit.json`` without folders of this machine; None where the file itself has none."""
+    recipe = model.recipe or {}
+    calibration = recipe.get("calibration")
+    source = calibration.get("source") if isinstance(calibration, dict) else None
+    if not isinstance(calibration, dict) or not isinstance(source, str):
+        return None
+    shown = public_source(source).strip("`")
+    if shown == source:
+        return None
+    return as_text({**recipe, "calibration": {**calibration, "source": shown}})
+
+
+def _upload(
+    prepared: _Prepared,
+    report: PublishReport,
+    public: bool,
+    create_pr: bool,
+    commit_message: str,
+    progress: StepProgress | None,
+) -> PublishReport:
+    private = hub_upload.open_repository(report.repo, public=public, revision=report.revision)
+    notes = []
+    if public and private:
+        notes.append(f"{report.repo} exists and is private, and stays so")
+    if progress is not None:
+        progress("uploading", 0, report.bytes)
+    with tempfile.TemporaryDirectory(prefix="fusekit-publish-") as staging:
+        _lay_out(prepared, report.card, Path(staging))
+        made = hub_upload.upload(
+            Path(staging),
+            report.repo,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            revision=report.revision,
+        )
+    if progress is not None:
+        progress("uploading", report.bytes, report.bytes)
+    return replace(
+        report,
+        private=private,
+        removed=made.removed,
+        commit=made.commit,
+        commit_url=made.commit_url,
+        pull_request_url=made.pull_request_url,
+        warnings=(*report.warnings, *notes, *made.warnings),
+    )
+
+
+def _lay_out(prepared: _Prepared, card: str, staging: Path) -> None:
+    """What is uploaded, and nothing else: links to the files, and what is written for the Hub."""
+    for name in prepared.model.names:
+        target = staging / name
+        target.parent.mkdir(exist_ok=True)
+        if name == RECIPE_NAME and prepared.recipe is not None:
+            target.write_text(prepared.recipe, "utf-8")
+        else:
+            target.symlink_to((prepared.model.folder / name).resolve())
+    (staging / CARD_NAME).write_text(card, "utf-8")

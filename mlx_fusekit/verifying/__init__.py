@@ -1,0 +1,1 @@
+"""How close a fused model is to base and adapter."""

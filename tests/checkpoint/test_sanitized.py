@@ -1,0 +1,107 @@
+"""Raw Hugging Face checkpoints, which mlx-lm's model classes convert."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.utils import load_model
+from support.folders import as_hugging_face, unstacked
+from support.tiny import (
+    EXPERTS,
+    LINEARS,
+    QWEN3_MOE,
+    in_float32,
+    logits,
+    make_adapter,
+    make_model,
+    teacher_layers,
+)
+
+from mlx_fusekit import fuse
+from mlx_fusekit.checkpoint.folder import Checkpoint
+from mlx_fusekit.checkpoint.sanitized import SanitizedModel, open_base
+from mlx_fusekit.errors import CheckpointError
+
+
+def difference(first: Any, second: Any) -> float:
+    return mx.abs(logits(first) - logits(second)).max().item()
+
+
+def test_same_names_stream_as_bytes(tmp_path: Path) -> None:
+    base = as_hugging_face(make_model(tmp_path / "base", bits=None))
+    assert isinstance(open_base(base), Checkpoint)
+    adapter = make_adapter(tmp_path / "adapter", base, keys=["self_attn.q_proj"])
+    fuse(base, adapter, tmp_path / "fused")
+    before, after = Checkpoint.open(base), Checkpoint.open(tmp_path / "fused")
+    for name, tensor in before.tensors.items():
+        same = tensor.read().tobytes() == after.tensors[name].read().tobytes()
+        assert same != name.endswith("q_proj.weight")
+
+
+@pytest.mark.parametrize("options", [{}, {"dequantize": True, "dtype": "float32"}])
+def test_stacked_experts_are_converted(tmp_path: Path, options: dict[str, Any]) -> None:
+    base = make_model(tmp_path / "base", QWEN3_MOE, bits=None)
+    keys = [*EXPERTS, "self_attn.q_proj"]
+    adapter = make_adapter(tmp_path / "adapter", base, keys=keys)
+    reference = teacher_layers(base, "lora", keys, 2, 4, 2.0)
+    reference.load_weights(str(adapter / "adapters.safetensors"), strict=False)
+    raw = as_hugging_face(base, unstacked(mx.load(str(base / "model.safetensors"))))
+    assert isinstance(open_base(raw), SanitizedModel)
+    report = fuse(raw, adapter, tmp_path / "fused", **options)
+    assert sum(report.modules.values()) == 2 * len(keys)
+    model = in_float32(load_model(tmp_path / "fused")[0])
+    assert difference(model, in_float32(reference)) < (1e-4 if options else 0.05)
+    assert isinstance(open_base(tmp_path / "fused"), Checkpoint)
+
+
+def test_raw_and_converted_bases_give_the_same_weights(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", QWEN3_MOE, bits=None)
+    adapter = make_adapter(tmp_path / "adapter", base, keys=EXPERTS)
+    fuse(base, adapter, tmp_path / "converted")
+    raw = as_hugging_face(base, unstacked(mx.load(str(base / "model.safetensors"))))
+    fuse(raw, adapter, tmp_path / "raw")
+    first, second = (mx.load(str(tmp_path / n / "model.safetensors")) for n in ("converted", "raw"))
+    assert set(first) == set(second)
+    assert all(mx.array_equal(first[name], second[name]) for name in first)
+
+
+def test_another_quantization_is_converted(tmp_path: Path) -> None:
+    """mxfp4 as transformers names it: mlx-lm maps the config, the tensors stay packed."""
+    base = make_model(tmp_path / "base", bits=4, group_size=32, mode="mxfp4")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    reference = teacher_layers(base, "lora", LINEARS, 2, 4, 2.0)
+    reference.load_weights(str(adapter / "adapters.safetensors"), strict=False)
+    config = json.loads((base / "config.json").read_text())
+    del config["quantization"]
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (base / "config.json").write_text(json.dumps(config))
+    as_hugging_face(base)
+    fuse(base, adapter, tmp_path / "fused", dequantize=True, dtype="float32")
+    assert difference(load_model(tmp_path / "fused")[0], in_float32(reference)) < 1e-4
+    fuse(base, adapter, tmp_path / "same")
+    config = json.loads((tmp_path / "same" / "config.json").read_text())
+    assert config["quantization"]["mode"] == "mxfp4"
+    load_model(tmp_path / "same")
+
+
+def test_an_unknown_architecture_is_said(tmp_path: Path) -> None:
+    base = as_hugging_face(make_model(tmp_path / "base", bits=None))
+    adapter = make_adapter(tmp_path / "adapter", base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "nonsense"}))
+    with pytest.raises(CheckpointError, match=r"mlx-lm cannot load it .*nonsense"):
+        fuse(base, adapter, tmp_path / "fused")
+
+
+def test_model_code_needs_trust(tmp_path: Path) -> None:
+    base = as_hugging_face(make_model(tmp_path / "base", bits=None))
+    adapter = make_adapter(tmp_path / "adapter", base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_file": "evil.py"}))
+    (base / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit")
+    with pytest.raises(CheckpointError, match="custom"):
+        fuse(base, adapter, tmp_path / "fused")
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "fused").exists()

@@ -1,0 +1,548 @@
+"""What a GGUF file of each architecture holds, as far as it can be told without llama.cpp."""
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.models.rope_utils import Llama3RoPE, YarnRoPE
+from support.tiny_architectures import CONFIGS, LLAMA3, LONGROPE, YARN, make_model
+
+from mlx_fusekit.checkpoint.base import BaseModel
+from mlx_fusekit.checkpoint.sanitized import ArrayTensor, open_base
+from mlx_fusekit.errors import CheckpointError, ConfigurationError
+from mlx_fusekit.gguf.models import hyperparameters, linear_attention
+from mlx_fusekit.gguf.models.architectures import Layout, lay_out, supported
+from mlx_fusekit.gguf.models.families import FAMILIES
+from mlx_fusekit.gguf.models.naming import in_file_order, interleaved_rows, leaf, needs_float32
+from mlx_fusekit.gguf.models.requirements import softmax_scale
+from mlx_fusekit.gguf.models.rope import FACTORS, Rope, RopeStyle, rope_of
+from mlx_fusekit.gguf.models.settings import Settings
+from mlx_fusekit.gguf.models.tensors import GgufTensor
+from mlx_fusekit.running import llamacpp
+
+Changes = dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """A quantized model of each configuration."""
+    return open_base(make_model(tmp_path_factory.mktemp("model"), request.param, bits=4))
+
+
+@pytest.fixture(scope="module")
+def layout(base: BaseModel) -> Layout:
+    """What its file holds."""
+    return lay_out(base)
+
+
+def changed(folder: Path, name: str, changes: Changes, **removed: None) -> BaseModel:
+    """A model of which the configuration was changed afterwards."""
+    make_model(folder, name)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    block = config.get("text_config", config)
+    block.update(changes)
+    for key in removed:
+        del block[key]
+    path.write_text(json.dumps(config))
+    return open_base(folder)
+
+
+def all_keys() -> set[str]:
+    """The keys that gguf knows, without the architecture."""
+    groups = (gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope, gguf.Keys.SSM)
+    names = {
+        str(value) for group in (*groups, gguf.Keys.ShortConv) for value in vars(group).values()
+    }
+    return {name.removeprefix("{arch}.") for name in names if name.startswith("{arch}.")}
+
+
+def named(layout: Layout, name: str) -> GgufTensor:
+    (tensor,) = (tensor for tensor in layout.tensors if tensor.name == name)
+    return tensor
+
+
+class TestEveryArchitecture:
+    def test_has_keys_and_tensors_that_gguf_knows(self, base: BaseModel, layout: Layout) -> None:
+        family = FAMILIES[base.config["model_type"]]
+        architecture = gguf.MODEL_ARCH[family.gguf]
+        assert layout.architecture == gguf.MODEL_ARCH_NAMES[architecture]
+        for key in layout.hyperparameters:
+            assert key.removeprefix(f"{layout.architecture}.") in all_keys()
+        patterns = {gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[architecture]}
+        patterns |= {"rope_factors_long", "rope_factors_short"}  # llama.cpp reads them in more
+        for tensor in layout.tensors:
+            stem = tensor.name.removesuffix(".weight").removesuffix(".bias")
+            parts = stem.split(".")
+            if parts[0] == "blk":
+                stem = ".".join(["blk", "{bid}", *parts[2:]])
+            assert stem in patterns
+
+    def test_uses_every_stored_tensor(self, base: BaseModel, layout: Layout) -> None:
+        used = {tensor.source for tensor in layout.tensors} - {""}
+        for module in base.quantized_modules:
+            assert f"{module}.weight" in used
+            used |= {f"{module}.scales", f"{module}.biases"}
+        assert used == set(base.tensors)
+
+    def test_has_each_value_once(self, base: BaseModel, layout: Layout) -> None:
+        sizes: dict[str, int] = {}
+        for tensor in layout.tensors:
+            if tensor.name != "output.weight" or named(layout, "token_embd.weight").source != (
+                tensor.source
+            ):
+                sizes[tensor.source] = sizes.get(tensor.source, 0) + math.prod(tensor.shape)
+            if tensor.rows is not None:
+                assert len(set(tensor.rows)) == len(tensor.rows)
+                assert len(tensor.rows) == math.prod(tensor.shape[:-1])
+        for name, size in sizes.items():
+            if name == "":
+                continue
+            shape = base.tensors[name].shape
+            spec = base.quantization(name.removesuffix(".weight"))
+            columns = shape[-1] if spec is None else spec.columns(shape[-1])
+            assert size == math.prod(shape[:-1]) * columns
+
+    def test_is_laid_out_the_same_when_it_is_not_quantized(
+        self, base: BaseModel, layout: Layout, tmp_path: Path
+    ) -> None:
+        name = next(n for n, c in CONFIGS.items() if same_model(c, base.config))
+        dense = lay_out(open_base(make_model(tmp_path, name)))
+        assert dense.hyperparameters == layout.hyperparameters
+        assert [(t.name, t.shape) for t in dense.tensors] == [
+            (t.name, t.shape) for t in layout.tensors
+        ]
+
+    def test_norms_biases_and_routers_are_float32(self, layout: Layout) -> None:
+        for tensor in layout.tensors:
+            name = leaf(tensor.name)
+            exact = ("norm", "bias", "gate_inp", "conv.w", "conv1d", "rope", "sinks")
+            assert tensor.float32 == (any(part in name for part in exact) or name == "ssm_a")
+
+    def test_keys_can_be_written(self, layout: Layout) -> None:
+        writer = gguf.GGUFWriter(None, layout.architecture)
+        hyperparameters.write(layout.hyperparameters, writer)
+        written = writer.kv_data[0]
+        for key, (value, kind) in layout.hyperparameters.items():
+            assert written[key].type is kind
+            assert written[key].value == value
+
+
+def same_model(config: Changes, saved: Any) -> bool:
+    saved = {key: value for key, value in saved.items() if not key.startswith("quantization")}
+    return bool(json.loads(json.dumps(config)) == json.loads(json.dumps(saved)))
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("name", "changes", "said"),
+        [
+            ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+            ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+            (
+                "llama",
+                {"vocab_size": 97},
+                r"embed_tokens.weight has shape \[96, 128\], .* \[97, 128\]",
+            ),
+            (
+                "llama",
+                {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8},
+                "sliding_attention",
+            ),
+            (
+                "llama/yarn",
+                {"rope_scaling": {**YARN, "beta_fast": 16}},
+                "beta_fast 32 only, not 16",
+            ),
+            (
+                "llama/yarn",
+                {"rope_scaling": {**YARN, "attention_factor": 1.0}},
+                "attention_factor",
+            ),
+            (
+                "llama/yarn",
+                {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+                "no original_max_position_embeddings",
+            ),
+            (
+                "llama/longrope",
+                {"rope_scaling": {**LONGROPE, "short_factor": [1.0]}},
+                r"short_factor .* has shape \[1\], not \[16\]",
+            ),
+            ("qwen3", {"rope_scaling": LLAMA3}, "'llama3'"),
+            ("qwen2", {"rope_traditional": True}, "rope_traditional is true"),
+            ("glm4", {"rope_traditional": False}, "rope_traditional is false"),
+            ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is False"),
+            ("olmo2", {"head_dim": 64}, "4 heads of width 64 are not the hidden size of 128"),
+            ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob is True"),
+            ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0"),
+            ("gemma2", {"query_pre_attn_scalar": 32}, "query_pre_attn_scalar is 32"),
+            ("gemma3", {"query_pre_attn_scalar": 32}, "query_pre_attn_scalar is 32"),
+            ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 1]}, "no_rope_layers"),
+            ("cohere", {"use_qk_norm": True}, "use_qk_norm is True with 2 layers"),
+            ("exaone4", {"sliding_window_pattern": "LG"}, "with 2 layers"),
+            ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq is 2"),
+            (
+                "deepseek_v3",
+                {"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
+                "not 1 and 0.5",
+            ),
+            (
+                "phi",
+                {"rope_parameters": {"partial_rotary_factor": 0.25}},
+                "partial_rotary_factor is 0.25 in rope_parameters, but mlx-lm runs 0.5",
+            ),
+            ("lfm2_moe", {"routed_scaling_factor": 2.0}, "routed_scaling_factor is 2.0"),
+            ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit is 5.0"),
+        ],
+    )
+    def test_what_llama_cpp_cannot_run(
+        self, tmp_path: Path, name: str, changes: Changes, said: str
+    ) -> None:
+        changed_base = changed(tmp_path, name, changes)
+        with pytest.raises(CheckpointError, match=said) as error:
+            lay_out(changed_base)
+        assert str(tmp_path) in str(error.value)
+
+    def test_scale_of_the_largest_gemma(self) -> None:
+        used = {
+            "num_hidden_layers": 46,
+            "hidden_size": 4608,
+            "num_attention_heads": 32,
+            "head_dim": 128,
+        }
+        check = softmax_scale(46)
+        check(Settings(Path("config.json"), {}, {**used, "query_pre_attn_scalar": 144}))
+        with pytest.raises(CheckpointError, match=r"128, but llama\.cpp takes 144"):
+            check(Settings(Path("config.json"), {}, {**used, "query_pre_attn_scalar": 128}))
+
+    def test_unknown_type_lists_the_known_ones(self, tmp_path: Path) -> None:
+        make_model(tmp_path, "llama")
+        config = {"model_type": "mamba"}
+        unknown = SimpleNamespace(folder=tmp_path, config=config, tensors={})
+        with pytest.raises(CheckpointError, match=r"'mamba' cannot .* can: cohere, ") as error:
+            lay_out(unknown)
+        assert all(name in str(error.value) for name in FAMILIES)
+
+    def test_tensor_that_llama_cpp_does_not_know(self, tmp_path: Path) -> None:
+        found = open_base(make_model(tmp_path, "qwen3"))
+        extra = ArrayTensor("model.extra.weight", "F32", (4,), np.zeros(4, np.float32))
+        tensors = {**found.tensors, extra.name: extra}
+        with pytest.raises(CheckpointError, match=r"model\.extra\.weight is none"):
+            lay_out(with_tensors(found, tensors))
+
+    def test_bias_that_llama_cpp_leaves_out(self, tmp_path: Path) -> None:
+        found = open_base(make_model(tmp_path, "qwen2"))
+        name = "model.layers.1.self_attn.o_proj.bias"
+        extra = ArrayTensor(name, "F32", (128,), np.zeros(128, np.float32))
+        with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.o_proj\.bias is a bias"):
+            lay_out(with_tensors(found, {**found.tensors, name: extra}))
+
+    def test_two_tensors_of_one_name(self, tmp_path: Path) -> None:
+        found = open_base(make_model(tmp_path, "qwen3"))
+        tensors = (
+            {**found.tensors, "transformer.wte.weight": found.tensors["lm_head.weight"]}
+            if ("lm_head.weight" in found.tensors)
+            else {**found.tensors, "transformer.wte.weight": found.tensors["model.norm.weight"]}
+        )
+        with pytest.raises(CheckpointError, match="same GGUF name as another"):
+            lay_out(with_tensors(found, tensors))
+
+    def test_projection_of_the_wrong_height(self, tmp_path: Path) -> None:
+        found = open_base(make_model(tmp_path, "mistral"))
+        name = "model.layers.0.self_attn.q_proj.weight"
+        short = ArrayTensor(name, "F32", (128, 128), np.zeros((128, 128), np.float32))
+        with pytest.raises(
+            CheckpointError, match=r"q_proj\.weight has shape \[128, 128\], .* \[256, 128\]"
+        ):
+            lay_out(with_tensors(found, {**found.tensors, name: short}))
+
+    @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+    def test_missing_tensor(self, tmp_path: Path, name: str) -> None:
+        found = open_base(make_model(tmp_path, "qwen3"))
+        tensors = {stored: source for stored, source in found.tensors.items() if stored != name}
+        with pytest.raises(CheckpointError, match=f"{name} is missing"):
+            lay_out(with_tensors(found, tensors))
+
+    def test_layers_that_are_not_stored(self, tmp_path: Path) -> None:
+        found = changed(tmp_path, "qwen3", {"num_hidden_layers": 3})
+        with pytest.raises(CheckpointError, match=r"layers\.2\..* is missing"):
+            lay_out(found)
+
+    def test_configuration_that_mlx_lm_cannot_use(self, tmp_path: Path) -> None:
+        broken = changed(tmp_path, "qwen3", {}, head_dim=None)
+        with pytest.raises(CheckpointError, match=r"config\.json: mlx-lm cannot use it"):
+            lay_out(broken)
+
+    def test_gguf_package_that_is_too_old(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        family = replace(FAMILIES["qwen3"], gguf="NEWER_THAN_THIS")
+        monkeypatch.setitem(FAMILIES, "qwen3", family)
+        found = open_base(make_model(tmp_path, "qwen3"))
+        with pytest.raises(CheckpointError, match="upgrade it: pip install -U gguf"):
+            lay_out(found)
+        assert "qwen3" not in {row.model_type for row in supported()}
+
+
+def with_tensors(found: BaseModel, tensors: dict[str, Any]) -> Any:
+    return SimpleNamespace(
+        folder=found.folder,
+        config=found.config,
+        tensors=tensors,
+        quantized_modules=found.quantized_modules,
+        quantization=found.quantization,
+    )
+
+
+class TestRows:
+    @given(heads=st.integers(1, 5), half=st.integers(1, 8), seed=st.integers(0, 99))
+    @settings(max_examples=25)
+    def test_interleaved_rows_turn_halves_into_pairs(
+        self, heads: int, half: int, seed: int
+    ) -> None:
+        random = np.random.default_rng(seed)
+        stored = random.normal(size=heads * 2 * half)
+        angles = random.normal(size=half)
+        split = stored.reshape(heads, 2, half)
+        turned = np.stack(
+            [
+                split[:, 0] * np.cos(angles) - split[:, 1] * np.sin(angles),
+                split[:, 0] * np.sin(angles) + split[:, 1] * np.cos(angles),
+            ],
+            axis=1,
+        ).reshape(-1)
+        rows = interleaved_rows(heads, 2 * half)
+        pairs = stored[rows].reshape(heads, half, 2)
+        turned_pairs = np.stack(
+            [
+                pairs[..., 0] * np.cos(angles) - pairs[..., 1] * np.sin(angles),
+                pairs[..., 0] * np.sin(angles) + pairs[..., 1] * np.cos(angles),
+            ],
+            axis=-1,
+        ).reshape(-1)
+        np.testing.assert_allclose(turned[rows], turned_pairs)
+
+    def test_biases_move_with_their_rows(self, tmp_path: Path) -> None:
+        layout = lay_out(open_base(make_model(tmp_path, "llama")))
+        for part, heads in (("q", 4), ("k", 2)):
+            weight = named(layout, f"blk.0.attn_{part}.weight")
+            bias = named(layout, f"blk.0.attn_{part}.bias")
+            assert weight.rows is not None
+            assert bias.transform is not None
+            np.testing.assert_array_equal(weight.rows, interleaved_rows(heads, 32))
+            values = np.arange(heads * 32, dtype=np.float32)
+            np.testing.assert_array_equal(bias.transform(values), values[weight.rows])
+        assert named(layout, "blk.0.attn_v.weight").rows is None
+        assert named(layout, "blk.0.attn_v.bias").transform is None
+
+    @pytest.mark.parametrize(
+        "name", ["llama/linear,traditional", "qwen3", "cohere", "glm4", "ernie4_5", "deepseek_v3"]
+    )
+    def test_rows_stay_where_both_turn_the_same_pairs(self, tmp_path: Path, name: str) -> None:
+        layout = lay_out(open_base(make_model(tmp_path, name)))
+        assert all(tensor.rows is None for tensor in layout.tensors)
+
+    def test_split_of_linear_attention(self) -> None:
+        parts = linear_attention.split_qkvz(linear_settings(keys=2, values=4, dim=3))
+        stored = np.array([f"{part}{head}" for head in (0, 1) for part in "qqqkkkvvvvvvzzzzzz"])
+        assert list(stored[parts["attn_qkv.weight"]]) == [
+            f"{part}{head}"
+            for part, n in (("q", 3), ("k", 3), ("v", 6))
+            for head in (0, 1)
+            for _ in range(n)
+        ]
+        assert list(stored[parts["attn_gate.weight"]]) == ["z0"] * 6 + ["z1"] * 6
+
+    def test_tiled_value_heads(self) -> None:
+        four = linear_settings(keys=2, values=4, dim=1)
+        order = linear_attention.tiled_order(four, "linear_attn.in_proj_z.weight")
+        assert order is not None
+        assert list(order) == [0, 2, 1, 3]
+        after = linear_attention.tiled_order(four, "linear_attn.conv1d.weight")
+        assert after is not None
+        assert list(after) == [0, 1, 2, 3, 4, 6, 5, 7]
+        same = linear_settings(keys=4, values=4, dim=1)
+        assert linear_attention.tiled_order(same, "linear_attn.A_log") is None
+
+
+def linear_settings(*, keys: int, values: int, dim: int) -> Settings:
+    used = {
+        "linear_num_key_heads": keys,
+        "linear_num_value_heads": values,
+        "linear_key_head_dim": dim,
+        "linear_value_head_dim": dim,
+    }
+    return Settings(Path("config.json"), {}, used)
+
+
+class TestRope:
+    @given(
+        dims=st.sampled_from([8, 64, 128]),
+        theta=st.floats(100, 1e6),
+        factor=st.floats(1.5, 64),
+        original=st.sampled_from([16, 512, 8192]),
+    )
+    @settings(max_examples=25, deadline=None)
+    def test_llama3_factors_are_those_of_mlx_lm(
+        self, dims: int, theta: float, factor: float, original: int
+    ) -> None:
+        block = {**LLAMA3, "factor": factor, "original_max_position_embeddings": original}
+        (tensor,) = rope_with(block, theta=theta, dims=dims, style=FACTORS).tensors
+        mine = tensor.values
+        theirs = np.array(Llama3RoPE(dims, base=theta, scaling_config=block)._freqs)
+        assert mine is not None
+        assert tensor.shape == mine.shape == (dims // 2,)
+        np.testing.assert_allclose(mine, theirs / theta ** (np.arange(0, dims, 2) / dims), 2e-4)
+
+    @given(
+        factor=st.floats(1.1, 64),
+        mscale=st.sampled_from([0.5, 0.707, 1.0]),
+        all_dim=st.sampled_from([0.0, 0.707, 1.0]),
+    )
+    @settings(max_examples=25, deadline=None)
+    def test_yarn_scales_queries_and_keys_as_mlx_lm_does(
+        self, factor: float, mscale: float, all_dim: float
+    ) -> None:
+        block = {**YARN, "factor": factor, "mscale": mscale, "mscale_all_dim": all_dim}
+        wanted = YarnRoPE(64, scaling_factor=factor, mscale=mscale, mscale_all_dim=all_dim).mscale
+        usual = 0.1 * math.log(factor) + 1
+        plain = rope_with(block).keys
+        assert "rope.scaling.yarn_log_multiplier" not in plain
+        assert plain.get("rope.scaling.attn_factor", (1.0,))[0] * usual == pytest.approx(wanted)
+        style = RopeStyle(frozenset({"yarn"}), yarn_multiplier=1)
+        keys = rope_with(block, style=style).keys
+        given_multiplier = keys.get("rope.scaling.yarn_log_multiplier", (0.0,))[0]
+        assert given_multiplier == all_dim
+        llama_cpp = usual / (0.1 * given_multiplier * math.log(factor) + 1)
+        attention = keys.get("rope.scaling.attn_factor", (1.0,))[0]
+        assert attention * llama_cpp == pytest.approx(wanted)
+
+    @pytest.mark.parametrize("name", ["llama", "llama/yarn", "llama/linear,traditional"])
+    def test_rope_parameters_say_the_same(self, tmp_path: Path, name: str) -> None:
+        old = changed(tmp_path / "old", name, {})
+        scaling = CONFIGS[name]["rope_scaling"]
+        new = changed(
+            tmp_path / "new",
+            name,
+            {"rope_parameters": {**scaling, "rope_theta": 5000.0}},
+            rope_scaling=None,
+            rope_theta=None,
+        )
+        assert lay_out(new).hyperparameters == lay_out(old).hyperparameters
+        notes = " ".join(lay_out(new).notes)
+        assert "mlx-lm runs this model with rope_theta 10000" in notes
+        assert "mlx-lm ignores the" in notes
+        assert not lay_out(old).notes
+
+    def test_layers_with_a_window_have_their_own_base(self, tmp_path: Path) -> None:
+        parameters = {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 800.0},
+        }
+        new = changed(tmp_path, "gemma3_text", {"rope_parameters": parameters}, rope_scaling=None)
+        keys = lay_out(new).hyperparameters
+        assert keys["gemma3.rope.freq_base"][0] == 5000
+        assert keys["gemma3.rope.freq_base_swa"][0] == 800
+        assert keys["gemma3.rope.scaling.factor"][0] == 8
+
+    @pytest.mark.parametrize(
+        "parameters",
+        [
+            {**LLAMA3, "rope_theta": 4000.0},
+            {**YARN, "rope_theta": 5000.0},
+        ],
+    )
+    def test_contradictions_are_refused(self, tmp_path: Path, parameters: Changes) -> None:
+        found = changed(
+            tmp_path, "mistral", {"rope_parameters": parameters, "rope_scaling": LLAMA3}
+        )
+        with pytest.raises(CheckpointError, match=r"in rope_parameters|but rope_parameters yarn"):
+            lay_out(found)
+
+
+def rope_with(
+    block: Changes, *, theta: float = 10000.0, dims: int = 64, style: RopeStyle | None = None
+) -> Rope:
+    declared = {"rope_theta": theta, "rope_scaling": block}
+    return rope_of(Settings(Path("config.json"), declared, declared), style or FACTORS, dims)
+
+
+class TestLayout:
+    def test_tied_embedding_is_written_where_there_is_no_fallback(self, tmp_path: Path) -> None:
+        for name, written in (("olmo2", True), ("qwen2", False), ("gemma", False)):
+            layout = lay_out(open_base(make_model(tmp_path / name, name)))
+            heads = [t.source for t in layout.tensors if t.name == "output.weight"]
+            assert heads == (["model.embed_tokens.weight"] if written else [])
+
+    def test_tensors_of_a_module(self, tmp_path: Path) -> None:
+        layout = lay_out(open_base(make_model(tmp_path, "qwen3_next")))
+        (one,) = layout.tensors_of("model.layers.1.self_attn.q_proj")
+        assert (one.name, one.rows) == ("blk.1.attn_q.weight", None)
+        split = layout.tensors_of("model.layers.0.linear_attn.in_proj_qkvz")
+        assert [t.name for t in split] == ["blk.0.attn_gate.weight", "blk.0.attn_qkv.weight"]
+        assert layout.tensors_of("model.nothing") == ()
+
+    def test_groups_of_experts_only_where_some_are_left_out(self, tmp_path: Path) -> None:
+        some = lay_out(open_base(make_model(tmp_path / "some", "glm4_moe"))).hyperparameters
+        everything = changed(tmp_path / "all", "glm4_moe", {"topk_group": 2})
+        assert some["glm4moe.expert_group_count"][0] == 2
+        assert "glm4moe.expert_group_count" not in lay_out(everything).hyperparameters
+
+    def test_usual_patterns_of_windows_are_left_to_llama_cpp(self, tmp_path: Path) -> None:
+        key = "gemma3.attention.sliding_window_pattern"
+        odd = lay_out(open_base(make_model(tmp_path / "odd", "gemma3_text"))).hyperparameters
+        usual = lay_out(open_base(make_model(tmp_path / "usual", "gemma3"))).hyperparameters
+        assert odd[key][0] == [True, True, False, True]
+        assert key not in usual
+
+    def test_missing_context_is_noted(self, tmp_path: Path) -> None:
+        found = changed(tmp_path, "mistral", {}, max_position_embeddings=None)
+        layout = lay_out(found)
+        assert layout.hyperparameters["llama.context_length"][0] == 2048
+        assert any("max_position_embeddings" in note for note in layout.notes)
+
+    def test_order_of_the_file(self) -> None:
+        names = ["output.weight", "blk.10.a", "blk.2.b", "blk.2.a", "token_embd.weight"]
+        assert in_file_order(names) == [
+            "token_embd.weight",
+            "blk.2.a",
+            "blk.2.b",
+            "blk.10.a",
+            "output.weight",
+        ]
+
+    def test_matrices_are_not_float32(self) -> None:
+        assert not needs_float32("blk.0.attn_q.weight", (4, 4))
+        assert needs_float32("blk.0.ffn_gate_inp.weight", (4, 4))
+        assert needs_float32("blk.0.ffn_up_exps.bias", (4, 4))
+
+    def test_table_of_supported_types(self) -> None:
+        rows = supported()
+        assert [row.model_type for row in rows] == sorted(FAMILIES)
+        assert ("qwen2_moe", "qwen2moe") in {(row.model_type, row.architecture) for row in rows}
+
+    def test_the_configuration_is_left_alone(self, tmp_path: Path) -> None:
+        found = open_base(make_model(tmp_path, "qwen3_5"))
+        before = copy.deepcopy(dict(found.config))
+        lay_out(found)
+        assert found.config == before
+
+
+def test_llama_cpp_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "llama_cpp", None)
+    llamacpp._llama_cpp.cache_clear()
+    try:
+        with pytest.raises(ConfigurationError, match=r"pip install 'mlx-fusekit\[llamacpp\]'"):
+            llamacpp.LlamaCpp(tmp_path / "model.gguf")
+    finally:
+        llamacpp._llama_cpp.cache_clear()

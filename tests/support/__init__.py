@@ -1,0 +1,1 @@
+"""Tiny real models, adapters, tokenizers and servers that tests are made of."""

@@ -1,0 +1,38 @@
+"""Formats to test, and weights that are hard on them."""
+
+import numpy as np
+
+from mlx_fusekit.formats.floats import Float32
+from mlx_fusekit.formats.quantization import QuantSpec
+from mlx_fusekit.requantize.strategy import TargetFormat
+
+AFFINE = {
+    f"{bits}-bit-{group}-{dtype}": TargetFormat(QuantSpec(bits, group), dtype)
+    for bits in (2, 3, 4, 5, 6, 8)
+    for group in (32, 64, 128)
+    for dtype in ("F16", "BF16", "F32")
+}
+CODEBOOKS = {
+    "mxfp4": TargetFormat(QuantSpec(4, 32, "mxfp4"), "U8"),
+    "mxfp8": TargetFormat(QuantSpec(8, 32, "mxfp8"), "U8"),
+    "nvfp4": TargetFormat(QuantSpec(4, 16, "nvfp4"), "U8"),
+    "nvfp4-global": TargetFormat(QuantSpec(4, 16, "nvfp4"), "U8", global_scale=0.75),
+}
+FORMATS = {**AFFINE, **CODEBOOKS}
+#: One of each kind, where all of them would take long.
+SOME = {
+    name: FORMATS[name]
+    for name in ("2-bit-32-F32", "3-bit-64-BF16", "4-bit-64-F16", "8-bit-128-BF16", *CODEBOOKS)
+}
+
+
+def hard_weights(columns: int, rows: int, seed: int = 0) -> Float32:
+    """``[columns, rows]``: in turn ordinary, constant, zero, with an outlier, offset, and tiny."""
+    random = np.random.default_rng(seed)
+    weights = random.normal(0, 0.05, (columns, rows)).astype(np.float32)
+    weights[:, 1::6] = weights[:1, 1::6]
+    weights[:, 2::6] = 0
+    weights[random.integers(columns), 3::6] = 40
+    weights[:, 4::6] = 3 + 0.01 * weights[:, 4::6]
+    weights[:, 5::6] *= 1e-5
+    return weights
