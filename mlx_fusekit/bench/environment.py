@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_fusekit.checkpoint import recipe
-from mlx_fusekit.fusing.execute import memory_bytes
+from mlx_fusekit.machine import memory_bytes
 
 _TIMEOUT_SECONDS = 5.0
 

@@ -39,7 +39,7 @@ from mlx_fusekit.bench.workload import (
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
-from mlx_fusekit.fusing.execute import memory_bytes
+from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.progress import Progress, StepProgress, of_step
 from mlx_fusekit.running.model import RunningModel
 from mlx_fusekit.texts.seeds import derived_seed

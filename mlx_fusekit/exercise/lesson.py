@@ -38,7 +38,7 @@ from mlx_fusekit.exercise.findings import (
 from mlx_fusekit.exercise.peer import fuse_by_rounding, weight_bytes
 from mlx_fusekit.exercise.texts import text
 from mlx_fusekit.exercise.trade_off import speed_sentence
-from mlx_fusekit.fusing.execute import memory_bytes
+from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.progress import StepProgress
 
 #: Folders of the fused models, in the exercise's.

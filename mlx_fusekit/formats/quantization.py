@@ -102,6 +102,20 @@ class QuantizedRows:
     global_scale: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TargetFormat:
+    """The format merged rows are brought into.
+
+    Attributes:
+        scale_dtype: of affine scales and biases; "U8" for codebook modes.
+        global_scale: nvfp4's, of this expert.
+    """
+
+    spec: QuantSpec
+    scale_dtype: str
+    global_scale: float | None = None
+
+
 def to_block(matrix: npt.NDArray[Number], planes: int = PLANES) -> npt.NDArray[Number]:
     """A matrix ``[rows, columns]`` as a block ``[planes, rows, columns / planes]``."""
     rows, columns = matrix.shape

@@ -4,15 +4,12 @@ Memory is bounded by the workers' blocks (a few MiB each), whatever the size of 
 base that mlx-lm converts on the fly holds one whole tensor at a time.
 """
 
-import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 import numpy.typing as npt
@@ -22,32 +19,18 @@ from mlx_fusekit.checkpoint.sanitized import LazyTensor
 from mlx_fusekit.checkpoint.writer import CopyRange, FileWriter
 from mlx_fusekit.errors import AdapterError
 from mlx_fusekit.formats.floats import STORAGE, Array, Float32, from_float32, to_float32
-from mlx_fusekit.formats.quantization import QuantizedRows, to_matrix
+from mlx_fusekit.formats.quantization import QuantizedRows, TargetFormat, to_matrix
+from mlx_fusekit.machine import Task, default_workers, run_tasks
 from mlx_fusekit.merging.arithmetic import RowRange, merge, unchanged_rows
 from mlx_fusekit.merging.blocks import BLOCK_ELEMENTS, WeightReader, of_expert, taken_from
 from mlx_fusekit.merging.plan import FusePlan, ParameterStep, WeightStep, outputs_of
-from mlx_fusekit.requantize import Requantizer, TargetFormat
+from mlx_fusekit.requantize.strategy import Requantizer
 
 _PARAMETER_ELEMENTS = 1 << 20
 #: Arrays of a block's size that one worker holds at most.
 _BLOCK_COPIES = 3
 
 Progress = Callable[[int], None]
-Task = Callable[[], int]
-
-
-def default_workers() -> int:
-    """Worker threads: the cores this process may use, at most 8 since the disk is next."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(available or 1, 8))
-
-
-def memory_bytes() -> int:
-    """Memory of the machine, or of the container where that has less."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):
-        return min(physical, int(Path("/sys/fs/cgroup/memory.max").read_text("ascii")))
-    return physical
 
 
 def working_memory(plan: FusePlan, workers: int) -> int:
@@ -96,26 +79,6 @@ def execute(
             raise
         list(pool.map(FileWriter.finish, writers))
         return any(writer.cloned for writer in writers)
-
-
-def run_tasks(
-    pool: ThreadPoolExecutor, tasks: Iterator[Task], in_flight: int, progress: Progress
-) -> None:
-    """Run tasks with at most ``in_flight`` of them submitted, which bounds what they hold.
-
-    Args:
-        progress: called with what each task returns, its number of bytes, from the calling thread.
-    """
-    finished: SimpleQueue[Future[int]] = SimpleQueue()
-    running = 0
-    for task in tasks:
-        if running == in_flight:
-            progress(finished.get().result())
-            running -= 1
-        pool.submit(task).add_done_callback(finished.put)
-        running += 1
-    for _ in range(running):
-        progress(finished.get().result())
 
 
 def _tasks(

@@ -28,15 +28,16 @@ from mlx_fusekit.checkpoint.staging import check_target, staging_folder
 from mlx_fusekit.checkpoint.writer import sync
 from mlx_fusekit.errors import CheckpointError, ConfigurationError, OutputError
 from mlx_fusekit.formats.floats import DTYPE_NAMES
-from mlx_fusekit.fusing.execute import default_workers, execute, memory_bytes, working_memory
+from mlx_fusekit.fusing.execute import execute, working_memory
+from mlx_fusekit.machine import default_workers, free_disk_bytes, memory_bytes
 from mlx_fusekit.merging.plan import FuseOptions, FusePlan, plan_fuse
 from mlx_fusekit.progress import StepProgress
-from mlx_fusekit.requantize import Nearest, Requantizer
 from mlx_fusekit.requantize.options import (
     CALIBRATION_TOKENS,
     CalibrationOptions,
     CalibrationReport,
 )
+from mlx_fusekit.requantize.strategy import Nearest, Requantizer
 
 STRATEGIES = ("auto", "calibrated", "nearest")
 #: Round to nearest at this width or below can lose most of a LoRA (shared/FACTS section 1).
@@ -147,7 +148,7 @@ class PreparedFuse:
             output_bytes=self.plan.output_bytes,
             computed_bytes=self.plan.computed_bytes,
             memory_bytes=working_memory(self.plan, default_workers()),
-            disk_free_bytes=_free_bytes(self.target),
+            disk_free_bytes=free_disk_bytes(self.target),
             files=tuple(file.name for file in self.plan.files),
             cloned=cloned,
             seconds=seconds,
@@ -641,13 +642,6 @@ def _counted(plan: FusePlan, progress: StepProgress | None) -> Callable[[int], N
             progress("writing", min(done, total), total)
 
     return count
-
-
-def _free_bytes(target: Path) -> int:
-    folder = target.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def _dtype_name(dtype: str) -> str:

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.formats.quantization import QuantizedRows, to_matrix
+from mlx_fusekit.formats.quantization import QuantizedRows, TargetFormat, to_matrix
 from mlx_fusekit.fusing.execute import grown_global_scales, merged_block, with_rows_kept
 from mlx_fusekit.merging.arithmetic import RowRange
 from mlx_fusekit.merging.blocks import WeightReader, of_expert
 from mlx_fusekit.merging.plan import WeightStep
-from mlx_fusekit.requantize.strategy import TargetFormat
 
 
 @dataclass(frozen=True)

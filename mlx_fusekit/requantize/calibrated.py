@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.formats.quantization import QuantizedRows
+from mlx_fusekit.formats.quantization import QuantizedRows, TargetFormat
 from mlx_fusekit.merging.arithmetic import RowRange
 from mlx_fusekit.merging.merged import Matrix, Weight, part_of, stacked
 from mlx_fusekit.merging.plan import FusePlan, WeightStep
@@ -28,7 +28,6 @@ from mlx_fusekit.requantize.moments import (
     noted_inputs,
 )
 from mlx_fusekit.requantize.solver import Moments, Solution, solve
-from mlx_fusekit.requantize.strategy import TargetFormat
 from mlx_fusekit.requantize.taps import ModuleInput
 from mlx_fusekit.requantize.walk import LayerChain, layers_of, token_batches
 from mlx_fusekit.running.model import RunningModel, place

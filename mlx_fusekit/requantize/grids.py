@@ -16,6 +16,7 @@ from mlx_fusekit.formats.floats import Array, Float32, from_float32, to_float32
 from mlx_fusekit.formats.quantization import (
     QuantizedRows,
     QuantSpec,
+    TargetFormat,
     codebook_scales,
     dequantize,
     pack,
@@ -23,7 +24,6 @@ from mlx_fusekit.formats.quantization import (
     to_block,
     to_matrix,
 )
-from mlx_fusekit.requantize.strategy import TargetFormat
 
 #: How much of a group's range a fitted grid may span: clipping a few outliers can pay.
 _SPANS = (1.0, 0.9, 0.8)

@@ -21,9 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.formats.quantization import QuantizedRows
+from mlx_fusekit.formats.quantization import QuantizedRows, TargetFormat
 from mlx_fusekit.requantize.grids import Grid, fitted_grid, grid_of, nearest_of, values_of
-from mlx_fusekit.requantize.strategy import TargetFormat
 
 #: Share of the mean second moment added to all of them: directions that the calibration text does
 #: not show still count.

@@ -1,25 +1,10 @@
 """What a re-quantization strategy is, and the simplest one."""
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.formats.quantization import QuantizedRows, QuantSpec, quantize_nearest
+from mlx_fusekit.formats.quantization import QuantizedRows, TargetFormat, quantize_nearest
 from mlx_fusekit.merging.arithmetic import RowRange
-
-
-@dataclass(frozen=True, slots=True)
-class TargetFormat:
-    """The format merged rows are brought into.
-
-    Attributes:
-        scale_dtype: of affine scales and biases; "U8" for codebook modes.
-        global_scale: nvfp4's, of this expert.
-    """
-
-    spec: QuantSpec
-    scale_dtype: str
-    global_scale: float | None = None
 
 
 class Requantizer(Protocol):

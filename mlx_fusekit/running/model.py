@@ -27,7 +27,7 @@ from mlx_fusekit.adapters.sources import open_bound
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.header import TensorRef
 from mlx_fusekit.errors import AdapterError, CheckpointError
-from mlx_fusekit.fusing.execute import memory_bytes
+from mlx_fusekit.machine import memory_bytes
 
 #: The share of the machine's memory that a model made float32 may take.
 MEMORY_SHARE = 0.6

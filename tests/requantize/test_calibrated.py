@@ -26,14 +26,20 @@ from support.teachers import (
 from support.tiny import LINEARS, make_model, save_adapter
 
 from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.formats.quantization import QuantizedRows, dequantize, to_block, to_matrix
+from mlx_fusekit.formats.quantization import (
+    QuantizedRows,
+    TargetFormat,
+    dequantize,
+    to_block,
+    to_matrix,
+)
 from mlx_fusekit.fusing.execute import execute
 from mlx_fusekit.merging.arithmetic import RowRange
 from mlx_fusekit.merging.merged import Weight, part_of, stacked
 from mlx_fusekit.merging.plan import WeightStep
-from mlx_fusekit.requantize import Nearest, calibrated
+from mlx_fusekit.requantize import calibrated
 from mlx_fusekit.requantize.calibrated import Calibration, SolvedWeights
-from mlx_fusekit.requantize.strategy import TargetFormat
+from mlx_fusekit.requantize.strategy import Nearest
 from mlx_fusekit.requantize.taps import calls_intercepted, evaluate, inputs_noted
 from mlx_fusekit.running.model import place, run_model
 from mlx_fusekit.running.swapped import FusedModules

@@ -8,7 +8,7 @@ from support.formats import AFFINE, CODEBOOKS, FORMATS, hard_weights
 
 from mlx_fusekit.formats import codebooks
 from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.formats.quantization import QuantSpec, to_block, to_matrix
+from mlx_fusekit.formats.quantization import QuantSpec, TargetFormat, to_block, to_matrix
 from mlx_fusekit.requantize.grids import (
     AffineGrid,
     CodebookGrid,
@@ -18,7 +18,6 @@ from mlx_fusekit.requantize.grids import (
     nearest_of,
     values_of,
 )
-from mlx_fusekit.requantize.strategy import TargetFormat
 
 COLUMNS, ROWS = 128, 12
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.formats import FORMATS, SOME, hard_weights
 
 from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.formats.quantization import QuantizedRows, QuantSpec
+from mlx_fusekit.formats.quantization import QuantizedRows, QuantSpec, TargetFormat
 from mlx_fusekit.requantize import solver
 from mlx_fusekit.requantize.grids import (
     AffineGrid,
@@ -21,7 +21,6 @@ from mlx_fusekit.requantize.grids import (
     values_of,
 )
 from mlx_fusekit.requantize.solver import Moments, solve
-from mlx_fusekit.requantize.strategy import TargetFormat
 
 Float64 = npt.NDArray[np.float64]
 FOUR = TargetFormat(QuantSpec(4, 32), "BF16")

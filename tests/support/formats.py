@@ -3,8 +3,7 @@
 import numpy as np
 
 from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.formats.quantization import QuantSpec
-from mlx_fusekit.requantize.strategy import TargetFormat
+from mlx_fusekit.formats.quantization import QuantSpec, TargetFormat
 
 AFFINE = {
     f"{bits}-bit-{group}-{dtype}": TargetFormat(QuantSpec(bits, group), dtype)

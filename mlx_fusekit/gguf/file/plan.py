@@ -12,7 +12,6 @@ from gguf import GGMLQuantizationType as GgmlType
 
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
-from mlx_fusekit.fusing.execute import default_workers
 from mlx_fusekit.gguf.file.encoding import (
     OUTTYPES,
     TensorEncoding,
@@ -23,6 +22,7 @@ from mlx_fusekit.gguf.file.grids import scan_grids
 from mlx_fusekit.gguf.file.header import padded
 from mlx_fusekit.gguf.file.rows import RowOpener, TensorRows
 from mlx_fusekit.gguf.models.tensors import GgufTensor
+from mlx_fusekit.machine import default_workers
 
 _FILE_TYPES = {
     GgmlType.F32: gguf.LlamaFileType.ALL_F32,

@@ -13,7 +13,6 @@ from gguf import GGMLQuantizationType as GgmlType
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import Array, Float32
 from mlx_fusekit.formats.quantization import dequantize, to_matrix
-from mlx_fusekit.fusing.execute import Task
 from mlx_fusekit.gguf.file.blocks import (
     FLOAT_TYPES,
     Bytes,
@@ -26,6 +25,7 @@ from mlx_fusekit.gguf.file.blocks import (
 from mlx_fusekit.gguf.file.encoding import TensorEncoding
 from mlx_fusekit.gguf.file.plan import GgufPlan, PlannedTensor
 from mlx_fusekit.gguf.file.rows import TensorRows
+from mlx_fusekit.machine import Task
 
 #: Bits of the exponent; all of them are set in NaN and infinity only.
 _EXPONENTS: dict[str, np.unsignedinteger[Any]] = {

@@ -15,12 +15,12 @@ import gguf
 import numpy as np
 
 from mlx_fusekit.errors import OutputError
-from mlx_fusekit.fusing.execute import default_workers, run_tasks
 from mlx_fusekit.gguf.file.encoding import TensorEncoding
 from mlx_fusekit.gguf.file.header import padded, read_gguf_header
 from mlx_fusekit.gguf.file.plan import GgufPlan
 from mlx_fusekit.gguf.file.staging import staged_file
 from mlx_fusekit.gguf.file.streaming import TensorJob
+from mlx_fusekit.machine import default_workers, run_tasks
 from mlx_fusekit.progress import Progress
 
 
