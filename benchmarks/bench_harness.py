@@ -32,7 +32,8 @@ from mlx_fusekit.bench.arms import ArmSource
 from mlx_fusekit.bench.harness import Workload, benchmark_arms, measure
 from mlx_fusekit.bench.report import TIMES, Run
 from mlx_fusekit.bench.workload import Shape, random_prompts
-from mlx_fusekit.running.model import run_model
+from mlx_fusekit.hub import LocalFolder
+from mlx_fusekit.running.loading import run_model
 
 SHAPE = Shape(8, 8)
 TRIALS = 10
@@ -85,7 +86,9 @@ def timed(models: dict[str, nn.Module], seed: int) -> Run:
 
 def same(runs: int) -> None:
     """The same model in two arms."""
-    models = {name: run_model(samples.model_path(), memory_share=0).model for name in "ab"}
+    models = {
+        name: run_model(LocalFolder(samples.model_path()), memory_share=0).model for name in "ab"
+    }
     held = dict.fromkeys(TIMES, 0)
     ratios = {metric: list[float]() for metric in TIMES}
     for seed in range(runs):
@@ -105,7 +108,7 @@ def same(runs: int) -> None:
 
 def slowed(runs: int) -> None:
     """An arm that is slower by a known time."""
-    model = run_model(samples.model_path(), memory_share=0).model
+    model = run_model(LocalFolder(samples.model_path()), memory_share=0).model
     plain = Waiting(model, PAUSE_SECONDS)
     once = timed({"plain": plain}, 0).median("plain", "tpot_seconds") or 0
     print(f"An arm slowed by a known time a call, {SHAPE}, {TRIALS} trials, {runs} seeds:\n")
@@ -207,7 +210,7 @@ def dora_adapter(folder: Path) -> Path:
     config["fine_tune_type"] = "dora"
     (folder / "adapter_config.json").write_text(json.dumps(config))
     tensors = dict(mx.load(str(source / "adapters.safetensors")))
-    model = run_model(samples.model_path(), memory_share=1).model
+    model = run_model(LocalFolder(samples.model_path()), memory_share=1).model
     scale = config["lora_parameters"]["scale"]
     for path, module in model.named_modules():
         up, down = tensors.get(f"{path}.lora_b"), tensors.get(f"{path}.lora_a")

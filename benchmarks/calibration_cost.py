@@ -33,7 +33,7 @@ def measure(width: int, tokens: int) -> dict[str, float]:
 
     from mlx_fusekit.fusing.fuse import prepare_fuse
     from mlx_fusekit.requantize import calibrated, solver
-    from mlx_fusekit.running.model import run_adapted
+    from mlx_fusekit.running.adapted import run_adapted
     from mlx_fusekit.texts.sequences import TokenSequence
 
     config: dict[str, Any] = {
@@ -68,7 +68,7 @@ def measure(width: int, tokens: int) -> dict[str, float]:
         (adapter / "adapter_config.json").write_text(json.dumps(facts))
         del model, lora
         prepared = prepare_fuse(folder, adapter, Path(scratch) / "fused", requantize="nearest")
-        teacher = run_adapted(folder, prepared.plan.adapter)
+        teacher = run_adapted(prepared.sources.model, prepared.plan.adapter)
         before = peak_bytes()
         rng = np.random.default_rng(0)
         ids = rng.integers(0, 512, (tokens // LENGTH, LENGTH))

@@ -44,8 +44,10 @@ import numpy as np
 
 import mlx_fusekit
 from mlx_fusekit import samples
-from mlx_fusekit.adapters import AdapterFolder
-from mlx_fusekit.running.model import run_model, run_teacher
+from mlx_fusekit.adapters.sources import NamedSources
+from mlx_fusekit.hub import LocalFolder
+from mlx_fusekit.running.adapted import run_adapted
+from mlx_fusekit.running.loading import run_model
 from mlx_fusekit.texts.data import read_sequences
 from mlx_fusekit.texts.sequences import TokenSequence
 from mlx_fusekit.verifying.parity import (
@@ -363,7 +365,7 @@ def _rows(case: Case, options: argparse.Namespace, work: Path) -> Iterator[Row]:
         yield Row(TEACHER, {name: text.teacher for name, text in texts.items()}, 1.0)
         for name, folder in fused.items():
             start = time.perf_counter()
-            running = run_model(folder)
+            running = run_model(LocalFolder(folder))
             measures = {text: yardstick.measure(running.model) for text, yardstick in texts.items()}
             del running
             _free_memory()
@@ -436,7 +438,8 @@ def _program(name: str) -> str:
 
 def _texts(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Text]:
     """The texts to measure on, with what base and adapter make of them."""
-    running = run_teacher(case.base, [(AdapterFolder.open(case.adapter), 1.0)])
+    sources = NamedSources.find(case.base, case.adapter).open()
+    running = run_adapted(sources.model, sources.adapter)
     texts = {}
     for name, path in {"task": case.test, **case.off_task}.items():
         tokens = PROSE_TOKENS if path.suffix == ".txt" else None

@@ -7,17 +7,19 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mlx_fusekit.bench.harness import Workload, benchmark
     from mlx_fusekit.bench.report import BenchReport
-    from mlx_fusekit.fusing.fuse import FuseReport, PreparedFuse, fuse, prepare_fuse
+    from mlx_fusekit.fusing.fuse import PreparedFuse, fuse, prepare_fuse
+    from mlx_fusekit.fusing.report import FuseReport
     from mlx_fusekit.gguf.exporting import ExportReport, export_gguf
     from mlx_fusekit.gguf.lora import LoraReport, export_lora
     from mlx_fusekit.publishing.publish import PublishReport, publish
-    from mlx_fusekit.verifying.verify import ParityReport, verify
+    from mlx_fusekit.verifying.report import ParityReport
+    from mlx_fusekit.verifying.verify import verify
 
 # The public names load on first use: importing NumPy and MLX takes longer than `--help` may.
 _HOMES = {
     "fuse": "fusing.fuse",
     "prepare_fuse": "fusing.fuse",
-    "FuseReport": "fusing.fuse",
+    "FuseReport": "fusing.report",
     "PreparedFuse": "fusing.fuse",
     "benchmark": "bench.harness",
     "BenchReport": "bench.report",
@@ -29,7 +31,7 @@ _HOMES = {
     "publish": "publishing.publish",
     "PublishReport": "publishing.publish",
     "verify": "verifying.verify",
-    "ParityReport": "verifying.verify",
+    "ParityReport": "verifying.report",
 }
 
 __all__ = [

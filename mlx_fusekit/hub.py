@@ -1,7 +1,7 @@
 """From what a user names, a folder or a Hugging Face Hub id, to a local folder."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,11 +36,18 @@ class LocalFolder:
     Attributes:
         repo_id: its id on the Hub, when it came from there.
         revision: the commit, when it came from the Hub.
+        trusted: whether model code that lies in it may run.
     """
 
     path: Path
     repo_id: str | None = None
     revision: str | None = None
+    trusted: bool = False
+
+    @property
+    def identity(self) -> str:
+        """Hub id, or the path as the user gave it: what an adapter says it was trained on."""
+        return self.repo_id or str(self.path)
 
     @property
     def public_name(self) -> str:
@@ -60,7 +67,7 @@ def resolve(
         name: a folder, or a Hub id like "mlx-community/Llama-3.2-1B-Instruct-4bit".
         revision: branch, tag or commit; for Hub ids only.
         what: the flag to name in a message.
-        code: whether ``*.py`` files are wanted.
+        code: whether ``*.py`` files are wanted, and may run.
 
     Raises:
         HubError: with the cure, when there is no such folder or repository.
@@ -71,13 +78,13 @@ def resolve(
             raise HubError(
                 f"--revision {revision}: {path} is a folder and has no revisions; drop the flag"
             )
-        return _known_snapshot(path)
+        return replace(_known_snapshot(path), trusted=code)
     if not _REPO_ID.fullmatch(str(name)):
         defaults = {"--model": "mlx_model", "--adapter-path": "adapters"}
         default = defaults.get(what) == str(name)
         advice = f"; that is the default: name yours with {what}" * default
         raise HubError(f"{what} {name}: neither a folder here nor a Hub id (owner/name){advice}")
-    return _download(str(name), revision, what, code)
+    return replace(_download(str(name), revision, what, code), trusted=code)
 
 
 def _known_snapshot(path: Path) -> LocalFolder:

@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 
 from mlx_fusekit import hub
-from mlx_fusekit.adapters import AdapterFolder, FullUpdate, LowRankUpdate, Update
 from mlx_fusekit.adapters.mlx_lm import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from mlx_fusekit.adapters.opening import open_adapter
+from mlx_fusekit.adapters.sources import open_model
+from mlx_fusekit.adapters.updates import AdapterFolder, FullUpdate, LowRankUpdate, Update
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.checkpoint.folder import Checkpoint, read_json
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
-from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats import codebooks
 from mlx_fusekit.formats.floats import FLOAT_DTYPES, Float32, to_float32
 from mlx_fusekit.formats.quantization import QuantSpec
 from mlx_fusekit.merging.arithmetic import merge
-from mlx_fusekit.merging.blocks import WeightReader, weight_sources
+from mlx_fusekit.merging.blocks import WeightReader, row_blocks, weight_sources
 
 _QUANTIZATION_LEAVES = ("scales", "biases", "global_scale")
 
@@ -119,16 +120,13 @@ def inspect(
     Raises:
         FusekitError: when the folder is no valid model or adapter, or they do not fit.
     """
-    if model is None:
-        folder = hub.resolve(path, revision=revision, what="PATH").path
-    else:
-        folder = hub.resolve(path, what="PATH").path
+    own_revision = revision if model is None else None
+    folder = hub.resolve(path, revision=own_revision, what="PATH").path
     if (folder / ADAPTER_CONFIG_NAME).exists():
         base = None
         if model is not None:
-            found = hub.resolve(model, revision=revision, code=trust_remote_code)
-            base = open_base(found.path, trust_remote_code=trust_remote_code)
-        return _adapter_facts(str(path), AdapterFolder.open(folder), base, str(model))
+            base = open_model(hub.resolve(model, revision=revision, code=trust_remote_code))
+        return _adapter_facts(str(path), open_adapter(folder), base, str(model))
     if not (folder / "config.json").exists():
         raise CheckpointError(
             f"{path}: neither a model (config.json) nor an adapter ({ADAPTER_CONFIG_NAME})"
@@ -182,8 +180,7 @@ def _logical_size(tensor: TensorSource, spec: QuantSpec | None) -> int:
 def _adapter_facts(
     path: str, adapter: AdapterFolder, base: BaseModel | None, base_id: str
 ) -> AdapterFacts:
-    full = adapter.kind == "full"
-    modules = {n.rpartition(".")[0] for n in adapter.header.tensors} if full else adapter.modules
+    full, modules = adapter.kind == "full", adapter.paths
     bound = adapter.bind(base, base_id) if base is not None else None
     deltas = []
     if base is not None and bound is not None:
@@ -197,8 +194,8 @@ def _adapter_facts(
         num_layers=adapter.config.get("num_layers"),
         modules=len(modules),
         targets=dict(Counter(module.rpartition(".")[2] for module in modules).most_common()),
-        parameters=sum(math.prod(t.shape) for t in adapter.header.tensors.values()),
-        bytes=sum(tensor.nbytes for tensor in adapter.header.tensors.values()),
+        parameters=sum(math.prod(t.shape) for t in adapter.tensors.values()),
+        bytes=sum(tensor.nbytes for tensor in adapter.tensors.values()),
         deltas=tuple(deltas),
         warnings=bound.warnings if bound else (),
     )
@@ -231,7 +228,7 @@ def _delta_norm(reader: WeightReader, update: Update) -> float:
     if isinstance(update, LowRankUpdate) and update.magnitude is None:
         return update.delta_norm
     total = 0.0
-    for rows in reader.blocks():
+    for rows in row_blocks(reader.shape):
         base = reader.read(rows)[1]
         before = base.values.copy()
         change = merge(base, update, rows) - before

@@ -32,8 +32,8 @@ _FULL_READ_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
-class AdapterFolder:
-    """An mlx-lm adapter folder, opened read-only; its tensors are not read yet.
+class MlxLmAdapter:
+    """mlx-lm's kind of :class:`~mlx_fusekit.adapters.updates.AdapterFolder`.
 
     Attributes:
         kind: "lora", "dora" or "full".
@@ -46,7 +46,7 @@ class AdapterFolder:
     header: Header
 
     @classmethod
-    def open(cls, folder: Path) -> "AdapterFolder":
+    def open(cls, folder: Path) -> "MlxLmAdapter":
         """Open an adapter folder and check what can be checked without its base.
 
         Raises:
@@ -64,6 +64,23 @@ class AdapterFolder:
         if not header.tensors:
             raise AdapterError(f"{header.file}: holds no tensors; train the adapter first")
         return cls(folder, kind, MappingProxyType(config), header)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What the adapter is made of."""
+        return self.folder / CONFIG_NAME, self.folder / WEIGHTS_NAME
+
+    @property
+    def tensors(self) -> Mapping[str, TensorRef]:
+        """As they are stored, by name."""
+        return self.header.tensors
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Modules that have a tensor in it."""
+        if self.kind != "full":
+            return tuple(self.modules)
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in self.header.tensors))
 
     @property
     def scale(self) -> float:
@@ -129,13 +146,14 @@ class AdapterFolder:
             return set(self.header.tensors)
         return {f"{module}.weight" for module in self.modules}
 
-    def bind(self, base: BaseModel, base_id: str | None = None) -> Adapter:
+    def bind(self, base: BaseModel, base_id: str | None = None, *, scaled: bool = True) -> Adapter:
         """Check every tensor against the base and read the adapter into its neutral form.
 
         Args:
             base: the model it will be merged into.
             base_id: the Hub id or path the user gave for it; compared with the one the adapter
                 was trained on, a difference is a warning.
+            scaled: whether updates have :attr:`scale` multiplied in.
 
         Raises:
             AdapterError: naming the first tensor that does not fit, and the cure.
@@ -145,13 +163,13 @@ class AdapterFolder:
             weights, parameters = self._bind_full(base)
             return Adapter(self.kind, weights, parameters, warnings)
         weights = {
-            module: self._bind_low_rank(base, module, tensors)
+            module: self._bind_low_rank(base, module, tensors, scaled=scaled)
             for module, tensors in self.modules.items()
         }
         return Adapter(self.kind, MappingProxyType(weights), MappingProxyType({}), warnings)
 
     def _bind_low_rank(
-        self, base: BaseModel, module: str, tensors: Mapping[str, TensorRef]
+        self, base: BaseModel, module: str, tensors: Mapping[str, TensorRef], *, scaled: bool
     ) -> Update:
         weight = base.tensors.get(f"{module}.weight")
         if weight is None:
@@ -175,7 +193,7 @@ class AdapterFolder:
             )
         self._check_shapes(base, module, weight, up, down, tensors)
         with np.errstate(over="ignore"):
-            up = up * np.float32(self.scale)
+            up = up * np.float32(self.scale if scaled else 1)
         self._check_overflow(module, up, down)
         magnitude = _read_finite(tensors["m"]) if "m" in tensors else None
         return LowRankUpdate(np.ascontiguousarray(up), np.ascontiguousarray(down), magnitude)

@@ -1,37 +1,129 @@
-"""What a user names, base and adapters, opened and checked against each other."""
+"""What a user names, base and adapters: found, opened, and bound to each other, once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_fusekit import hub
-from mlx_fusekit.adapters import Adapter, AdapterFolder
 from mlx_fusekit.adapters.combine import combine
+from mlx_fusekit.adapters.opening import open_adapter
+from mlx_fusekit.adapters.updates import Adapter, AdapterFolder
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import ConfigurationError
+from mlx_fusekit.hub import LocalFolder
+
+#: How adapters are named: one or several folders or Hub ids, each maybe followed by ``:WEIGHT``.
+AdapterNames = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterChoice:
     """An adapter the user named, and the weight its update gets."""
 
-    folder: hub.LocalFolder
+    folder: LocalFolder
     weight: float = 1.0
 
 
-def adapter_choices(
-    adapter_path: str | Path | Sequence[str | Path],
-) -> tuple[AdapterChoice, ...]:
-    """The adapters that a user named; those on the Hub are downloaded."""
-    named = [adapter_path] if isinstance(adapter_path, str | Path) else list(adapter_path)
-    if not named:
-        raise ConfigurationError("--adapter-path: give at least one adapter")
-    choices = []
-    for name in named:
-        path, weight = _split_weight(str(name))
-        choices.append(AdapterChoice(hub.resolve(path, what="--adapter-path"), weight))
-    return tuple(choices)
+@dataclass(frozen=True, slots=True)
+class NamedSources:
+    """Base and adapters as folders of this machine; what is in them was not looked at."""
+
+    model: LocalFolder
+    adapters: tuple[AdapterChoice, ...]
+
+    @classmethod
+    def find(
+        cls,
+        model: str | Path,
+        adapter_path: AdapterNames,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        weighted: bool = True,
+    ) -> "NamedSources":
+        """Find what the user named; what is on the Hub is downloaded.
+
+        Args:
+            model: folder or Hub id of the base.
+            adapter_path: of the adapters.
+            weighted: whether a name may end with ``:WEIGHT``.
+            revision: of the base on the Hub.
+            trust_remote_code: let model code that lies in the base's folder run.
+
+        Raises:
+            HubError: with the cure, when there is no such folder or repository.
+        """
+        found = hub.resolve(model, revision=revision, code=trust_remote_code)
+        named = [adapter_path] if isinstance(adapter_path, str | Path) else list(adapter_path)
+        if not named:
+            raise ConfigurationError("--adapter-path: give at least one adapter")
+        return cls(found, tuple(_chosen(str(name), weighted) for name in named))
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """All that is read."""
+        return (self.model.path, *(choice.folder.path for choice in self.adapters))
+
+    def open_adapters(self) -> tuple[AdapterFolder, ...]:
+        """Open the adapters alone, for what can be said of them without the base.
+
+        Raises:
+            AdapterError: naming the file or tensor that is wrong, and the cure.
+        """
+        return tuple(open_adapter(choice.folder.path) for choice in self.adapters)
+
+    def open(self, opened: tuple[AdapterFolder, ...] | None = None) -> "Sources":
+        """Open all, and bind the adapters to the base.
+
+        Args:
+            opened: the adapters, where they were opened before.
+
+        Raises:
+            AdapterError: when an adapter does not fit the base or the others.
+            CheckpointError: naming what is wrong with the base.
+        """
+        opened = self.open_adapters() if opened is None else opened
+        wanted = {name for adapter in opened for name in adapter.target_tensors}
+        base = open_model(self.model, wanted)
+        bound = [
+            (adapter.bind(base, self.model.identity), choice.weight)
+            for adapter, choice in zip(opened, self.adapters, strict=True)
+        ]
+        return Sources(self.model, base, self.adapters, opened, combine(bound))
+
+
+@dataclass(frozen=True)
+class Sources:
+    """A base and adapters, opened and checked against each other.
+
+    Attributes:
+        model: where the base lies.
+        choices: the adapters as they were named.
+        opened: the same, in the same order.
+        adapter: all of them together, bound to the base.
+    """
+
+    model: LocalFolder
+    base: BaseModel
+    choices: tuple[AdapterChoice, ...]
+    opened: tuple[AdapterFolder, ...]
+    adapter: Adapter
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Of each adapter, what may be told of it: never a path of this machine."""
+        return tuple(choice.folder.public_name for choice in self.choices)
+
+
+def open_model(model: LocalFolder, wanted: set[str] | None = None) -> BaseModel:
+    """Open a base by itself, as :func:`~mlx_fusekit.checkpoint.sanitized.open_base` does."""
+    return open_base(model.path, trust_remote_code=model.trusted, wanted=wanted or ())
+
+
+def _chosen(name: str, weighted: bool) -> AdapterChoice:
+    path, weight = _split_weight(name) if weighted else (name, 1.0)
+    return AdapterChoice(hub.resolve(path, what="--adapter-path"), weight)
 
 
 def _split_weight(name: str) -> tuple[str, float]:
@@ -43,27 +135,3 @@ def _split_weight(name: str) -> tuple[str, float]:
         return path, float(weight)
     except ValueError:
         return name, 1.0
-
-
-def open_bound(
-    base_folder: Path,
-    adapters: Sequence[tuple[AdapterFolder, float]],
-    *,
-    base_id: str | None = None,
-    trust_remote_code: bool = False,
-) -> tuple[BaseModel, Adapter]:
-    """Open a base, and bind adapters to it.
-
-    Args:
-        base_folder: of the base.
-        adapters: each with the weight of its update; LoRA adapters add up.
-        base_id: as for :meth:`AdapterFolder.bind`.
-        trust_remote_code: let model code that lies in the base's folder run.
-
-    Raises:
-        AdapterError: when an adapter does not fit the base or the others.
-        CheckpointError: naming what is wrong with the base.
-    """
-    wanted = {name for adapter, _ in adapters for name in adapter.target_tensors}
-    base = open_base(base_folder, trust_remote_code=trust_remote_code, wanted=wanted)
-    return base, combine([(adapter.bind(base, base_id), weight) for adapter, weight in adapters])

@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
+from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.header import TensorRef
 from mlx_fusekit.formats.floats import Float32
 
@@ -74,3 +77,50 @@ class Adapter:
     weights: Mapping[str, Update]
     parameters: Mapping[str, FullUpdate]
     warnings: tuple[str, ...] = ()
+
+
+class AdapterFolder(Protocol):
+    """An adapter of any format, opened read-only and checked for itself; nothing is read yet."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """``adapter_config.json``."""
+
+    @property
+    def kind(self) -> str:
+        """``lora``, ``dora`` or ``full``."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What the adapter is made of."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorRef]:
+        """As they are stored, by name."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Modules that have a tensor in it."""
+
+    @property
+    def target_tensors(self) -> set[str]:
+        """Names of the base's tensors that the adapter changes."""
+
+    @property
+    def scale(self) -> float:
+        """The factor of LoRA's and DoRA's update."""
+
+    def bind(self, base: BaseModel, base_id: str | None = None, *, scaled: bool = True) -> Adapter:
+        """Check every tensor against the base and read the adapter into its neutral form.
+
+        Args:
+            base: the model it will be merged into.
+            base_id: the Hub id or path the user gave for it; compared with the one the adapter
+                was trained on, a difference is a warning.
+            scaled: whether updates have :attr:`scale` multiplied in.
+
+        Raises:
+            AdapterError: naming the first tensor that does not fit, and the cure.
+        """

@@ -13,8 +13,11 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import sharded_load
 
 from mlx_fusekit.checkpoint.folder import Checkpoint
+from mlx_fusekit.checkpoint.mlx_lm import MLX_LM_ERRORS, first_line
 from mlx_fusekit.errors import AdapterError, CheckpointError
-from mlx_fusekit.running.model import RunningModel, run_model
+from mlx_fusekit.hub import LocalFolder
+from mlx_fusekit.running.loading import run_model
+from mlx_fusekit.running.model import RunningModel
 
 BASE = "base"
 ADAPTED = "base+adapter"
@@ -41,6 +44,11 @@ class ArmSource:
     folder: Path
     adapter: Path | None = None
     trust_remote_code: bool = False
+
+    @property
+    def local(self) -> LocalFolder:
+        """The model's folder, and whether its code may run."""
+        return LocalFolder(self.folder, trusted=self.trust_remote_code)
 
     @property
     def disk_bytes(self) -> int:
@@ -93,8 +101,8 @@ def load_arm(source: ArmSource) -> LoadedArm:
         return LoadedArm(running, loaded - start, None)
     try:
         load_adapters(running.model, str(source.adapter))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__)
+    except MLX_LM_ERRORS as error:
+        line = first_line(error)
         raise AdapterError(
             f"--adapter-path {source.adapter}: mlx-lm cannot run it on {source.public_name}, "
             f"so there is no unfused arm to time ({line.rstrip(':')})"
@@ -106,7 +114,7 @@ def load_arm(source: ArmSource) -> LoadedArm:
 
 
 def _load_whole(source: ArmSource) -> RunningModel:
-    return run_model(source.folder, trust_remote_code=source.trust_remote_code, memory_share=0.0)
+    return run_model(source.local, memory_share=0.0)
 
 
 def _load_shard(source: ArmSource) -> RunningModel:
@@ -123,7 +131,7 @@ def _load_shard(source: ArmSource) -> RunningModel:
     except ValueError as error:
         raise CheckpointError(f"{source.public_name}: mlx-lm cannot shard it ({error})") from error
     model.eval()
-    return RunningModel(model, source.folder, config, exact=False, trust_remote_code=trust)
+    return RunningModel(model, source.local, config, exact=False)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fusekit import hub
-from mlx_fusekit.adapters import AdapterFolder
-from mlx_fusekit.adapters.sources import open_bound
+from mlx_fusekit.adapters.opening import open_adapter
+from mlx_fusekit.adapters.sources import NamedSources, open_model
 from mlx_fusekit.bench.arms import (
     ADAPTED,
     BASE,
@@ -37,7 +37,6 @@ from mlx_fusekit.bench.workload import (
     vocabulary_size,
 )
 from mlx_fusekit.checkpoint.folder import Checkpoint
-from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.progress import Progress, StepProgress, of_step
@@ -358,23 +357,24 @@ def _sources(
     trust_remote_code: bool,
 ) -> list[ArmSource]:
     """The arms a user named, each checked to belong to the base."""
-    base = hub.resolve(model, revision=revision, code=trust_remote_code)
     arms = []
-    if not skip_base or adapter_path is None:
-        arms.append(ArmSource(BASE, base.public_name, base.path, None, trust_remote_code))
     if adapter_path is None:
-        opened = open_base(base.path, trust_remote_code=trust_remote_code)
+        base = hub.resolve(model, revision=revision, code=trust_remote_code)
+        opened = open_model(base)
     else:
-        adapter = hub.resolve(adapter_path, what="--adapter-path")
-        opened, _ = open_bound(
-            base.path,
-            [(AdapterFolder.open(adapter.path), 1.0)],
-            base_id=base.repo_id or str(base.path),
+        named = NamedSources.find(
+            model,
+            adapter_path,
+            revision=revision,
             trust_remote_code=trust_remote_code,
+            weighted=False,
         )
+        base, opened, adapter = named.model, named.open().base, named.adapters[0].folder
         arms.append(
             ArmSource(ADAPTED, base.public_name, base.path, adapter.path, trust_remote_code)
         )
+    if not skip_base or adapter_path is None:
+        arms.insert(0, ArmSource(BASE, base.public_name, base.path, None, trust_remote_code))
     models = fused if isinstance(fused, Mapping) else ({} if fused is None else {FUSED: fused})
     for name, path in models.items():
         if name in (BASE, ADAPTED):
@@ -424,7 +424,7 @@ def _arm_report(source: ArmSource, arm: LoadedArm) -> ArmReport:
     return ArmReport(
         model=source.public_name,
         adapter=str(source.adapter) if source.adapter else None,
-        adapter_kind=AdapterFolder.open(source.adapter).kind if source.adapter else None,
+        adapter_kind=open_adapter(source.adapter).kind if source.adapter else None,
         disk_bytes=source.disk_bytes,
         adapter_disk_bytes=source.adapter_disk_bytes,
         bits_per_weight=facts.bits_per_weight,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlx_fusekit.checkpoint.header import Header
 from mlx_fusekit.formats.floats import Array
 from mlx_fusekit.formats.quantization import QuantSpec
 
@@ -23,6 +24,12 @@ class TensorSource(Protocol):
     def read_rows(self, first: int, last: int) -> Array:
         """Rows ``first`` to ``last`` (exclusive), as stored bits."""
 
+    def held(self) -> "TensorSource":
+        """The same tensor, ready to be read by rows many times.
+
+        What mlx-lm computes is computed here, as a whole, and is in memory as long as the result.
+        """
+
 
 class BaseModel(Protocol):
     """A model whose tensors are named by the module paths that adapters use."""
@@ -31,6 +38,18 @@ class BaseModel(Protocol):
     def folder(self) -> Path: ...
     @property
     def config(self) -> Mapping[str, Any]: ...
+    @property
+    def converted(self) -> bool:
+        """Whether mlx-lm makes the tensors of others, so that no file can stay as it is."""
+
+    @property
+    def headers(self) -> Mapping[str, Header]:
+        """Of the weight files as they lie in the folder, by file name."""
+
+    @property
+    def quantization_config(self) -> Mapping[str, Any]:
+        """MLX's quantization block: defaults and per-module overrides; empty without one."""
+
     @property
     def tensors(self) -> Mapping[str, TensorSource]: ...
     @property

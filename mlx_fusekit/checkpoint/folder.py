@@ -36,6 +36,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     headers: Mapping[str, Header]
     tensors: Mapping[str, TensorRef]
+    converted = False
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -78,11 +79,7 @@ class Checkpoint:
     @cached_property
     def quantization_config(self) -> dict[str, Any]:
         """MLX's quantization block: defaults and per-module overrides; empty when there is none."""
-        for key in ("quantization", "quantization_config"):
-            block = self.config.get(key)
-            if isinstance(block, dict) and "bits" in block and "group_size" in block:
-                return block
-        return {}
+        return quantization_block(self.config)
 
     @cached_property
     def quantized_modules(self) -> tuple[str, ...]:
@@ -167,6 +164,15 @@ class Checkpoint:
                 f"scales {scales.dtype} {list(scales.shape)}, which is not {spec} as config.json "
                 "says; correct its quantization in config.json"
             )
+
+
+def quantization_block(config: Mapping[str, Any]) -> dict[str, Any]:
+    """MLX's quantization block of a configuration; empty when there is none."""
+    for key in ("quantization", "quantization_config"):
+        block = config.get(key)
+        if isinstance(block, dict) and "bits" in block and "group_size" in block:
+            return block
+    return {}
 
 
 def layer_count(config: Mapping[str, Any]) -> int | None:

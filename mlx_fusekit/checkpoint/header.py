@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -48,6 +48,10 @@ class TensorRef:
     def read(self) -> Array:
         """The whole tensor's bits; bfloat16 as uint16."""
         return self._read(0, self.nbytes).reshape(self.shape)
+
+    def held(self) -> Self:
+        """Itself: reading from the file computes nothing."""
+        return self
 
     def read_rows(self, first: int, last: int) -> Array:
         """Rows ``first`` to ``last`` (exclusive) of the tensor seen as ``[rows, columns]``.

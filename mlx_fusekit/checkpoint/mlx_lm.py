@@ -1,8 +1,35 @@
-"""What mlx-lm's model classes know of a checkpoint without its weights."""
+"""What mlx-lm's model classes know of a checkpoint without its weights, and its errors."""
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+from mlx_fusekit.errors import CheckpointError
+
+#: What mlx-lm raises for architectures it does not know, weights that do not fit, and settings that
+#: are missing or of another type.
+MLX_LM_ERRORS = (ValueError, KeyError, TypeError, AttributeError)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def checkpoint_errors(folder: Path) -> Iterator[None]:
+    """Say in one line that mlx-lm cannot load a folder.
+
+    Raises:
+        CheckpointError: with the first line of mlx-lm's error.
+    """
+    try:
+        yield
+    except MLX_LM_ERRORS as error:
+        raise CheckpointError(f"{folder}: mlx-lm cannot load it ({first_line(error)})") from error
 
 
 def model_classes(config: Mapping[str, Any]) -> tuple[type, type]:
@@ -28,7 +55,7 @@ def logical_columns(config: Mapping[str, Any]) -> dict[str, int]:
     try:
         model_class, arguments_class = model_classes(config)
         model: Any = model_class(arguments_class.from_dict(dict(config)))  # type: ignore[attr-defined]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except MLX_LM_ERRORS:
         return {}
     modules = [(path, module) for path, module in model.named_modules() if "weight" in module]
     return {path: module.weight.shape[-1] for path, module in modules if module.weight.ndim > 1}

@@ -2,26 +2,30 @@
 
 A raw Hugging Face checkpoint may stack experts differently, transpose convolutions, or hold
 another quantization format. mlx-lm's ``sanitize`` methods know how to convert each of them, so we
-let it, lazily: nothing is computed before a tensor is read, and one tensor at a time is held.
+let it, lazily: nothing is computed before a tensor is read, and a tensor may be read again.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
 from mlx_fusekit.checkpoint.base import BaseModel
-from mlx_fusekit.checkpoint.folder import Checkpoint, layer_count
-from mlx_fusekit.checkpoint.mlx_lm import model_classes
+from mlx_fusekit.checkpoint.folder import Checkpoint, layer_count, quantization_block
+from mlx_fusekit.checkpoint.header import Header
+from mlx_fusekit.checkpoint.mlx_lm import checkpoint_errors, model_classes
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import STORAGE, Array
 from mlx_fusekit.formats.quantization import QuantSpec
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+T = TypeVar("T")
 
 _DTYPES = {
     "bool": "BOOL",
@@ -54,41 +58,41 @@ class ArrayTensor:
         """Size in bytes."""
         return self.array.nbytes
 
+    def held(self) -> Self:
+        """Itself."""
+        return self
+
     def read_rows(self, first: int, last: int) -> Array:
         """Rows ``first`` to ``last`` (exclusive), all axes but the last counting as rows."""
         columns = self.shape[-1] if self.shape else 1
         return self.array.reshape(-1, columns)[first:last]
 
 
+@dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A parameter that mlx-lm will compute from the checkpoint when it is asked for."""
+    """A parameter that mlx-lm computes from the checkpoint when it is asked for.
 
-    def __init__(self, name: str, array: "mx.array") -> None:
-        self.name = name
-        self.dtype = _DTYPES[str(array.dtype).rpartition(".")[2]]
-        self.shape: tuple[int, ...] = tuple(array.shape)
-        self._array: mx.array | None = array
+    Attributes:
+        compute: gives its stored bits, as often as it is called.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    compute: Callable[[str], Array]
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * STORAGE[self.dtype].itemsize
 
-    def take(self) -> ArrayTensor:
-        """Compute it; afterwards this object no longer holds it, so that its memory can go."""
-        import mlx.core as mx
-
-        array, self._array = self._array, None
-        if array is None:
-            raise AssertionError(f"{self.name} was taken twice")
-        if self.dtype == "BF16":
-            array = array.view(mx.uint16)
-        stored: Array = np.array(array)
-        return ArrayTensor(self.name, self.dtype, self.shape, stored)
+    def held(self) -> ArrayTensor:
+        """Compute it."""
+        return ArrayTensor(self.name, self.dtype, self.shape, self.compute(self.name))
 
     def read_rows(self, first: int, last: int) -> Array:
-        """Not possible before :meth:`take`."""
-        raise AssertionError(f"{self.name} must be taken before it is read")
+        """Rows ``first`` to ``last`` (exclusive); computes all of it each time."""
+        return self.held().read_rows(first, last)
 
 
 @dataclass(frozen=True)
@@ -97,18 +101,26 @@ class SanitizedModel:
 
     Attributes:
         config: ``config.json``, with MLX's quantization where mlx-lm converted another one.
+        headers: of the weight files that it is made from.
         specs: quantization of each quantized module.
     """
 
     folder: Path
     config: Mapping[str, Any]
+    headers: Mapping[str, Header]
     tensors: Mapping[str, LazyTensor]
     specs: Mapping[str, QuantSpec]
+    converted = True
 
     @property
     def quantized_modules(self) -> tuple[str, ...]:
         """Paths of the quantized modules."""
         return tuple(self.specs)
+
+    @property
+    def quantization_config(self) -> Mapping[str, Any]:
+        """MLX's quantization block; empty when there is none."""
+        return quantization_block(self.config)
 
     @property
     def layer_count(self) -> int | None:
@@ -129,16 +141,6 @@ class SanitizedModel:
                     f"{self.folder}: {module} has {actual} columns, not {columns}"
                 )
         return spec
-
-
-@dataclass
-class _SanitizeRecord:
-    """Whether ``sanitize`` handed every tensor on as it was."""
-
-    unchanged: bool = False
-
-    def compare(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-        self.unchanged = all(before.get(name) is array for name, array in after.items())
 
 
 def open_base(
@@ -162,58 +164,100 @@ def open_base(
     checkpoint = Checkpoint.open(folder)
     if checkpoint.written_by_mlx and all(name in checkpoint.tensors for name in wanted):
         return checkpoint
-    record = _SanitizeRecord()
+    conversion = _Conversion(folder, trust_remote_code)
     try:
-        model, config = _load_lazily(folder, record, trust_remote_code)
+        return conversion.of(checkpoint)
     except CheckpointError:
         if checkpoint.written_by_mlx:
             return checkpoint  # what is missing will be said by whoever looks for it
         raise
-    if record.unchanged and config.get("quantization") == checkpoint.config.get("quantization"):
-        return checkpoint
-    return _sanitized(checkpoint, model, config)
 
 
-def _load_lazily(
-    folder: Path, record: _SanitizeRecord, trust_remote_code: bool
-) -> tuple[Any, dict[str, Any]]:
-    from mlx_lm.utils import load_model
+class _Conversion:
+    """mlx-lm's conversion of a folder, begun again when a tensor is wanted once more.
 
-    def recorded_classes(config: dict[str, Any]) -> tuple[type, type]:
-        model_class, arguments_class = model_classes(config)
+    An array of MLX's keeps its values once they are computed, so each is let go when they were
+    handed out. Lazy arrays belong to the thread that made them, which is why there is one for them.
+    """
 
-        class Recorded(model_class):  # type: ignore[misc,valid-type]
-            def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
-                before = dict(weights)
-                parent = getattr(super(), "sanitize", None)
-                after = parent(weights) if parent else weights
-                record.compare(before, after)
-                return dict(after)
+    def __init__(self, folder: Path, trust_remote_code: bool) -> None:
+        self._folder = folder
+        self._trust_remote_code = trust_remote_code
+        self._thread = ThreadPoolExecutor(1)
+        self._arrays: dict[str, mx.array] = {}
+        self._unchanged = False
 
-        return Recorded, arguments_class
+    def of(self, checkpoint: Checkpoint) -> BaseModel:
+        """The checkpoint, or the model where mlx-lm changes anything."""
+        return self._thread.submit(self._open, checkpoint).result()
 
-    try:
-        model, config = load_model(
-            folder,
-            lazy=True,
-            get_model_classes=recorded_classes,
-            trust_remote_code=trust_remote_code,
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        # mlx-lm raises these for architectures it does not know and weights that do not fit.
-        raise CheckpointError(f"{folder}: mlx-lm cannot load it ({_first_line(error)})") from error
-    return model, config
+    def compute(self, name: str) -> Array:
+        """The stored bits of a parameter."""
+        return self._thread.submit(self._compute, name).result()
+
+    def _open(self, checkpoint: Checkpoint) -> BaseModel:
+        model, config = self._load()
+        stored = checkpoint.config.get("quantization")
+        if self._unchanged and config.get("quantization") == stored:
+            self._arrays.clear()
+            return checkpoint
+        return _sanitized(checkpoint, model, config, self._arrays, self.compute)
+
+    def _compute(self, name: str) -> Array:
+        import mlx.core as mx
+
+        if name not in self._arrays:
+            self._load()
+        array = self._arrays.pop(name)
+        return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+
+    def _load(self) -> tuple[Any, dict[str, Any]]:
+        """Let mlx-lm load the folder, lazily, and note whether ``sanitize`` changes a tensor."""
+        from mlx.utils import tree_flatten
+        from mlx_lm.utils import load_model
+
+        conversion = self
+
+        def recorded_classes(config: dict[str, Any]) -> tuple[type, type]:
+            model_class, arguments_class = model_classes(config)
+
+            class Recorded(model_class):  # type: ignore[misc,valid-type]
+                def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
+                    before = dict(weights)
+                    parent = getattr(super(), "sanitize", None)
+                    after = dict(parent(weights) if parent else weights)
+                    conversion._unchanged = all(before.get(n) is a for n, a in after.items())
+                    return after
+
+            return Recorded, arguments_class
+
+        with checkpoint_errors(self._folder):
+            model, config = load_model(
+                self._folder,
+                lazy=True,
+                get_model_classes=recorded_classes,
+                trust_remote_code=self._trust_remote_code,
+            )
+        self._arrays = dict(tree_flatten(model.parameters()))
+        return model, config
 
 
-def _sanitized(checkpoint: Checkpoint, model: Any, config: dict[str, Any]) -> SanitizedModel:
-    from mlx.utils import tree_flatten
-
+def _sanitized(
+    checkpoint: Checkpoint,
+    model: Any,
+    config: Mapping[str, Any],
+    arrays: "Mapping[str, mx.array]",
+    compute: Callable[[str], Array],
+) -> SanitizedModel:
     specs = {
         path: QuantSpec(module.bits, module.group_size, getattr(module, "mode", "affine"))
         for path, module in model.named_modules()
         if hasattr(module, "bits") and hasattr(module, "group_size") and "scales" in module
     }
-    tensors = {name: LazyTensor(name, array) for name, array in tree_flatten(model.parameters())}
+    tensors = {
+        name: LazyTensor(name, _DTYPES[str(a.dtype).rpartition(".")[2]], tuple(a.shape), compute)
+        for name, a in arrays.items()
+    }
     merged = dict(checkpoint.config)
     for key in ("quantization", "quantization_config"):
         if key in config:
@@ -221,11 +265,7 @@ def _sanitized(checkpoint: Checkpoint, model: Any, config: dict[str, Any]) -> Sa
     return SanitizedModel(
         checkpoint.folder,
         MappingProxyType(merged),
+        checkpoint.headers,
         MappingProxyType(tensors),
         MappingProxyType(specs),
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -25,11 +25,10 @@ def run(command: click.Command) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         status = command.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        _say("interrupted; nothing was left behind")
-        status = INTERRUPTED
-    except KeyboardInterrupt:
-        _say("interrupted; nothing was left behind")
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:
+        # What was left behind on purpose is noted on the way.
+        notes = _notes(error) or ["nothing was left behind"]
+        _say(f"interrupted; {notes[0]}")
         status = INTERRUPTED
     except click.ClickException as error:
         error.show()
@@ -44,6 +43,11 @@ def run(command: click.Command) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FAILED
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """Notes of an interrupt, of which click makes an error of its own."""
+    return [*getattr(error, "__notes__", ()), *getattr(error.__context__, "__notes__", ())]
 
 
 def _say(message: str) -> None:

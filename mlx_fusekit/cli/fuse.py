@@ -1,22 +1,18 @@
 """``mlx-fusekit fuse``."""
 
-import shlex
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_fusekit import figures
-from mlx_fusekit.cli import output
-from mlx_fusekit.cli import publish as publishing
+from mlx_fusekit.cli import export_gguf, output, publish
 from mlx_fusekit.cli.completion import PATH
-from mlx_fusekit.cli.failures import BELOW_THRESHOLD, INTERRUPTED
-from mlx_fusekit.errors import FusekitError
+from mlx_fusekit.cli.failures import BELOW_THRESHOLD
+from mlx_fusekit.requantize.strategy import STRATEGIES, in_words
 
 if TYPE_CHECKING:
-    from mlx_fusekit.fusing.fuse import FuseReport
-    from mlx_fusekit.publishing.publish import PublishReport
+    from mlx_fusekit.fusing.report import FuseReport
 
 #: So that --help imports nothing heavy; the package's own is checked against it by a test.
 CALIBRATION_TOKENS = 8192
@@ -44,7 +40,7 @@ CALIBRATION_TOKENS = 8192
 )
 @click.option(
     "--requantize",
-    type=click.Choice(["auto", "calibrated", "nearest"]),
+    type=click.Choice(list(STRATEGIES)),
     default="auto",
     show_default=True,
     help="How merged weights return to the base's format: calibrated on text, so that outputs "
@@ -110,14 +106,7 @@ CALIBRATION_TOKENS = 8192
 @click.option("--dry-run", is_flag=True, help="Show the plan; read headers only, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--trust-remote-code", is_flag=True, help="Run and copy the model's own *.py files.")
-def command(
-    as_json: bool,
-    dry_run: bool,
-    export_gguf: bool,
-    gguf_path: str,
-    upload_repo: str | None,
-    **options: Any,
-) -> int:
+def command(as_json: bool, dry_run: bool, **options: Any) -> int:
     """Fuse adapters into a base model; one model folder comes out.
 
     The result loads with mlx_lm.load and needs no adapter. It has the base's format and size
@@ -126,91 +115,22 @@ def command(
     """
     from mlx_fusekit.fusing.fuse import prepare_fuse
 
-    options["adapter_path"] = list(options["adapter_path"])
-    save_path, trust_remote_code = Path(options["save_path"]), options["trust_remote_code"]
-    prepared = prepare_fuse(
-        options.pop("model"), options.pop("adapter_path"), options.pop("save_path"), **options
-    )
-    if export_gguf:
-        target = save_path.expanduser() / Path(gguf_path).expanduser()
-        check_gguf(prepared.plan.base.folder, target, options["overwrite"], trust_remote_code)
-        if upload_repo is not None and target.resolve().parent != save_path.expanduser().resolve():
-            output.warn(f"--gguf-path {target}: is not in {save_path}, and is not uploaded")
-    if upload_repo is not None:
-        check_upload(upload_repo, dry_run=dry_run)
-    before = prepared.report()
+    named = [options.pop(name) for name in ("model", "adapter_path", "save_path")]
+    prepared = prepare_fuse(*named, **options)
+    report = before = prepared.report()
     for warning in before.warnings:
         output.warn(warning)
-    report = before
     if not dry_run:
         with output.steps_bar() as progress:
             report = prepared.run(progress=progress)
         for warning in report.warnings:
             if warning not in before.warnings:
                 output.warn(warning)
-    exported = None
-    if export_gguf and not dry_run:
-        from mlx_fusekit.cli import export_gguf as exporting
-
-        exported = exporting.run(
-            save_path, target, overwrite=options["overwrite"], trust_remote_code=trust_remote_code
-        )
-    published = None
-    if upload_repo is not None and not dry_run:
-        if report.passed:
-            published = upload(save_path, upload_repo, trust_remote_code)
-        else:
-            line = _publish_line(save_path, upload_repo)
-            output.warn(f"not uploaded, since --max-kl does not hold; {line}")
     if as_json:
-        more = {} if exported is None else {"gguf": exported.as_json()}
-        more |= {} if published is None else {"published": published.as_json()}
-        output.print_json(report.as_json() | more)
+        output.print_json(report.as_json())
     else:
         _print(report)
-        if exported is not None:
-            exporting.show(exported)
-        if published is not None:
-            publishing.show(published)
     return 0 if report.passed else BELOW_THRESHOLD
-
-
-def check_gguf(base: Path, target: Path, overwrite: bool, trust_remote_code: bool) -> None:
-    """Refuse what cannot be exported before anything is fused."""
-    from mlx_fusekit.gguf.exporting import check_exportable
-    from mlx_fusekit.gguf.file.staging import check_gguf_target
-
-    check_exportable(base, trust_remote_code=trust_remote_code)
-    check_gguf_target(target, overwrite=overwrite)
-
-
-def check_upload(repo: str, *, dry_run: bool) -> None:
-    """Refuse a repository that cannot be written to before anything is fused."""
-    from mlx_fusekit.publishing.upload import check_access, check_name
-
-    if dry_run:
-        check_name(repo, "--upload-repo")
-    else:
-        check_access(repo, what="--upload-repo")
-
-
-def upload(save_path: Path, repo: str, trust_remote_code: bool) -> "PublishReport":
-    """Publish what was fused; when that fails, say where it is and how to go on."""
-    try:
-        report = publishing.run(save_path, repo, trust_remote_code=trust_remote_code)
-    except FusekitError as error:
-        raise type(error)(f"{error}; {_publish_line(save_path, repo)}") from error
-    except KeyboardInterrupt:
-        output.warn(f"interrupted; {_publish_line(save_path, repo)}")
-        raise SystemExit(INTERRUPTED) from None
-    for warning in report.warnings:
-        output.warn(warning)
-    return report
-
-
-def _publish_line(save_path: Path, repo: str) -> str:
-    command = shlex.join(["mlx-fusekit", "publish", "--path", str(save_path), "--repo", repo])
-    return f"the fused model is in {save_path}, and `{command}` uploads it"
 
 
 def _print(report: "FuseReport") -> None:
@@ -228,7 +148,7 @@ def _print(report: "FuseReport") -> None:
         facts.append(("replaced", f"{report.parameters} parameters"))
     growth = report.output_bytes / report.base_bytes - 1
     facts += [
-        ("re-quantized", _strategy(report)),
+        ("re-quantized", in_words(report.requantize) or "not needed"),
         *_calibration(report),
         ("size", f"{figures.size(report.output_bytes)} ({growth:+.1%} against the base)"),
         ("computed", figures.size(report.computed_bytes)),
@@ -245,19 +165,15 @@ def _print(report: "FuseReport") -> None:
     if report.left_out:
         facts.append(("left out", ", ".join(report.left_out)))
     output.print_facts(title, facts)
+    if report.gguf is not None:
+        export_gguf.show(report.gguf)
+    if report.published is not None:
+        publish.show(report.published)
 
 
 def _memory(report: "FuseReport") -> str:
     running = ", and what running the base takes" * (report.requantize == "calibrated")
     return f"about {figures.size(report.memory_bytes)}{running}"
-
-
-def _strategy(report: "FuseReport") -> str:
-    if report.requantize is None:
-        return "not needed"
-    if report.requantize == "nearest":
-        return "rounded to nearest"
-    return "calibrated, so that the layers' outputs change least"
 
 
 def _calibration(report: "FuseReport") -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from mlx_fusekit.cli.completion import PATH
 from mlx_fusekit.cli.failures import BELOW_THRESHOLD
 
 if TYPE_CHECKING:
-    from mlx_fusekit.verifying.verify import ParityReport
+    from mlx_fusekit.verifying.report import ParityReport
 
 #: So that --help imports nothing heavy; the package's own is checked against it by a test.
 MAX_TOKENS = 4096

@@ -19,7 +19,8 @@ from mlx_fusekit import (
     samples,
     verify,
 )
-from mlx_fusekit.adapters import AdapterFolder
+from mlx_fusekit.adapters.sources import Sources
+from mlx_fusekit.adapters.updates import LowRankUpdate
 from mlx_fusekit.bench.workload import Shape, check_context
 from mlx_fusekit.checkpoint.staging import can_make, staging_folder
 from mlx_fusekit.errors import ConfigurationError, OutputError
@@ -180,7 +181,7 @@ class _Lesson:
     def run(self, folder: Path) -> Findings:
         prepared = self._prepared(folder / FOLDERS[CALIBRATED])
         plan = prepared.report()
-        rank, scale = self._rank_and_scale(plan.kind)
+        rank, scale = _rank_and_scale(prepared.sources)
         formats = plan.modules or {"parameters": plan.parameters}
         quantized = plan.requantize is not None
         names = {"model": report.plain(self.model.public_name), "adapter": self._adapter_name}
@@ -244,13 +245,6 @@ class _Lesson:
         shape = Shape(self._settings.prompt_tokens, self._settings.generation_tokens)
         check_context(prepared.plan.base.config, shape, self.model.public_name)
         return prepared
-
-    def _rank_and_scale(self, kind: str) -> tuple[int | None, float | None]:
-        if kind == "full":
-            return None, None
-        opened = AdapterFolder.open(self.adapter.path)
-        shapes = [module["lora_a"].shape for module in opened.modules.values()]
-        return max(shape[-1] for shape in shapes), opened.scale
 
     def _fuse(self, folder: Path, prepared: PreparedFuse) -> dict[str, Fusing]:
         """Both ways, mlx-lm's first."""
@@ -346,3 +340,10 @@ def _closeness(found: dict[str, ParityReport]) -> dict[str, Closeness]:
     }
     base = Closeness(last["kl_base_mean"], last["top1_agreement_base"], last["exact_match_base"])
     return {BASE: base, **models, ADAPTED: Closeness(0.0, 1.0, last["exact_match_reference"])}
+
+
+def _rank_and_scale(sources: Sources) -> tuple[int | None, float | None]:
+    """Of the adapter, the largest rank where modules differ; None of a full fine-tune."""
+    updates = sources.adapter.weights.values()
+    ranks = [update.rank for update in updates if isinstance(update, LowRankUpdate)]
+    return (max(ranks), sources.opened[0].scale) if ranks else (None, None)

@@ -13,9 +13,9 @@ Source: MLX's documentation of ``mlx.core.quantize`` and measured round trips (t
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,9 @@ AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
 #: The only (bits, group size) each non-affine mode has.
 CODEBOOK_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+
+#: What a module's quantized weight is stored as, by the last part of the tensors' names.
+LEAVES = ("weight", "scales", "biases", "global_scale")
 
 #: Planes of a block of a quantized format.
 PLANES = 32
@@ -100,6 +103,38 @@ class QuantizedRows:
     biases: Array | None
     scale_dtype: str
     global_scale: float | None = None
+
+    def part(self, first: int, last: int) -> Self:
+        """Rows ``first`` to ``last`` (exclusive)."""
+        biases = None if self.biases is None else self.biases[first:last]
+        return replace(
+            self, codes=self.codes[first:last], scales=self.scales[first:last], biases=biases
+        )
+
+    def keeping(self, base: "QuantizedRows", keep: npt.NDArray[np.bool_]) -> Self:
+        """These rows, but those of ``base`` where ``keep``, boolean ``[rows]``, is true."""
+        chosen, biases = keep[:, None], None
+        if self.biases is not None and base.biases is not None:
+            biases = np.where(chosen, base.biases, self.biases)
+        return replace(
+            self,
+            codes=np.where(chosen, base.codes, self.codes),
+            scales=np.where(chosen, base.scales, self.scales),
+            biases=biases,
+        )
+
+
+def stacked(parts: Sequence[QuantizedRows]) -> QuantizedRows:
+    """Rows below each other, of one format."""
+    if len(parts) == 1:
+        return parts[0]
+    biases = [part.biases for part in parts if part.biases is not None]
+    return replace(
+        parts[0],
+        codes=np.concatenate([part.codes for part in parts]),
+        scales=np.concatenate([part.scales for part in parts]),
+        biases=np.concatenate(biases) if biases else None,
+    )
 
 
 @dataclass(frozen=True, slots=True)

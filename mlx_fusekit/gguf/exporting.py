@@ -9,9 +9,9 @@ from typing import Any
 import gguf
 
 from mlx_fusekit import hub
+from mlx_fusekit.adapters.sources import open_model
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.folder import read_json
-from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import ConfigurationError, OutputError
 from mlx_fusekit.gguf.file.encoding import OUTTYPES, TensorEncoding
 from mlx_fusekit.gguf.file.plan import plan_gguf
@@ -95,13 +95,20 @@ class _Exportable:
         return cls(layout, read_vocabulary(base.folder, embedding.shape[0]))
 
 
-def check_exportable(folder: Path, *, trust_remote_code: bool = False) -> None:
+def check_export(base: BaseModel, outtype: str = "auto") -> None:
     """Refuse a model that cannot be exported, before anything is made of it.
 
     Raises:
         CheckpointError: naming the architecture, the setting, the tensor or the tokenizer file.
+        ConfigurationError: for an outtype that there is not.
     """
-    _Exportable.of(open_base(folder, trust_remote_code=trust_remote_code))
+    _check_outtype(outtype)
+    _Exportable.of(base)
+
+
+def _check_outtype(outtype: str) -> None:
+    if outtype not in OUTTYPES:
+        raise ConfigurationError(f"--outtype {outtype}: choose one of {', '.join(OUTTYPES)}")
 
 
 def export_gguf(
@@ -142,14 +149,13 @@ def export_gguf(
     """
     start = time.perf_counter()
     target = Path(gguf_path).expanduser()
-    if outtype not in OUTTYPES:
-        raise ConfigurationError(f"--outtype {outtype}: choose one of {', '.join(OUTTYPES)}")
+    _check_outtype(outtype)
     check_gguf_target(target, overwrite=overwrite)
     beside = target.with_name(MODELFILE_NAME) if modelfile or system or ollama else None
     if beside is not None:
         _check_modelfile(beside, ollama, overwrite=overwrite)
     found = hub.resolve(model, revision=revision, code=trust_remote_code)
-    base = open_base(found.path, trust_remote_code=trust_remote_code)
+    base = open_model(found)
     exportable = _Exportable.of(base)
     text = _modelfile(found.path, target, exportable.vocabulary, system) if beside else None
     plan = plan_gguf(base, exportable.layout.tensors, outtype=outtype, workers=workers)

@@ -17,10 +17,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from mlx_fusekit import hub
-from mlx_fusekit.adapters import AdapterFolder, LowRankUpdate
-from mlx_fusekit.adapters.mlx_lm import CONFIG_NAME
-from mlx_fusekit.adapters.sources import open_bound
+from mlx_fusekit.adapters.sources import NamedSources
+from mlx_fusekit.adapters.updates import AdapterFolder, LowRankUpdate
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.errors import AdapterError
 from mlx_fusekit.formats.floats import Float32
@@ -30,6 +28,7 @@ from mlx_fusekit.gguf.model_facts import Origin, read_model_facts
 from mlx_fusekit.gguf.models.architectures import Layout, lay_out
 from mlx_fusekit.gguf.models.naming import in_file_order, leaf
 from mlx_fusekit.gguf.models.tensors import GgufTensor
+from mlx_fusekit.hub import LocalFolder
 
 _CURE = "fuse the adapter and export the model instead: mlx-fusekit fuse --export-gguf"
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
@@ -132,17 +131,18 @@ def export_lora(
     start = time.perf_counter()
     target = Path(gguf_path).expanduser()
     check_gguf_target(target, overwrite=overwrite)
-    adapter_found = hub.resolve(adapter_path, what="--adapter-path")
-    folder = _open_lora(adapter_found.path)
-    model_found = hub.resolve(model, revision=revision, code=trust_remote_code)
-    base, adapter = open_bound(
-        model_found.path,
-        [(folder, 1.0)],
-        base_id=model_found.repo_id or str(model_found.path),
+    named = NamedSources.find(
+        model,
+        adapter_path,
+        revision=revision,
         trust_remote_code=trust_remote_code,
+        weighted=False,
     )
-    layout = lay_out(base)
-    updates = _unscaled(folder, base)
+    (folder,) = opened = named.open_adapters()
+    _check_lora(folder)
+    sources = named.open(opened)
+    layout = lay_out(sources.base)
+    updates = _unscaled(folder, sources.base)
     rank = max(update.rank for update in updates.values())
     alpha = _alpha(folder, rank)
     pairs = _in_order(
@@ -150,7 +150,7 @@ def export_lora(
         for module, update in updates.items()
         for pair in _Module(folder, layout, module).pairs(update, rank)
     )
-    keys = _keys(model_found, adapter_found, layout.architecture, alpha)
+    keys = _keys(named.model, named.adapters[0].folder, layout.architecture, alpha)
     size = _write(keys, pairs, target, overwrite=overwrite)
     return LoraReport(
         gguf_path=str(gguf_path),
@@ -161,31 +161,25 @@ def export_lora(
         alpha=alpha,
         bytes=size,
         seconds=time.perf_counter() - start,
-        notes=adapter.warnings,
+        notes=sources.adapter.warnings,
     )
 
 
-def _open_lora(path: Path) -> AdapterFolder:
-    folder = AdapterFolder.open(path)
+def _check_lora(folder: AdapterFolder) -> None:
     if folder.kind != "lora":
         what = "a DoRA adapter" if folder.kind == "dora" else "a full fine-tune"
         raise AdapterError(
-            f"{path}: is {what}, which llama.cpp cannot apply as an adapter; {_CURE}"
+            f"{folder.folder}: is {what}, which llama.cpp cannot apply as an adapter; {_CURE}"
         )
-    return folder
 
 
 def _unscaled(folder: AdapterFolder, base: BaseModel) -> Mapping[str, LowRankUpdate]:
     """Updates by module whose numbers are the file's own, without the scale multiplied in."""
-    parameters = {**folder.config["lora_parameters"], "scale": 1.0}
-    stored = replace(folder, config={**folder.config, "lora_parameters": parameters}).bind(base)
     updates = {}
-    for module, update in stored.weights.items():
+    for module, update in folder.bind(base, scaled=False).weights.items():
         assert isinstance(update, LowRankUpdate), "LoRA adapters hold low-rank updates only"
         if update.rank == 0:
-            raise AdapterError(
-                f"{folder.header.file}: {module} has rank 0; train the adapter again"
-            )
+            raise AdapterError(f"{folder.files[-1]}: {module} has rank 0; train the adapter again")
         updates[module] = update
     return updates
 
@@ -196,7 +190,7 @@ def _alpha(folder: AdapterFolder, rank: int) -> float:
         alpha = np.float32(folder.scale * rank)
     if alpha == 0 or not np.isfinite(alpha):
         raise AdapterError(
-            f"{folder.folder / CONFIG_NAME}: lora_parameters.scale is {folder.scale:g}, "
+            f"{folder.files[0]}: lora_parameters.scale is {folder.scale:g}, "
             "which a GGUF adapter cannot hold; correct it"
         )
     return float(alpha)
@@ -255,7 +249,7 @@ class _Module:
         return _Pair(tensor.name, np.ascontiguousarray(a), np.ascontiguousarray(b))
 
     def _refusal(self, what: str) -> AdapterError:
-        return AdapterError(f"{self.folder.header.file}: {self.path} {what}; {_CURE}")
+        return AdapterError(f"{self.folder.files[-1]}: {self.path} {what}; {_CURE}")
 
 
 def _column_order(tensor: GgufTensor) -> npt.NDArray[np.intp] | None:
@@ -285,7 +279,7 @@ def _in_order(pairs: Iterator[_Pair]) -> list[_Pair]:
 
 
 def _keys(
-    model: hub.LocalFolder, adapter: hub.LocalFolder, architecture: str, alpha: float
+    model: LocalFolder, adapter: LocalFolder, architecture: str, alpha: float
 ) -> gguf.GGUFWriter:
     """All metadata of the file."""
     writer = gguf.GGUFWriter(None, architecture)

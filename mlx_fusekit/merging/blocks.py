@@ -8,9 +8,9 @@ from functools import partial
 import numpy as np
 
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
-from mlx_fusekit.checkpoint.sanitized import LazyTensor
 from mlx_fusekit.formats.floats import Float32, to_float32
 from mlx_fusekit.formats.quantization import (
+    LEAVES,
     QuantizedRows,
     QuantSpec,
     dequantize,
@@ -22,8 +22,6 @@ from mlx_fusekit.merging.arithmetic import BaseBlock, RowRange
 #: threads that get in each other's way there sleep and wake: with blocks of a core's cache size (a
 #: quarter of this) one thread is faster by a fifth, but two are no faster than one.
 BLOCK_ELEMENTS = 1 << 20
-
-LEAVES = ("weight", "scales", "biases", "global_scale")
 
 
 @dataclass(frozen=True)
@@ -45,19 +43,11 @@ class WeightReader:
     @classmethod
     def open(cls, sources: Mapping[str, TensorSource], spec: QuantSpec | None) -> "WeightReader":
         """Make the tensors readable; those that mlx-lm computes are computed here."""
-        taken = {leaf: taken_from(source) for leaf, source in sources.items()}
+        held = {leaf: source.held() for leaf, source in sources.items()}
         scales = None
-        if "global_scale" in taken:
-            scales = taken["global_scale"].read_rows(0, 1).reshape(-1).astype(np.float32)
-        return cls(taken, spec, logical_shape(sources["weight"], spec), scales)
-
-    def blocks(self) -> Iterator[RowRange]:
-        """Row ranges that together are the whole weight; none straddles two experts."""
-        experts, rows, columns = self.shape
-        size = min(rows, max(1, BLOCK_ELEMENTS // max(columns, 1)))
-        for expert in range(experts):
-            for first in range(0, rows, size):
-                yield RowRange(expert, first, min(first + size, rows))
+        if "global_scale" in held:
+            scales = held["global_scale"].read_rows(0, 1).reshape(-1).astype(np.float32)
+        return cls(held, spec, logical_shape(sources["weight"], spec), scales)
 
     def read(self, rows: RowRange) -> tuple[QuantizedRows | None, BaseBlock]:
         """A block as stored (when quantized), and its values."""
@@ -78,6 +68,19 @@ class WeightReader:
         return quantized, BaseBlock(dequantize(quantized, self.spec), as_run)
 
 
+def row_blocks(shape: tuple[int, int, int]) -> Iterator[RowRange]:
+    """Row ranges that together are a whole weight; none straddles two experts.
+
+    Args:
+        shape: logical (experts, rows, columns).
+    """
+    experts, rows, columns = shape
+    size = min(rows, max(1, BLOCK_ELEMENTS // max(columns, 1)))
+    for expert in range(experts):
+        for first in range(0, rows, size):
+            yield RowRange(expert, first, min(first + size, rows))
+
+
 def weight_sources(base: BaseModel, module: str, spec: QuantSpec | None) -> dict[str, TensorSource]:
     """The stored tensors of a module's weight, by leaf name."""
     leaves = LEAVES if spec is not None else LEAVES[:1]
@@ -96,8 +99,3 @@ def of_expert(scales: Float32 | None, expert: int) -> float | None:
     if scales is None:
         return None
     return float(scales[expert if scales.size > 1 else 0])
-
-
-def taken_from(source: TensorSource) -> TensorSource:
-    """A tensor that can be read: the source itself, or what mlx-lm computes for it."""
-    return source.take() if isinstance(source, LazyTensor) else source

@@ -3,23 +3,22 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from mlx_fusekit.adapters import Adapter, FullUpdate, Update
+from mlx_fusekit.adapters.updates import Adapter, FullUpdate, Update
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
-from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.header import TensorRef
 from mlx_fusekit.checkpoint.writer import FileLayout, OutputTensor, new_layout, same_layout
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.formats.floats import FLOAT_DTYPES
-from mlx_fusekit.formats.quantization import AFFINE_BITS, AFFINE_GROUPS, QuantSpec
-from mlx_fusekit.merging.blocks import LEAVES, logical_shape, weight_sources
+from mlx_fusekit.formats.quantization import AFFINE_BITS, AFFINE_GROUPS, LEAVES, QuantSpec
+from mlx_fusekit.merging.blocks import logical_shape, weight_sources
 
 #: As mlx-lm: files larger than this are inconvenient on the Hub.
 LARGEST_FILE_BYTES = 5 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class FuseOptions:
-    """What the user asked for.
+class FormatOptions:
+    """In which formats the user wants the model.
 
     Attributes:
         bits: width of the merged modules, or None for the base's.
@@ -93,7 +92,6 @@ class FusePlan:
     Attributes:
         files: the weight files to be written.
         steps: what is computed, in the order of the files.
-        raw_copies: tensors to be taken over from a :class:`SanitizedModel` unchanged.
         unchanged: modules of the adapter whose update is zero.
         quantization: quantization block for ``config.json``, None when it stays as it is,
             empty when the model is no longer quantized.
@@ -101,10 +99,9 @@ class FusePlan:
 
     base: BaseModel
     adapter: Adapter
-    options: FuseOptions
+    options: FormatOptions
     files: tuple[FileLayout, ...]
     steps: tuple[Step, ...]
-    raw_copies: tuple[OutputTensor, ...]
     unchanged: tuple[str, ...]
     quantization: Mapping[str, object] | None
 
@@ -120,8 +117,17 @@ class FusePlan:
 
     @property
     def computed_bytes(self) -> int:
-        """How much of that is computed and not copied."""
-        return sum(output.nbytes for step in self.steps for output in outputs_of(step))
+        """How much of that is computed and not taken over from the base."""
+        changed = (step for step in self.steps if not self._takes_over(step))
+        return sum(output.nbytes for step in changed for output in outputs_of(step))
+
+    def _takes_over(self, step: Step) -> bool:
+        """Whether a step writes a tensor as the base, which mlx-lm converts, gives it."""
+        return (
+            isinstance(step, ParameterStep)
+            and step.source is self.base.tensors.get(step.output.name)
+            and step.source.dtype == step.output.dtype
+        )
 
     @property
     def base_bytes(self) -> int:
@@ -134,7 +140,7 @@ def outputs_of(step: Step) -> Iterable[OutputTensor]:
     return step.outputs.values() if isinstance(step, WeightStep) else (step.output,)
 
 
-def plan_fuse(base: BaseModel, adapter: Adapter, options: FuseOptions) -> FusePlan:
+def plan_fuse(base: BaseModel, adapter: Adapter, options: FormatOptions) -> FusePlan:
     """Decide what happens to every tensor of the base.
 
     Raises:
@@ -163,7 +169,7 @@ def plan_fuse(base: BaseModel, adapter: Adapter, options: FuseOptions) -> FusePl
     return _lay_out(base, adapter, options, steps, tuple(unchanged))
 
 
-def _check_bits(options: FuseOptions, steps: Iterable[Step]) -> None:
+def _check_bits(options: FormatOptions, steps: Iterable[Step]) -> None:
     """``--bits`` widens what is narrower; where nothing is, it was a mistake."""
     specs = [s.source_spec for s in steps if isinstance(s, WeightStep) and s.source_spec]
     if options.bits is not None and specs and all(spec.bits > options.bits for spec in specs):
@@ -174,7 +180,7 @@ def _check_bits(options: FuseOptions, steps: Iterable[Step]) -> None:
 
 
 def _weight_step(
-    base: BaseModel, module: str, update: Update | None, options: FuseOptions
+    base: BaseModel, module: str, update: Update | None, options: FormatOptions
 ) -> WeightStep:
     columns = None
     if update is not None:
@@ -190,7 +196,7 @@ def _weight_step(
 
 
 def _target_spec(
-    module: str, spec: QuantSpec | None, columns: int | None, options: FuseOptions
+    module: str, spec: QuantSpec | None, columns: int | None, options: FormatOptions
 ) -> QuantSpec | None:
     if spec is None or options.dequantize:
         return None
@@ -213,7 +219,7 @@ def _written_dtype(
     sources: Mapping[str, TensorSource],
     spec: QuantSpec | None,
     target: QuantSpec | None,
-    options: FuseOptions,
+    options: FormatOptions,
 ) -> str:
     if target is not None and not target.affine:
         return "U8"
@@ -254,13 +260,15 @@ def _outputs(step: WeightStep) -> dict[str, OutputTensor]:
 
 
 def _parameter_step(
-    target: TensorSource, update: FullUpdate, options: FuseOptions
+    target: TensorSource, update: FullUpdate, options: FormatOptions
 ) -> ParameterStep:
     dtype = options.dtype or target.dtype
     return ParameterStep(update.tensor, OutputTensor(target.name, dtype, target.shape))
 
 
-def _dequantize_steps(base: BaseModel, planned: list[Step], options: FuseOptions) -> Iterable[Step]:
+def _dequantize_steps(
+    base: BaseModel, planned: list[Step], options: FormatOptions
+) -> Iterable[Step]:
     """Steps for all that the adapter does not touch, where it is quantized or of another type."""
     done = {output.name for step in planned for output in outputs_of(step)}
     quantized = set()
@@ -281,7 +289,7 @@ def _dequantize_steps(base: BaseModel, planned: list[Step], options: FuseOptions
 def _lay_out(
     base: BaseModel,
     adapter: Adapter,
-    options: FuseOptions,
+    options: FormatOptions,
     steps: list[Step],
     unchanged: tuple[str, ...],
 ) -> FusePlan:
@@ -294,7 +302,7 @@ def _lay_out(
         if leaf not in step.outputs
     }
     added = _added_after(steps)
-    raw_copies: list[OutputTensor] = []
+    steps = list(steps)
 
     def outputs_for(tensor: TensorSource) -> Iterable[OutputTensor]:
         if tensor.name in dropped:
@@ -304,14 +312,15 @@ def _lay_out(
         elif isinstance(tensor, TensorRef):
             yield OutputTensor(tensor.name, tensor.dtype, tensor.shape, tensor)
         else:
-            raw_copies.append(OutputTensor(tensor.name, tensor.dtype, tensor.shape))
-            yield raw_copies[-1]
+            output = OutputTensor(tensor.name, tensor.dtype, tensor.shape)
+            steps.append(ParameterStep(tensor, output))
+            yield output
         yield from added.get(tensor.name, ())
 
-    if isinstance(base, Checkpoint):
-        files = _keep_files(base, outputs_for, frozenset(computed))
-    else:
+    if base.converted:
         files = _cut_into_files([o for t in base.tensors.values() for o in outputs_for(t)])
+    else:
+        files = _keep_files(base, outputs_for, frozenset(computed))
     order = {tensor.name: place for place, tensor in enumerate(t for f in files for t in f.tensors)}
     steps.sort(key=lambda step: min(order[output.name] for output in outputs_of(step)))
     return FusePlan(
@@ -320,7 +329,6 @@ def _lay_out(
         options,
         files,
         tuple(steps),
-        tuple(raw_copies),
         unchanged,
         _quantization_block(base, steps, options),
     )
@@ -338,7 +346,7 @@ def _added_after(steps: Iterable[Step]) -> dict[str, list[OutputTensor]]:
 
 
 def _keep_files(
-    base: Checkpoint,
+    base: BaseModel,
     outputs_for: Callable[[TensorSource], Iterable[OutputTensor]],
     computed: frozenset[str],
 ) -> tuple[FileLayout, ...]:
@@ -372,13 +380,11 @@ def _cut_into_files(tensors: list[OutputTensor]) -> tuple[FileLayout, ...]:
 
 
 def _quantization_block(
-    base: BaseModel, steps: list[Step], options: FuseOptions
+    base: BaseModel, steps: list[Step], options: FormatOptions
 ) -> Mapping[str, object] | None:
     if options.dequantize:
         return {}
-    current = base.config.get("quantization") or {}
-    if isinstance(base, Checkpoint):
-        current = base.quantization_config
+    current = base.quantization_config
     widened = {
         step.module: step.target_spec.as_config()
         for step in steps
@@ -395,6 +401,6 @@ def _quantization_block(
             **{m: s.as_config() for m, s in specs.items() if s and s != first},
         }
         return {**current, **widened}
-    if not widened and isinstance(base, Checkpoint):
+    if not widened and not base.converted:
         return None
     return {**current, **widened} if current or widened else None

@@ -25,6 +25,7 @@ from mlx_fusekit.publishing.card_tables import (
 from mlx_fusekit.publishing.evidence import Evidence
 from mlx_fusekit.publishing.files import CARD_NAME, MODELFILE_NAME, PublishedModel
 from mlx_fusekit.publishing.licences import Licence
+from mlx_fusekit.requantize.strategy import in_words
 
 _BEGIN = "<!-- mlx-fusekit: from here on, `mlx-fusekit publish` writes and replaces -->"
 _END = "<!-- mlx-fusekit: until here -->"
@@ -250,10 +251,7 @@ def _recipe_rows(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     modules = recipe.get("modules")
     if isinstance(modules, list) and modules:
         yield "merged modules", str(len(modules))
-    strategy = {
-        "nearest": "rounded to nearest",
-        "calibrated": "calibrated, so that the layers' outputs change least",
-    }.get(str(recipe.get("requantize")))
+    strategy = in_words(recipe.get("requantize"))
     if strategy is not None:
         yield "re-quantized", strategy
     yield from _calibration_rows(_block(recipe, "calibration"))

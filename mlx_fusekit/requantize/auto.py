@@ -2,21 +2,21 @@
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from mlx_fusekit.adapters import AdapterFolder
-from mlx_fusekit.checkpoint.folder import Checkpoint
-from mlx_fusekit.checkpoint.sanitized import open_base
+from mlx_fusekit.adapters.updates import AdapterFolder
 from mlx_fusekit.merging.plan import FusePlan, plan_fuse
 from mlx_fusekit.progress import StepProgress, of_step
-from mlx_fusekit.requantize.calibrated import Calibration, SolvedWeights
+from mlx_fusekit.requantize.calibrated import Calibration
 from mlx_fusekit.requantize.options import CalibrationOptions, CalibrationReport
+from mlx_fusekit.requantize.strategy import Prepared, Request
 from mlx_fusekit.requantize.widening import choose_widths, measured_costs
-from mlx_fusekit.running.model import RunningModel, run_adapted
+from mlx_fusekit.running.adapted import run_adapted
+from mlx_fusekit.running.model import RunningModel
 from mlx_fusekit.texts.calibration import CalibrationText, calibration_text
 from mlx_fusekit.texts.data import training_data
 from mlx_fusekit.verifying.parity import Model, Variant, compare
@@ -29,22 +29,8 @@ _AIM = 0.85
 _CLOSE_ENOUGH = 0.6
 
 
-def calibrate(
-    plan: FusePlan,
-    adapters: tuple[AdapterFolder, ...],
-    options: CalibrationOptions,
-    *,
-    trust_remote_code: bool = False,
-    progress: StepProgress | None = None,
-) -> tuple[FusePlan, SolvedWeights, CalibrationReport]:
+def calibrate(request: Request) -> Prepared:
     """Solve the weights of a plan's re-quantized modules.
-
-    Args:
-        plan: the fuse.
-        adapters: their folders, which may name their training data.
-        options: see there.
-        trust_remote_code: let model code that lies in the base's folder run.
-        progress: told of each step.
 
     Returns:
         The plan, with wider bits for some modules where the bound asked for them, and its weights.
@@ -52,19 +38,19 @@ def calibrate(
     Raises:
         FusekitError: when there is no text to calibrate on, or the teacher cannot be loaded.
     """
-    teacher = run_adapted(plan.base.folder, plan.adapter, trust_remote_code=trust_remote_code)
+    sources, options = request.sources, request.options
+    teacher = run_adapted(sources.model, sources.adapter)
     text = calibration_text(
         teacher=lambda: contextlib.nullcontext(teacher.model),
         base=teacher.without_adapter,
         tokenizer=teacher.tokenizer,
         file=options.file,
-        training_data=_training_data(adapters),
+        training_data=_training_data(sources.opened),
         tokens=options.tokens,
         seed=options.seed,
-        progress=of_step(progress, "generating text"),
+        progress=of_step(request.progress, "generating text"),
     )
-    session = _Session(plan, teacher, text, options, trust_remote_code, progress)
-    return session.run()
+    return _Session(request.plan, teacher, text, options, request.progress).run()
 
 
 @dataclass(frozen=True)
@@ -90,14 +76,13 @@ class _Session:
     teacher: RunningModel
     text: CalibrationText
     options: CalibrationOptions
-    trust_remote_code: bool
     progress: StepProgress | None
 
-    def run(self) -> tuple[FusePlan, SolvedWeights, CalibrationReport]:
+    def run(self) -> Prepared:
         first = self._attempt({}, "re-quantizing")
         if first.report.reached is False and self.options.widen:
             first = self._widened(first)
-        return first.plan, first.calibration.solved, first.report
+        return Prepared(first.plan, first.calibration.solved, first.report)
 
     def _attempt(self, widths: Mapping[str, int], label: str) -> "_Attempt":
         plan = self.plan
@@ -114,7 +99,7 @@ class _Session:
         """
         bound, kl = self.options.max_kl, narrow.report.kl_mean
         assert bound is not None
-        steps = {s.module: s for s in self._readable(self.plan).merged if s.target_spec is not None}
+        steps = {s.module: s for s in self.plan.merged if s.target_spec is not None}
         costs = measured_costs(
             self.teacher,
             steps,
@@ -145,15 +130,8 @@ class _Session:
             aim = math.sqrt(too_little * enough) if enough else aim * _AIM * bound / measured
         return best
 
-    def _readable(self, plan: FusePlan) -> FusePlan:
-        """The plan again, where its base can be read only once and the fuse will do so."""
-        if isinstance(plan.base, Checkpoint):
-            return plan
-        base = open_base(plan.base.folder, trust_remote_code=self.trust_remote_code)
-        return plan_fuse(base, plan.adapter, plan.options)
-
     def _calibrated(self, plan: FusePlan, label: str) -> Calibration:
-        calibration = Calibration(self._readable(plan), self.teacher, self.text.sequences)
+        calibration = Calibration(plan, self.teacher, self.text.sequences)
         calibration.run(of_step(self.progress, label))
         return calibration
 
@@ -191,6 +169,6 @@ class _Session:
         )
 
 
-def _training_data(adapters: tuple[AdapterFolder, ...]) -> Path | None:
+def _training_data(adapters: Sequence[AdapterFolder]) -> Path | None:
     found = (training_data(adapter.config, adapter.folder) for adapter in adapters)
     return next((path for path in found if path is not None), None)

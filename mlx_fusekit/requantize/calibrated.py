@@ -7,6 +7,7 @@ change least (:mod:`mlx_fusekit.requantize.solver`).
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,9 +16,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.formats.quantization import QuantizedRows, TargetFormat
+from mlx_fusekit.formats.quantization import QuantizedRows, TargetFormat, stacked
 from mlx_fusekit.merging.arithmetic import RowRange
-from mlx_fusekit.merging.merged import Matrix, Weight, part_of, stacked
+from mlx_fusekit.merging.merged import MergedRows, Weight
 from mlx_fusekit.merging.plan import FusePlan, WeightStep
 from mlx_fusekit.progress import Progress
 from mlx_fusekit.requantize.moments import (
@@ -71,16 +72,30 @@ class SolvedWeights:
     experts: dict[str, list[QuantizedRows]] = field(default_factory=dict)
     results: dict[str, ModuleResult] = field(default_factory=dict)
 
-    def __call__(
-        self,
-        module: str,
-        rows: RowRange,
-        merged: Float32,
-        base: QuantizedRows,
-        target: TargetFormat,
-    ) -> QuantizedRows:
-        """The solved rows; see :class:`~mlx_fusekit.requantize.strategy.Requantizer`."""
-        return part_of(self.experts[module][rows.expert], rows.first, rows.last)
+    def __call__(self, step: WeightStep) -> "SolvedWeight":
+        """See :class:`~mlx_fusekit.requantize.strategy.Requantizer`."""
+        return SolvedWeight(step, self.experts[step.module])
+
+
+@dataclass(frozen=True)
+class SolvedWeight:
+    """The solved rows of one module; nothing is read or merged again."""
+
+    step: WeightStep
+    experts: Sequence[QuantizedRows]
+
+    @property
+    def global_scales(self) -> Float32 | None:
+        """nvfp4's, of each expert, or the one of them all."""
+        output = self.step.outputs.get("global_scale")
+        if output is None:
+            return None
+        scales = [rows.global_scale for rows in self.experts[: math.prod(output.shape)]]
+        return np.array(scales, np.float32)
+
+    def rows(self, rows: RowRange) -> QuantizedRows:
+        """Some rows of an expert."""
+        return self.experts[rows.expert].part(rows.first, rows.last)
 
 
 class Calibration:
@@ -139,11 +154,7 @@ class Calibration:
 
     def _current(self, paths: Sequence[str]) -> dict[str, nn.Module]:
         """Modules that stand in the model now."""
-        modules = {}
-        for path in paths:
-            owner, key = place(self._teacher.model, path)
-            modules[path] = owner[key]
-        return modules
+        return {path: place(self._teacher.model, path).value for path in paths}
 
     def _embeddings(self) -> None:
         """Embeddings come first; where they are the output head too, its inputs count."""
@@ -242,19 +253,20 @@ class Calibration:
         if moments is None:
             moments = InputMoments.zero(columns, cross=False)
         prepared = Moments.prepared(moments.fused, tokens=moments.count)
-        by_format: dict[tuple[TargetFormat, bool], list[Matrix]] = {}
+        by_format: dict[tuple[TargetFormat, bool], list[tuple[str, MergedRows]]] = {}
         for path in group:
             matrix = Weight.open(self._steps[path]).matrix()
-            by_format.setdefault((matrix.target, matrix.base_serves), []).append(matrix)
-        for matrices in by_format.values():
-            merged = np.concatenate([m.merged for m in matrices], axis=1)
-            base = stacked([m.base for m in matrices]) if matrices[0].base_serves else None
-            solution = _solve_parts(merged, base, matrices[0].target, moments, prepared)
+            key = (matrix.target, matrix.same_format)
+            by_format.setdefault(key, []).append((path, matrix))
+        for (target, same_format), members in by_format.items():
+            merged = np.concatenate([matrix.values for _, matrix in members], axis=1)
+            base = stacked([matrix.base for _, matrix in members]) if same_format else None
+            solution = _solve_parts(merged, base, target, moments, prepared)
             first = 0
-            for matrix in matrices:
-                last = first + matrix.merged.shape[1]
-                rows = matrix.finished(part_of(solution.quantized, first, last))
-                self._finish(matrix.step, [rows], [solution], moments)
+            for path, matrix in members:
+                last = first + matrix.values.shape[1]
+                rows = matrix.finished(solution.quantized.part(first, last))
+                self._finish(self._steps[path], [rows], [solution], moments)
                 first = last
 
     def _solve_experts(self, group: Sequence[str], inputs: Inputs) -> None:
@@ -283,8 +295,8 @@ class Calibration:
                 prepared = Moments.prepared(moments.fused, tokens=everyone.count)
                 for path in group:
                     matrix = weights[path].matrix(expert)
-                    base = matrix.base if matrix.base_serves else None
-                    solution = _solve_parts(matrix.merged, base, matrix.target, moments, prepared)
+                    base = matrix.base if matrix.same_format else None
+                    solution = _solve_parts(matrix.values, base, matrix.target, moments, prepared)
                     solved[path].append(solution)
                     rows[path].append(matrix.finished(solution.quantized))
         for path in group:
@@ -322,7 +334,7 @@ def _solve_parts(
         last = min(first + size, rows)
         part = np.ascontiguousarray(merged[:, first:last])
         wanted = compensated(part, moments, prepared)
-        own = None if base is None else part_of(base, first, last)
+        own = None if base is None else base.part(first, last)
         solutions.append(solve(wanted, part, prepared, target, own))
     return Solution(
         stacked([solution.quantized for solution in solutions]),

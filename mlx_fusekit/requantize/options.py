@@ -6,6 +6,10 @@ from pathlib import Path
 
 #: Tokens to calibrate on, by default.
 CALIBRATION_TOKENS = 8192
+#: What ``auto`` keeps the mean KL below when it is not told, in nats a token, and how much larger
+#: than its base it may make a model for that.
+DEFAULT_MAX_KL = 0.1
+DEFAULT_MAX_GROWTH = 0.1
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,6 @@ class CalibrationOptions:
     max_kl_asked: bool = False
     widen: bool = False
     max_growth: float | None = None
-
-    @property
-    def optional(self) -> bool:
-        """Whether rounding to nearest will do where calibrating is not possible."""
-        return self.widen and not self.max_kl_asked and self.file is None
 
 
 @dataclass(frozen=True)

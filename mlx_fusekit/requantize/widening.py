@@ -91,7 +91,7 @@ def measured_costs(
             experts = []
             for expert in range(steps[path].shape[0]):
                 matrix = weight.matrix(expert)
-                experts.append(matrix.finished(nearest_of(matrix.merged, matrix.target)))
+                experts.append(matrix.finished(nearest_of(matrix.values, matrix.target)))
             rounded.put(path, experts, matrix.target.spec)
         variant = Variant(teacher.model, rounded.active)
         kl = compare(teacher.model, {"rounded": variant}, some)["rounded"].kl_mean

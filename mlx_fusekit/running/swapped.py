@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_fusekit.formats.floats import Array
 from mlx_fusekit.formats.quantization import QuantizedRows, QuantSpec, dequantize, to_matrix
-from mlx_fusekit.running.model import RunningModel, place
+from mlx_fusekit.running.model import RunningModel, place, swapped
 
 _MX_TYPES = {"BF16": mx.bfloat16, "F16": mx.float16}
 
@@ -25,8 +25,8 @@ class FusedModules:
 
     def put(self, path: str, experts: Sequence[QuantizedRows], spec: QuantSpec) -> None:
         """Make the fused module of a path, of one matrix or one an expert."""
-        owner, key = place(self._teacher.model, path)
-        self._modules[path] = _module(self._teacher.bare(path), owner[key], experts, spec)
+        teacher = place(self._teacher.model, path).value
+        self._modules[path] = _module(self._teacher.bare(path), teacher, experts, spec)
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -35,16 +35,8 @@ class FusedModules:
     def active(self) -> Iterator[nn.Module]:
         """While it lasts, the model runs with the fused modules."""
         model = self._teacher.model
-        before = []
-        try:
-            for path, module in self._modules.items():
-                owner, key = place(model, path)
-                before.append((owner, key, owner[key]))
-                owner[key] = module
+        with swapped((place(model, path), module) for path, module in self._modules.items()):
             yield model
-        finally:
-            for owner, key, module in reversed(before):
-                owner[key] = module
 
 
 def _module(

@@ -1,16 +1,72 @@
-"""A GGUF file in llama.cpp, in the place of one of mlx-lm's models, to be measured beside them."""
+"""The fused model that is judged: a folder in mlx-lm, or a GGUF file in llama.cpp."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_fusekit.errors import CheckpointError
+from mlx_fusekit.hub import LocalFolder
 from mlx_fusekit.running.llamacpp import LlamaCpp
+from mlx_fusekit.running.loading import run_model
+from mlx_fusekit.running.model import RunningModel
 from mlx_fusekit.texts.sequences import TokenSequence
+from mlx_fusekit.verifying.reference import EACH_SHARE
 from mlx_fusekit.verifying.structure import Check
 
 _NAMED = 3
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The fused model, ready to be called.
+
+    Attributes:
+        checks: that take running it.
+        exact: as :attr:`~mlx_fusekit.running.model.RunningModel.exact`.
+    """
+
+    model: Any
+    checks: tuple[Check, ...]
+    exact: bool
+
+
+@contextlib.contextmanager
+def in_mlx(fused: LocalFolder, reference: RunningModel) -> Iterator[Judged]:
+    """A model folder."""
+    running = run_model(fused, memory_share=EACH_SHARE)
+    yield Judged(running.model, (_check_vocabulary(reference, running),), running.exact)
+
+
+@contextlib.contextmanager
+def in_llama_cpp(
+    file: Path, reference: RunningModel, sequences: Sequence[TokenSequence]
+) -> Iterator[Judged]:
+    """A GGUF file, with room for the longest of the texts."""
+    longest = max(len(sequence.tokens) for sequence in sequences)
+    with LlamaCpp(file, context=longest) as running:
+        check = check_tokenization(running, reference.tokenizer, sequences)
+        yield Judged(JudgedGguf(running), (check,), exact=False)
+
+
+def loadable_gguf(fused: str | Path) -> Path | None:
+    """The GGUF file that the fused model is; None where it is a folder.
+
+    Raises:
+        CheckpointError: for a file that is not there or that llama.cpp cannot load, before anything
+            takes long.
+    """
+    path = Path(fused).expanduser()
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        raise CheckpointError(f"--fused {fused}: there is no such file")
+    LlamaCpp(path, vocabulary_only=True).close()
+    return path
 
 
 class _History:
@@ -65,3 +121,13 @@ def check_tokenization(
     if different:
         detail += f"; not {', '.join(repr(text[:40]) for text in different[:_NAMED])}"
     return Check("same tokens in llama.cpp", not different, detail)
+
+
+def _check_vocabulary(reference: RunningModel, fused: RunningModel) -> Check:
+    """Whether a token id means the same to both models."""
+    ours, theirs = (running.tokenizer.get_vocab() for running in (reference, fused))
+    differing = len(set(ours.items()) ^ set(theirs.items()))
+    detail = f"{len(ours)} tokens"
+    if differing:
+        detail = f"{differing} tokens of only one of them"
+    return Check("same vocabulary", not differing, detail)

@@ -9,22 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_fusekit.adapters import Adapter, FullUpdate
+from mlx_fusekit.adapters.updates import Adapter
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.header import TensorRef
-from mlx_fusekit.checkpoint.sanitized import LazyTensor
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import FLOAT_DTYPES, STORAGE, to_float32
-from mlx_fusekit.formats.quantization import QuantSpec
+from mlx_fusekit.formats.quantization import LEAVES, QuantSpec
 from mlx_fusekit.merging.arithmetic import unchanged_rows
-from mlx_fusekit.merging.blocks import (
-    LEAVES,
-    WeightReader,
-    logical_shape,
-    taken_from,
-    weight_sources,
-)
+from mlx_fusekit.merging.blocks import WeightReader, logical_shape, row_blocks, weight_sources
 from mlx_fusekit.progress import Progress
 
 _ADAPTER_LEAVES = ("lora_a", "lora_b", "lora_A", "lora_B", "lora_magnitude_vector")
@@ -68,8 +61,7 @@ def check_structure(
     many modules that holds.
 
     Args:
-        base: as :func:`mlx_fusekit.checkpoint.sanitized.open_base` opens it. Of one that mlx-lm
-            converts, the tensors are taken, so it cannot be read afterwards.
+        base: as :func:`mlx_fusekit.checkpoint.sanitized.open_base` opens it.
         adapter: bound to this base.
         fused: the folder to check.
         progress: called with bytes compared and in all.
@@ -194,7 +186,7 @@ def _compare_bytes(
     # In the order of the fused model's files, as disks like it.
     for name in sorted(names, key=lambda n: (fused.tensors[n].file, fused.tensors[n].start)):
         source, tensor = base.tensors[name], fused.tensors[name]
-        if not _equal_bytes(taken_from(source), tensor):
+        if not _equal_bytes(source.held(), tensor):
             changed.add(name)
         done += tensor.nbytes
         if progress is not None:
@@ -273,20 +265,16 @@ def _changes_nothing(base: BaseModel, adapter: Adapter, module: str) -> bool:
         return True
     spec = base.quantization(module)
     sources = weight_sources(base, module, spec)
-    if any(isinstance(source, LazyTensor) for source in sources.values()):
-        # Gone after it was compared. Only a plain LoRA that is not zero changes something surely.
-        return isinstance(update, FullUpdate) or update.magnitude is not None
     reader = WeightReader.open(sources, spec)
     return all(
-        bool(unchanged_rows(reader.read(rows)[1], update, rows).all()) for rows in reader.blocks()
+        bool(unchanged_rows(reader.read(rows)[1], update, rows).all())
+        for rows in row_blocks(reader.shape)
     )
 
 
 def _same_value(base: BaseModel, adapter: Adapter, name: str) -> bool:
     """Whether a full fine-tune left a parameter as it was."""
-    new, old = adapter.parameters[name].tensor, base.tensors[name]
-    if isinstance(old, LazyTensor):
-        return True  # as above
+    new, old = adapter.parameters[name].tensor, base.tensors[name].held()
     rows = int(np.prod(new.shape[:-1], dtype=np.int64))
     first, second = (to_float32(t.read_rows(0, rows), t.dtype) for t in (new, old))
     return bool(np.array_equal(first, second))

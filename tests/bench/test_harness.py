@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from support.models import run_model
 from support.tiny import LLAMA, QWEN3_MOE, VOCABULARY, make_adapter, make_model
 
 from mlx_fusekit import BenchReport, Workload, benchmark, fuse, samples
@@ -15,7 +16,6 @@ from mlx_fusekit.bench.harness import measure
 from mlx_fusekit.bench.report import Run, read_report
 from mlx_fusekit.bench.workload import Shape, random_prompts
 from mlx_fusekit.errors import AdapterError, CheckpointError, ConfigurationError
-from mlx_fusekit.running.model import run_model
 
 SMALL = Workload((8,), (4,), trials=6, load_trials=0)
 

@@ -18,9 +18,10 @@ from support.folders import rewritten
 from support.tiny import dequantized
 
 from mlx_fusekit import samples
+from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.cli.export_gguf import OUTTYPES as OUTTYPES_OF_THE_COMMAND
 from mlx_fusekit.errors import CheckpointError, ConfigurationError, FusekitError, OutputError
-from mlx_fusekit.gguf.exporting import ExportReport, check_exportable, export_gguf
+from mlx_fusekit.gguf.exporting import ExportReport, check_export, export_gguf
 from mlx_fusekit.gguf.file.encoding import OUTTYPES
 
 SAMPLE = samples.model_path()
@@ -410,4 +411,4 @@ IN_THE_VALUES = ("NaN scale", "infinite bias", "NaN norm")
 def test_headers_show_what_cannot_be_exported(tmp_path: Path, damage: str) -> None:
     make, message = DAMAGED[damage]
     with pytest.raises(CheckpointError, match=message):
-        check_exportable(make(tmp_path / "model"))
+        check_export(open_base(make(tmp_path / "model")))

@@ -19,7 +19,7 @@ from mlx_lm.utils import load_model
 from support.tiny import LINEARS, LLAMA, make_adapter, make_model, save_adapter
 from support.tiny_architectures import make_model as make_architecture
 
-from mlx_fusekit.adapters import AdapterFolder
+from mlx_fusekit.adapters.opening import open_adapter
 from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import AdapterError, CheckpointError, FusekitError, OutputError
 from mlx_fusekit.gguf import lora
@@ -201,7 +201,7 @@ def test_updates_become_what_weights_become(tmp_path: Path, name: str) -> None:
     opened = open_base(folder)
     layout = lay_out(opened)
     seen = 0
-    for module, low_rank in AdapterFolder.open(adapter).bind(opened).weights.items():
+    for module, low_rank in open_adapter(adapter).bind(opened).weights.items():
         full = low_rank.up @ low_rank.down
         for tensor in layout.tensors_of(module):
             values = full if len(tensor.shape) == 3 else full[0]

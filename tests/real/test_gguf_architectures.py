@@ -9,6 +9,7 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
+from support.models import run_model
 from support.tiny_architectures import CONFIGS, VOCABULARY, make_model
 
 from mlx_fusekit.checkpoint.sanitized import open_base
@@ -18,7 +19,6 @@ from mlx_fusekit.gguf.models import hyperparameters
 from mlx_fusekit.gguf.models.architectures import lay_out
 from mlx_fusekit.gguf.models.families import FAMILIES
 from mlx_fusekit.running.llamacpp import LlamaCpp
-from mlx_fusekit.running.model import run_model
 
 if TYPE_CHECKING:
     from pathlib import Path

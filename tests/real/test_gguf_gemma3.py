@@ -12,12 +12,12 @@ from gguf import GGUFReader, get_tensor_name_map
 from gguf.constants import MODEL_ARCH
 from gguf.quants import dequantize
 from mlx_lm import convert
+from support.models import run_model
 from support.tokenizer_folders import sentencepiece_folder
 
 from mlx_fusekit import verify
 from mlx_fusekit.gguf.exporting import export_gguf
 from mlx_fusekit.running.llamacpp import LlamaCpp
-from mlx_fusekit.running.model import run_model
 
 if TYPE_CHECKING:
     from pathlib import Path

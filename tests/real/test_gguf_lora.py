@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_model, load_tokenizer
+from support.models import run_teacher
 from support.tiny import make_adapter
 from support.tiny_architectures import CONFIGS, VOCABULARY, make_model
 
-from mlx_fusekit.adapters import AdapterFolder
 from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.gguf import lora
@@ -30,7 +30,6 @@ from mlx_fusekit.gguf.lora import export_lora
 from mlx_fusekit.gguf.models import hyperparameters
 from mlx_fusekit.gguf.models.architectures import lay_out
 from mlx_fusekit.running.llamacpp import LlamaCpp
-from mlx_fusekit.running.model import run_teacher
 from mlx_fusekit.texts.exact_match import encode_chat_item, load_chat_items
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def export(folder: Path, path: Path, outtype: str = "f32") -> Path:
 
 
 def in_mlx(folder: Path, adapter: Path) -> Logits:
-    running = run_teacher(folder, [(AdapterFolder.open(adapter), 1.0)])
+    running = run_teacher(folder, adapter)
     assert running.exact
     adapted = np.array(running.model(mx.array([TOKENS]))[0].astype(mx.float32))
     with running.without_adapter() as model:

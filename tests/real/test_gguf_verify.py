@@ -242,6 +242,6 @@ def logits_of(model: Path, tokens: list[int]) -> np.ndarray:
     if model.suffix == ".gguf":
         with LlamaCpp(model, context=64) as running:
             return running.logits(tokens)
-    from mlx_fusekit.running.model import run_model
+    from support.models import run_model
 
     return np.array(run_model(model).model(mx.array([tokens]))[0])

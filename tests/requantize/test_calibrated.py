@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from support import tiny
+from support.models import run_model
 from support.teachers import (
     ARCHITECTURES,
     EXPERTS,
@@ -30,18 +31,18 @@ from mlx_fusekit.formats.quantization import (
     QuantizedRows,
     TargetFormat,
     dequantize,
-    to_block,
+    stacked,
     to_matrix,
 )
 from mlx_fusekit.fusing.execute import execute
 from mlx_fusekit.merging.arithmetic import RowRange
-from mlx_fusekit.merging.merged import Weight, part_of, stacked
+from mlx_fusekit.merging.merged import Weight
 from mlx_fusekit.merging.plan import WeightStep
 from mlx_fusekit.requantize import calibrated
 from mlx_fusekit.requantize.calibrated import Calibration, SolvedWeights
-from mlx_fusekit.requantize.strategy import Nearest
+from mlx_fusekit.requantize.nearest import nearest
 from mlx_fusekit.requantize.taps import calls_intercepted, evaluate, inputs_noted
-from mlx_fusekit.running.model import place, run_model
+from mlx_fusekit.running.model import place
 from mlx_fusekit.running.swapped import FusedModules
 from mlx_fusekit.texts.sequences import TokenSequence
 from mlx_fusekit.verifying.parity import Variant, compare
@@ -100,7 +101,7 @@ def made(name: str, folder: Path, **more: Any) -> Case:
 def matrices(step: WeightStep, expert: int) -> tuple[Float32, QuantizedRows, TargetFormat]:
     """An expert's merged weight ``[rows, columns]``, the base's rows, and the format to write."""
     matrix = Weight.open(step).matrix(expert)
-    return np.ascontiguousarray(matrix.merged.T), matrix.base, matrix.target
+    return np.ascontiguousarray(matrix.values.T), matrix.base, matrix.target
 
 
 def weight_error(step: WeightStep, expert: int, solved: SolvedWeights) -> float:
@@ -115,10 +116,8 @@ def nearest_of(case: Case) -> SolvedWeights:
     for step in case.plan.merged:
         solved.experts[step.module] = []
         for expert in range(step.shape[0]):
-            merged, base, target = matrices(step, expert)
             rows = RowRange(expert, 0, step.shape[1])
-            quantized = Nearest()(step.module, rows, to_block(merged), base, target)
-            solved.experts[step.module].append(quantized)
+            solved.experts[step.module].append(nearest(step).rows(rows))
     return solved
 
 
@@ -146,8 +145,8 @@ def outputs(model: Any, paths: Sequence[str]) -> dict[str, Float32]:
 
     with contextlib.ExitStack() as stack:
         for path in paths:
-            owner, key = place(model, path)
-            stack.enter_context(calls_intercepted(owner[key], partial(note, path)))
+            module = place(model, path).value
+            stack.enter_context(calls_intercepted(module, partial(note, path)))
         for sequence in TEXT:
             mx.eval(model(mx.array([sequence.tokens])))
     return {path: np.concatenate(every) for path, every in found.items()}
@@ -167,10 +166,7 @@ def weighted_errors(case: Case, solved: SolvedWeights) -> dict[str, float]:
     """The same of experts, for the teacher's own inputs."""
     errors: dict[str, float] = {}
     steps = {step.module: step for step in case.plan.merged if step.shape[0] > 1}
-    modules = {}
-    for path in steps:
-        owner, key = place(case.teacher.model, path)
-        modules[path] = owner[key]
+    modules = {path: place(case.teacher.model, path).value for path in steps}
     with inputs_noted(modules) as noted:
         for sequence in TEXT:
             evaluate(noted, case.teacher.model(mx.array([sequence.tokens])))
@@ -269,8 +265,8 @@ def test_rows_that_are_not_updated_keep_the_bases_bytes(name: str, tmp_path: Pat
     for step in case.plan.merged:
         for expert, rows in enumerate(solved.experts[step.module]):
             base = matrices(step, expert)[1]
-            assert same(part_of(rows, 0, 10), part_of(base, 0, 10))
-            assert not same(part_of(rows, 10, step.shape[1]), part_of(base, 10, step.shape[1]))
+            assert same(rows.part(0, 10), base.part(0, 10))
+            assert not same(rows.part(10, step.shape[1]), base.part(10, step.shape[1]))
 
 
 def test_an_adapter_that_does_nothing_leaves_nothing_to_solve(tmp_path: Path) -> None:
@@ -443,8 +439,7 @@ def test_models_in_their_stored_format_are_calibrated(name: str, tmp_path: Path)
     solved = calibration.run()
     with calibration.fused.active() as model:
         for path in solved.experts:
-            owner, key = place(model, path)
-            assert owner[key]["scales"].dtype != mx.float32
+            assert place(model, path).value["scales"].dtype != mx.float32
         now = logits_of(model, TEXT[0].tokens)
     nearest = kl(case, running_with(case, nearest_of(case)), TEXT[:4])
     assert kl(case, calibration.fused, TEXT[:4]) < 0.7 * nearest
@@ -463,8 +458,7 @@ def test_fused_experts_in_their_stored_format_are_the_stored_ones(
     fused = running_with(quantized, solved)
     with fused.active() as model:
         for path in solved.experts:
-            (owner, key), (other, place_) = place(model, path), place(stored, path)
-            ours, theirs = owner[key], other[place_]
+            ours, theirs = place(model, path).value, place(stored, path).value
             assert type(ours) is type(theirs)
             for leaf in ("weight", "scales", "global_scale"):
                 if isinstance(theirs.get(leaf), mx.array):
@@ -544,15 +538,14 @@ def test_a_full_fine_tune_is_calibrated(tmp_path: Path) -> None:
 def test_parts_and_stacks_of_rows_are_each_others_inverse(tmp_path: Path) -> None:
     case = made("lora", tmp_path)
     rows = matrices(case.plan.merged[0], 0)[1]
-    assert same(stacked([part_of(rows, 0, 7), part_of(rows, 7, 20), part_of(rows, 20, 999)]), rows)
+    assert same(stacked([rows.part(0, 7), rows.part(7, 20), rows.part(20, 999)]), rows)
     codebook = dataclasses.replace(rows, biases=None)
-    assert same(stacked([part_of(codebook, 0, 7), part_of(codebook, 7, 999)]), codebook)
+    assert same(stacked([codebook.part(0, 7), codebook.part(7, 999)]), codebook)
 
 
 def test_solved_weights_are_handed_out_by_rows_and_expert(tmp_path: Path) -> None:
     case = made("experts", tmp_path)
     solved = Calibration(case.plan, case.teacher, TEXT[:3]).run()
     step = next(step for step in case.plan.merged if step.shape[0] > 1)
-    merged, base, target = matrices(step, 2)
-    found = solved(step.module, RowRange(2, 5, 9), merged, base, target)
-    assert same(found, part_of(solved.experts[step.module][2], 5, 9))
+    found = solved(step).rows(RowRange(2, 5, 9))
+    assert same(found, solved.experts[step.module][2].part(5, 9))

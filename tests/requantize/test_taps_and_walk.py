@@ -11,6 +11,7 @@ import pytest
 from mlx_lm.models.llama import LlamaModel
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+from support.models import run_model
 from support.teachers import ARCHITECTURES, Case, case_of, logits_of, make_case, random_text
 from support.tiny import LLAMA, make_adapter, make_model
 
@@ -26,7 +27,7 @@ from mlx_fusekit.requantize.moments import (
 from mlx_fusekit.requantize.solver import Moments
 from mlx_fusekit.requantize.taps import ModuleInput, calls_intercepted, evaluate, inputs_noted
 from mlx_fusekit.requantize.walk import LayerChain, layers_of, token_batches
-from mlx_fusekit.running.model import place, run_model
+from mlx_fusekit.running.model import place
 from mlx_fusekit.running.swapped import FusedModules
 from mlx_fusekit.texts.sequences import TokenSequence
 
@@ -372,10 +373,7 @@ def test_what_is_heard_on_the_walk_is_what_is_heard_in_the_model(tmp_path: Path)
     batches = token_batches(TEXT)
     for layer in range(2):
         full = [f"model.layers.{layer}.{path}" for path in paths]
-        modules = {}
-        for path in full:
-            owner, key = place(case.teacher.model, path)
-            modules[path] = owner[key]
+        modules = {path: place(case.teacher.model, path).value for path in full}
         heard = chain.run_teacher(layer, modules)
         for index, batch in enumerate(batches):
             with inputs_noted(modules) as noted:

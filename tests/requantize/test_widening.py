@@ -6,7 +6,7 @@ from support.tiny import make_adapter, make_model
 
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.fusing.fuse import prepare_fuse
-from mlx_fusekit.merging.plan import FuseOptions, plan_fuse
+from mlx_fusekit.merging.plan import FormatOptions, plan_fuse
 from mlx_fusekit.requantize.widening import choose_widths, next_width, stored_bytes
 
 
@@ -28,7 +28,7 @@ def test_promised_bytes_are_the_plans(prepared):
     plan, steps = prepared.plan, steps_of(prepared)
     for bits in (5, 6, 8):
         path = "model.layers.1.mlp.down_proj"
-        wider = plan_fuse(plan.base, plan.adapter, FuseOptions(widths={path: bits}))
+        wider = plan_fuse(plan.base, plan.adapter, FormatOptions(widths={path: bits}))
         promised = stored_bytes(steps[path], bits) - stored_bytes(steps[path], 1)
         before = sum(tensor.nbytes for file in plan.files for tensor in file.tensors)
         after = sum(tensor.nbytes for file in wider.files for tensor in file.tensors)
@@ -38,7 +38,7 @@ def test_promised_bytes_are_the_plans(prepared):
 def test_widened_modules_are_in_the_configuration(prepared):
     plan = prepared.plan
     path = "model.layers.0.self_attn.q_proj"
-    wider = plan_fuse(plan.base, plan.adapter, FuseOptions(widths={path: 6}))
+    wider = plan_fuse(plan.base, plan.adapter, FormatOptions(widths={path: 6}))
     assert wider.quantization is not None
     assert wider.quantization[path]["bits"] == 6
     assert [step.module for step in wider.merged if step.target_spec != step.source_spec] == [path]
@@ -99,7 +99,7 @@ def test_widths_add_to_bits(tmp_path):
     plan = prepare_fuse(base, adapter, tmp_path / "fused", requantize="nearest").plan
     assert isinstance(plan.base, Checkpoint)
     path = "model.layers.0.mlp.up_proj"
-    wider = plan_fuse(plan.base, plan.adapter, FuseOptions(bits=5, widths={path: 8}))
+    wider = plan_fuse(plan.base, plan.adapter, FormatOptions(bits=5, widths={path: 8}))
     bits = {step.module: step.target_spec.bits for step in wider.merged if step.target_spec}
     assert bits.pop(path) == 8
     assert set(bits.values()) == {5}

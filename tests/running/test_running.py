@@ -11,6 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.utils import load_adapters, load_model
+from support.models import run_model, run_teacher
 from support.tiny import (
     LINEARS,
     LLAMA,
@@ -24,10 +25,9 @@ from support.tiny import (
 )
 
 from mlx_fusekit import fuse, samples
-from mlx_fusekit.adapters import AdapterFolder
 from mlx_fusekit.errors import AdapterError, CheckpointError
-from mlx_fusekit.running import model as running
-from mlx_fusekit.running.model import run_model, run_teacher
+from mlx_fusekit.machine import memory_bytes
+from mlx_fusekit.running import exact as exact_weights
 
 FORMATS: dict[str, dict[str, Any]] = {
     "affine-3": {"bits": 3},
@@ -80,10 +80,6 @@ def difference(first: Any, second: Any) -> float:
     return mx.abs(logits(first) - logits(second)).max().item()
 
 
-def opened(*folders: Path) -> list[tuple[AdapterFolder, float]]:
-    return [(AdapterFolder.open(folder), 1.0) for folder in folders]
-
-
 @pytest.mark.parametrize("name", [*FORMATS, *GLOBAL])
 def test_a_model_runs_with_its_exact_weights(tmp_path: Path, name: str) -> None:
     config = QWEN3_MOE if name in GLOBAL else LLAMA
@@ -104,7 +100,7 @@ def test_the_teacher_is_mlx_lms(tmp_path: Path, kind: str, name: str) -> None:
     base = make_model(tmp_path / "base", config, **{**FORMATS, **GLOBAL}[name])
     adapter = make_adapter(tmp_path / "adapter", base, kind=fine_tune_type, keys=keys)
     reference = mlx_lm_teacher(base, adapter, fine_tune_type, keys)
-    teacher = run_teacher(base, opened(adapter))
+    teacher = run_teacher(base, adapter)
     assert difference(teacher.model, reference) < 1e-4
     assert difference(run_model(base).model, reference) > 1e-2
     assert not any(m.training for _, m in teacher.model.named_modules())
@@ -115,7 +111,7 @@ def test_the_teacher_without_its_adapter_is_the_base(tmp_path: Path, kind: str, 
     config, fine_tune_type, keys = KINDS[kind]
     base = make_model(tmp_path / "base", config, **{**FORMATS, **GLOBAL}[name])
     adapter = make_adapter(tmp_path / "adapter", base, kind=fine_tune_type, keys=keys)
-    teacher = run_teacher(base, opened(adapter))
+    teacher = run_teacher(base, adapter)
     before = logits(teacher.model)
     with teacher.without_adapter() as bare:
         assert difference(bare, run_model(base).model) < 1e-5
@@ -127,10 +123,10 @@ def test_stored_formats_run_as_mlx_lm_runs_them(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What Metal and CUDA do, and the CPU when float32 does not fit: mlx-lm's load, nearly."""
-    monkeypatch.setattr(running, "memory_bytes", lambda: 1000)
+    monkeypatch.setattr(exact_weights, "memory_bytes", lambda: 1000)
     base = make_model(tmp_path / "base", **FORMATS[name])
     adapter = make_adapter(tmp_path / "adapter", base)
-    teacher = run_teacher(base, opened(adapter))
+    teacher = run_teacher(base, adapter)
     assert not teacher.exact
     reference = load_adapters(load_model(base)[0], str(adapter))
     reference.eval()
@@ -147,7 +143,7 @@ def test_the_sample_runs_as_mlx_lm_loads_it() -> None:
     paths = str(samples.model_path()), str(samples.adapter_path())
     reference: Any = mlx_lm.load(paths[0], adapter_path=paths[1])[0]
     reference.set_dtype(mx.float32)  # scales too, so that its kernels round nothing to 16 bits
-    teacher = run_teacher(samples.model_path(), opened(samples.adapter_path()))
+    teacher = run_teacher(samples.model_path(), samples.adapter_path())
     tokens = mx.array([teacher.tokenizer.encode("How many orders were placed?")])
     wanted, found = (m(tokens).astype(mx.float32) for m in (reference, teacher.model))
     tolerance = 1e-3 if teacher.exact else 0.1 * mx.abs(wanted).max().item()
@@ -159,10 +155,9 @@ def test_lora_adapters_add_up_with_their_weights(tmp_path: Path) -> None:
     keys = [*LINEARS, "model.embed_tokens"]
     first = make_adapter(tmp_path / "first", base, keys=keys, rank=4, seed=1)
     second = make_adapter(tmp_path / "second", base, keys=keys[3:], rank=8, scale=3.0, seed=2)
-    weights = [0.5, -1.5]
-    pairs = zip((first, second), weights, strict=True)
-    teacher = run_teacher(base, [(AdapterFolder.open(a), w) for a, w in pairs])
-    fuse(base, [f"{first}:0.5", f"{second}:-1.5"], tmp_path / "fused")
+    weighted = [f"{first}:0.5", f"{second}:-1.5"]
+    teacher = run_teacher(base, *weighted)
+    fuse(base, weighted, tmp_path / "fused")
     assert difference(teacher.model, run_model(tmp_path / "fused").model) < 1e-4
     assert difference(teacher.model, run_model(base).model) > 1e-2
 
@@ -171,7 +166,7 @@ def test_only_lora_adapters_add_up(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base, kind="dora")
     with pytest.raises(AdapterError, match="cannot be weighted or added"):
-        run_teacher(base, opened(adapter, adapter))
+        run_teacher(base, adapter, adapter)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -180,14 +175,14 @@ def test_a_full_fine_tune_replaces_parameters(
     tmp_path: Path, name: str, exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exact:
-        monkeypatch.setattr(running, "memory_bytes", lambda: 1000)
+        monkeypatch.setattr(exact_weights, "memory_bytes", lambda: 1000)
     dense = make_model(tmp_path / "dense", **FORMATS["bfloat16"])
     base = make_model(tmp_path / "base", **FORMATS[name])
     stored = mx.load(str(dense / "model.safetensors"))
     chosen = ("q_proj.weight", "q_proj.bias", "embed_tokens.weight", "norm.weight")
     tensors = {n: 1.1 * v + 0.01 for n, v in stored.items() if n.endswith(chosen)}
     adapter = save_adapter(tmp_path / "adapter", tensors, kind="full")
-    teacher = run_teacher(base, opened(adapter))
+    teacher = run_teacher(base, adapter)
 
     reference: Any = load_model(base)[0]
     if teacher.exact:
@@ -219,7 +214,7 @@ def test_a_full_fine_tune_replaces_parameters(
 def test_a_model_too_large_for_float32_runs_as_stored(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", QWEN3_MOE)
     count = sum(a.size for _, a in tree_flatten(run_model(base).model.parameters()))
-    share = 4 * count / running.memory_bytes()
+    share = 4 * count / memory_bytes()
     assert run_model(base, memory_share=1.01 * share).exact
     stored = run_model(base, memory_share=0.99 * share)
     assert not stored.exact
@@ -247,7 +242,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     other = make_model(tmp_path / "other", {**LLAMA, "intermediate_size": 512})
     adapter = make_adapter(tmp_path / "adapter", other)
     with pytest.raises(AdapterError, match="does not fit the base"):
-        run_teacher(base, opened(adapter))
+        run_teacher(base, adapter)
 
 
 def test_a_tokenizers_own_code_needs_trust(
@@ -268,5 +263,5 @@ def test_a_tokenizers_own_code_needs_trust(
         _ = run_model(folder).tokenizer
     assert capsys.readouterr().out == ""
     assert not ran.exists()
-    assert run_model(folder, trust_remote_code=True).tokenizer is not None
+    assert run_model(folder, trusted=True).tokenizer is not None
     assert ran.exists()

@@ -8,11 +8,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_fusekit.adapters import AdapterFolder
 from mlx_fusekit.fusing.fuse import prepare_fuse
 from mlx_fusekit.merging.plan import FusePlan
-from mlx_fusekit.running.model import MEMORY_SHARE, RunningModel, run_teacher
+from mlx_fusekit.running.exact import MEMORY_SHARE
+from mlx_fusekit.running.model import RunningModel
 from mlx_fusekit.texts.sequences import TokenSequence
+from support.models import run_teacher
 from support.tiny import EXPERTS, LINEARS, LLAMA, QWEN3_MOE, VOCABULARY, make_adapter, make_model
 
 SMALL: dict[str, Any] = {
@@ -123,8 +124,7 @@ class Case:
 
 def case_of(base: Path, adapter: Path, memory_share: float = MEMORY_SHARE, **options: Any) -> Case:
     plan = prepare_fuse(base, adapter, base.parent / "never", **options).plan
-    opened = [(AdapterFolder.open(adapter), 1.0)]
-    return Case(plan, run_teacher(base, opened, memory_share=memory_share), base, adapter)
+    return Case(plan, run_teacher(base, adapter, memory_share=memory_share), base, adapter)
 
 
 def make_case(

@@ -6,11 +6,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from support.models import run_model, run_teacher
 from support.tiny import LLAMA, QWEN3_MOE, VOCABULARY, make_adapter, make_model
 
-from mlx_fusekit.adapters import AdapterFolder
 from mlx_fusekit.errors import ConfigurationError
-from mlx_fusekit.running.model import run_model, run_teacher
 from mlx_fusekit.texts.sequences import TokenSequence
 from mlx_fusekit.verifying import parity
 from mlx_fusekit.verifying.parity import (
@@ -145,7 +144,7 @@ def test_experts_run_in_chunks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_states_of_one_model_are_compared(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base)
-    teacher = run_teacher(base, [(AdapterFolder.open(adapter), 1.0)])
+    teacher = run_teacher(base, adapter)
     candidates = {
         "state": Variant(teacher.model, teacher.without_adapter),
         "alone": run_model(base).model,

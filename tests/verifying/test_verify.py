@@ -23,7 +23,7 @@ from support.tiny import (
 )
 
 from mlx_fusekit import fuse, samples, verify
-from mlx_fusekit.adapters import AdapterFolder
+from mlx_fusekit.adapters.opening import open_adapter
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.sanitized import SanitizedModel, open_base
 from mlx_fusekit.errors import CheckpointError, ConfigurationError, HubError
@@ -44,7 +44,7 @@ def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def structure_of(base: Path, adapter: Path, fused: Path) -> dict[str, Check]:
-    opened = AdapterFolder.open(adapter)
+    opened = open_adapter(adapter)
     model = open_base(base, wanted=opened.target_tensors)
     checks = check_structure(model, opened.bind(model), Checkpoint.open(fused))
     return {check.name: check for check in checks}
@@ -119,16 +119,16 @@ def test_the_text_is_not_what_calibration_sees(
     fused: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Calibration generates with --seed as it is."""
-    from mlx_fusekit.verifying import verify as verifying
+    from mlx_fusekit.verifying import reference
 
     seeds = []
-    generate = verifying.generate_sequences
+    generate = reference.generate_sequences
 
     def watched(*args: Any, seed: int, **options: Any) -> Any:
         seeds.append(seed)
         return generate(*args, seed=seed, **options)
 
-    monkeypatch.setattr(verifying, "generate_sequences", watched)
+    monkeypatch.setattr(reference, "generate_sequences", watched)
     verify(BASE, ADAPTER, fused, max_tokens=50, seed=7)
     assert seeds
     assert 7 not in seeds

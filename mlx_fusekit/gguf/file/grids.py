@@ -146,10 +146,11 @@ def _only_unused_scales(
     """Whether all groups that would change have nothing but zero codes, and a bias that is kept."""
     wanted = np.float32(0) if block_type(spec) == GgmlType.Q8_0 else grids.rounded_biases
     unused = (grids.biases == wanted) & np.isfinite(grids.rounded_scales)
-    if not rows.codes_at_hand or (lossy & ~unused).any():
+    if (lossy & ~unused).any():
         return False
+    at_hand = rows.held()
     for line in np.flatnonzero(lossy.any(axis=1)):
-        words = rows.stored("weight", first + int(line), first + int(line) + 1)
+        words = at_hand.stored("weight", first + int(line), first + int(line) + 1)
         used = words.reshape(lossy.shape[1], -1).any(axis=1)
         if (used & lossy[line]).any():
             return False

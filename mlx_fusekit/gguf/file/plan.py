@@ -51,7 +51,7 @@ class GgufPlan:
 
     Attributes:
         tensors: in the order of the file.
-        opener: gives their rows; a plan is carried out once.
+        opener: gives their rows.
         data_bytes: size of all tensors with the padding between them.
     """
 
@@ -95,7 +95,7 @@ def plan_gguf(
     """
     if outtype not in OUTTYPES:
         raise ConfigurationError(f"--outtype {outtype}: is none of {', '.join(OUTTYPES)}")
-    opener = RowOpener(base, tensors)
+    opener = RowOpener(base)
     encode = partial(_planned, base, outtype)
     with ThreadPoolExecutor(workers or default_workers()) as pool:
         encodings = list(pool.map(encode, tensors, map(opener.grids, tensors)))

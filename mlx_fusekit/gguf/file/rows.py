@@ -1,20 +1,26 @@
 """Rows of a tensor of a GGUF file, read from the stored tensors it is made from."""
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
-from mlx_fusekit.checkpoint.sanitized import ArrayTensor, LazyTensor
+from mlx_fusekit.checkpoint.sanitized import ArrayTensor
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import FLOAT_DTYPES, Array, Float32, to_float32
-from mlx_fusekit.formats.quantization import PLANES, QuantizedRows, QuantSpec, dequantize, to_matrix
+from mlx_fusekit.formats.quantization import (
+    LEAVES,
+    PLANES,
+    QuantizedRows,
+    QuantSpec,
+    dequantize,
+    to_matrix,
+)
 from mlx_fusekit.gguf.models.tensors import GgufTensor
-from mlx_fusekit.merging.blocks import BLOCK_ELEMENTS, LEAVES, of_expert, taken_from
+from mlx_fusekit.merging.blocks import BLOCK_ELEMENTS, of_expert
 
 
 @dataclass(frozen=True)
@@ -51,16 +57,15 @@ class TensorRows:
         """Logical shape of the rows together."""
         return self.source_shape if self.picked is None else (self.count, self.columns)
 
-    @property
-    def codes_at_hand(self) -> bool:
-        """Whether the weight can be read without mlx-lm computing it."""
-        return not isinstance(self.sources["weight"], LazyTensor)
-
     def spans(self, per_row: int) -> Iterator[tuple[int, int]]:
         """First and last (exclusive) row of blocks in which ``per_row`` elements a row fit."""
         size = max(1, BLOCK_ELEMENTS // max(per_row, 1))
         for first in range(0, self.count, size):
             yield first, min(first + size, self.count)
+
+    def held(self) -> "TensorRows":
+        """The same rows with everything at hand."""
+        return replace(self, sources={leaf: s.held() for leaf, s in self.sources.items()})
 
     def stored(self, leaf: str, first: int, last: int) -> Array:
         """Rows of one stored tensor, as its bits."""
@@ -104,23 +109,16 @@ class TensorRows:
 
 
 class RowOpener:
-    """Opens the rows of the file's tensors; what mlx-lm computes for them is computed once.
+    """Opens the rows of the file's tensors.
 
-    Such a tensor is held from its first use to its last. Scales are used twice, when types are
-    chosen and when the blocks are written; weights once for each tensor made from them.
+    What mlx-lm computes for them is computed when it is opened, and held as long as the rows are.
 
     Args:
         base: the model that is exported.
-        tensors: of the file.
     """
 
-    def __init__(self, base: BaseModel, tensors: Sequence[GgufTensor]) -> None:
+    def __init__(self, base: BaseModel) -> None:
         self._base = base
-        self._held: dict[str, TensorSource] = {}
-        self._uses: Counter[str] = Counter()
-        for tensor in tensors:
-            for leaf, name in self._names(tensor).items():
-                self._uses[name] += 1 if leaf == "weight" else 2
 
     def spec(self, tensor: GgufTensor) -> QuantSpec | None:
         """How the source of a tensor is quantized, or None."""
@@ -128,7 +126,7 @@ class RowOpener:
         return self._base.quantization(module) if leaf == "weight" else None
 
     def grids(self, tensor: GgufTensor) -> TensorRows:
-        """Rows of which scales and biases can be read, and codes where that computes nothing.
+        """Rows of which scales and biases are at hand; codes may have to be computed.
 
         Raises:
             CheckpointError: when the source is missing, has too few rows, or is of a kind that
@@ -138,15 +136,16 @@ class RowOpener:
             return _generated(tensor)
         names = self._names(tensor)
         weight = self._base.tensors[names["weight"]]
-        taken = {leaf: self._take(name) for leaf, name in names.items() if leaf != "weight"}
-        return self._rows(tensor, {**taken, "weight": weight})
+        held = {leaf: self._base.tensors[n].held() for leaf, n in names.items() if leaf != "weight"}
+        return self._rows(tensor, {**held, "weight": weight})
 
     def whole(self, tensor: GgufTensor) -> TensorRows:
-        """Rows of which everything can be read; computes what mlx-lm has to compute."""
+        """Rows of which everything is at hand."""
         if tensor.values is not None:
             return _generated(tensor)
         names = self._names(tensor)
-        return self._rows(tensor, {leaf: self._take(name) for leaf, name in names.items()})
+        held = {leaf: self._base.tensors[name].held() for leaf, name in names.items()}
+        return self._rows(tensor, held)
 
     def _names(self, tensor: GgufTensor) -> dict[str, str]:
         """Names of the stored tensors a tensor is made from, by leaf."""
@@ -162,15 +161,6 @@ class RowOpener:
         module = tensor.source.removesuffix(".weight")
         names = {leaf: f"{module}.{leaf}" for leaf in LEAVES}
         return {leaf: name for leaf, name in names.items() if name in self._base.tensors}
-
-    def _take(self, name: str) -> TensorSource:
-        source = self._held.get(name) or taken_from(self._base.tensors[name])
-        self._uses[name] -= 1
-        if self._uses[name] > 0 and isinstance(self._base.tensors[name], LazyTensor):
-            self._held[name] = source
-        else:
-            self._held.pop(name, None)
-        return source
 
     def _rows(self, tensor: GgufTensor, sources: Mapping[str, TensorSource]) -> TensorRows:
         spec, weight = self.spec(tensor), sources["weight"]

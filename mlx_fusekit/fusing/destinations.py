@@ -1,0 +1,120 @@
+"""Where a fused model goes on to, when that was asked for: a GGUF file, the Hub."""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+from mlx_fusekit.checkpoint.base import BaseModel
+from mlx_fusekit.errors import FusekitError
+from mlx_fusekit.fusing.options import FuseOptions
+from mlx_fusekit.fusing.report import FuseReport
+from mlx_fusekit.progress import StepProgress
+
+_FLAG = "--upload-repo"
+
+
+def check(base: BaseModel, target: Path, options: FuseOptions) -> tuple[str, ...]:
+    """Refuse what can be refused without a network, before anything is fused.
+
+    Args:
+        base: what the fused model will be like.
+        target: its folder.
+        options: what was asked for.
+
+    Returns:
+        Warnings, one line each.
+
+    Raises:
+        FusekitError: for a model that cannot be exported, a file that must not be written, or what
+            no repository can be called.
+    """
+    notes = []
+    if options.export_gguf:
+        from mlx_fusekit.gguf.exporting import check_export
+        from mlx_fusekit.gguf.file.staging import check_gguf_target
+
+        file = _gguf_file(target, options)
+        check_export(base, options.outtype)
+        check_gguf_target(file, overwrite=options.overwrite)
+        if options.upload_repo is not None and file.resolve().parent != target.resolve():
+            notes.append(f"--gguf-path {file}: is not in {target}, and is not uploaded")
+    if options.upload_repo is not None:
+        from mlx_fusekit.publishing.upload import check_name
+
+        check_name(options.upload_repo, _FLAG)
+    return tuple(notes)
+
+
+def check_upload(options: FuseOptions) -> None:
+    """Refuse a repository that cannot be written to; asks the Hub.
+
+    Raises:
+        HubError: with the cure.
+    """
+    if options.upload_repo is not None:
+        from mlx_fusekit.publishing.upload import check_access
+
+        check_access(options.upload_repo, what=_FLAG)
+
+
+def bring(
+    report: FuseReport, options: FuseOptions, *, trusted: bool, progress: StepProgress | None
+) -> FuseReport:
+    """Export and upload what was fused.
+
+    Args:
+        report: of the fuse.
+        options: what was asked for.
+        trusted: whether the model's own code may run, and goes along.
+        progress: told of the export.
+
+    Returns:
+        The report, with what came of it.
+
+    Raises:
+        FusekitError: with a line that says where the fused model is.
+    """
+    target = Path(report.save_path)
+    if options.export_gguf:
+        from mlx_fusekit.gguf.exporting import export_gguf
+
+        exported = export_gguf(
+            target,
+            _gguf_file(target, options),
+            outtype=options.outtype,
+            overwrite=options.overwrite,
+            trust_remote_code=trusted,
+            progress=progress,
+        )
+        report = replace(report, gguf=exported)
+    if options.upload_repo is None:
+        return report
+    if not report.passed:
+        line = _how_to_publish(target, options.upload_repo)
+        note = f"not uploaded, since --max-kl does not hold; {line}"
+        return replace(report, warnings=(*report.warnings, note))
+    return _uploaded(report, target, options.upload_repo, trusted=trusted)
+
+
+def _uploaded(report: FuseReport, target: Path, repo: str, *, trusted: bool) -> FuseReport:
+    from mlx_fusekit.publishing.publish import publish
+
+    line = _how_to_publish(target, repo)
+    try:
+        published = publish(target, repo, trust_remote_code=trusted)
+    except FusekitError as error:
+        raise type(error)(f"{error}; {line}") from error
+    except KeyboardInterrupt as error:
+        error.add_note(line)
+        raise
+    warnings = (*report.warnings, *published.warnings)
+    return replace(report, published=published, warnings=warnings)
+
+
+def _gguf_file(target: Path, options: FuseOptions) -> Path:
+    return target / Path(options.gguf_path).expanduser()
+
+
+def _how_to_publish(target: Path, repo: str) -> str:
+    command = shlex.join(["mlx-fusekit", "publish", "--path", str(target), "--repo", repo])
+    return f"the fused model is in {target}, and `{command}` uploads it"

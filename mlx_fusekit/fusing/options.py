@@ -1,0 +1,123 @@
+"""What the user asks a fuse for, and what of it contradicts itself."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_fusekit.errors import ConfigurationError
+from mlx_fusekit.formats.floats import DTYPE_NAMES
+from mlx_fusekit.merging.plan import FormatOptions
+from mlx_fusekit.requantize.options import (
+    CALIBRATION_TOKENS,
+    DEFAULT_MAX_GROWTH,
+    DEFAULT_MAX_KL,
+    CalibrationOptions,
+)
+from mlx_fusekit.requantize.strategy import STRATEGIES, Strategy
+from mlx_fusekit.verifying.options import check_max_kl
+
+
+@dataclass(frozen=True)
+class FuseOptions:
+    """How to fuse; the attributes are the arguments of :func:`mlx_fusekit.fuse`.
+
+    Raises:
+        ConfigurationError: when they contradict each other, naming the flag.
+    """
+
+    requantize: str = "auto"
+    bits: int | None = None
+    dequantize: bool = False
+    dtype: str | None = None
+    calibration: str | Path | None = None
+    calibration_tokens: int = CALIBRATION_TOKENS
+    max_kl: float | None = None
+    max_growth: float | None = None
+    seed: int = 0
+    overwrite: bool = False
+    export_gguf: bool = False
+    gguf_path: str | Path = "model.gguf"
+    outtype: str = "auto"
+    upload_repo: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.requantize not in STRATEGIES:
+            raise ConfigurationError(
+                f"--requantize {self.requantize}: choose {', '.join(STRATEGIES)}"
+            )
+        self._check_calibration()
+        if self.dtype is not None and self.dtype not in DTYPE_NAMES:
+            raise ConfigurationError(f"--dtype {self.dtype}: choose {', '.join(DTYPE_NAMES)}")
+        _ = self.formats
+
+    def _check_calibration(self) -> None:
+        given = {
+            "--calibration": self.calibration,
+            "--max-kl": self.max_kl,
+            "--max-growth": self.max_growth,
+        }
+        flag = next((flag for flag, value in given.items() if value is not None), None)
+        if flag is not None and not self.strategy.calibrates:
+            able = [name for name, strategy in STRATEGIES.items() if strategy.calibrates]
+            raise ConfigurationError(
+                f"{flag} goes with --requantize {' or '.join(able)}; drop it, or {self.requantize}"
+            )
+        if self.max_growth is not None and not self.strategy.widens:
+            able = [name for name, strategy in STRATEGIES.items() if strategy.widens]
+            raise ConfigurationError(
+                f"--max-growth goes with --requantize {' or '.join(able)}, which alone makes "
+                "modules wider; drop it"
+            )
+        if self.max_kl is not None:
+            check_max_kl(self.max_kl)
+        if self.max_growth is not None and not (
+            math.isfinite(self.max_growth) and self.max_growth >= 0
+        ):
+            raise ConfigurationError(f"--max-growth {self.max_growth}: must be a share, 0 or more")
+        if self.calibration_tokens < 1:
+            raise ConfigurationError(
+                f"--calibration-tokens {self.calibration_tokens}: must be 1 or more"
+            )
+        if self._text is not None and not self._text.exists():
+            raise ConfigurationError(
+                f"--calibration {self.calibration}: there is no such file or folder"
+            )
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy that was asked for."""
+        return STRATEGIES[self.requantize]
+
+    @property
+    def rounding_will_do(self) -> bool:
+        """Whether another strategy may stand in, since nothing asks for this one's work."""
+        return (
+            self.strategy.otherwise is not None and self.max_kl is None and self.calibration is None
+        )
+
+    @property
+    def formats(self) -> FormatOptions:
+        """In which formats to write."""
+        dtype = None if self.dtype is None else DTYPE_NAMES[self.dtype]
+        return FormatOptions(self.bits, self.dequantize, dtype)
+
+    @property
+    def calibrating(self) -> CalibrationOptions:
+        """How to calibrate."""
+        bound, growth = self.max_kl, self.max_growth
+        if self.strategy.widens and bound is None:
+            bound = DEFAULT_MAX_KL
+            growth = DEFAULT_MAX_GROWTH if growth is None else growth
+        return CalibrationOptions(
+            file=self._text,
+            tokens=self.calibration_tokens,
+            seed=self.seed,
+            max_kl=bound,
+            max_kl_asked=self.max_kl is not None,
+            widen=self.strategy.widens,
+            max_growth=growth,
+        )
+
+    @property
+    def _text(self) -> Path | None:
+        return None if self.calibration is None else Path(self.calibration).expanduser()

@@ -1,0 +1,116 @@
+"""What a fuse did, and what the user should know of it."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mlx_fusekit.formats.floats import DTYPE_NAMES
+from mlx_fusekit.merging.plan import FusePlan
+from mlx_fusekit.requantize.options import CalibrationReport
+
+if TYPE_CHECKING:
+    from mlx_fusekit.gguf.exporting import ExportReport
+    from mlx_fusekit.publishing.publish import PublishReport
+
+#: Round to nearest at this width or below can lose most of a LoRA (docs/requantization.md).
+LOSSY_BITS = 6
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What a fuse did, or with ``dry_run`` would do.
+
+    Attributes:
+        requantize: the strategy, None where nothing was re-quantized.
+        modules: merged modules by the format they were written in.
+        unchanged: how many of the adapter's modules have a zero update.
+        computed_bytes: how much of ``output_bytes`` was computed and not copied.
+        memory_bytes: working memory beyond the interpreter's own, estimated from the plan.
+        cloned: whether the file system shared the untouched bytes with the base.
+        left_out: files of the base that did not come along.
+        calibration: what calibrating did, None where there was none.
+        gguf: of the GGUF file, where one was asked for; in JSON only then.
+        published: of the upload, likewise.
+    """
+
+    save_path: str
+    base: str
+    revision: str | None
+    adapters: tuple[str, ...]
+    kind: str
+    requantize: str | None
+    modules: dict[str, int]
+    unchanged: int
+    parameters: int
+    base_bytes: int
+    output_bytes: int
+    computed_bytes: int
+    memory_bytes: int
+    disk_free_bytes: int
+    files: tuple[str, ...]
+    cloned: bool
+    seconds: float
+    dry_run: bool
+    warnings: tuple[str, ...]
+    left_out: tuple[str, ...]
+    calibration: CalibrationReport | None = None
+    gguf: "ExportReport | None" = None
+    published: "PublishReport | None" = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as a JSON object."""
+        further = {"gguf": self.gguf, "published": self.published}
+        own = asdict(replace(self, gguf=None, published=None))
+        kept = {name: value for name, value in own.items() if name not in further}
+        return kept | {name: of.as_json() for name, of in further.items() if of is not None}
+
+    @property
+    def passed(self) -> bool:
+        """Whether the bound the user set holds, if there is one."""
+        return self.calibration is None or not (
+            self.calibration.max_kl_asked and self.calibration.reached is False
+        )
+
+
+def formats_of(plan: FusePlan) -> dict[str, int]:
+    """How many merged modules are written in which format."""
+    formats = (step.target_spec or dtype_name(step.dtype) for step in plan.merged)
+    return dict(Counter(map(str, formats)))
+
+
+def dtype_name(dtype: str) -> str:
+    """How people call a stored type."""
+    return {stored: name for name, stored in DTYPE_NAMES.items()}.get(dtype, dtype)
+
+
+def rounding_warnings(plan: FusePlan) -> Iterator[str]:
+    """What to tell when modules are rounded to nearest at few bits."""
+    specs = [step.target_spec for step in plan.merged if step.target_spec is not None]
+    bits = [spec.bits for spec in specs if spec.bits <= LOSSY_BITS]
+    if bits:
+        yield (
+            f"{len(bits)} modules are rounded to nearest at {min(bits)} bits, which can lose most "
+            "of a fine-tune (`mlx-fusekit inspect ADAPTER --model BASE` shows its size in steps); "
+            "--bits 8 keeps more, in a larger file"
+        )
+
+
+def calibration_warnings(calibration: CalibrationReport) -> Iterator[str]:
+    """What to tell when the bound does not hold, or calibration did not see everything."""
+    if calibration.reached is False:
+        yield (
+            f"the mean KL is {calibration.kl_mean:.3g} nats a token, above the bound of "
+            f"{calibration.max_kl:g}; more calibration text, --bits or a larger --max-growth "
+            "bring it down"
+        )
+    if calibration.not_seen:
+        yield (
+            f"{len(calibration.not_seen)} modules saw no calibration text and were fitted by "
+            f"weight error alone ({calibration.not_seen[0]}, for one)"
+        )
+    if calibration.skipped_tokens:
+        yield (
+            f"{calibration.skipped_tokens} calibration tokens gave infinite or NaN activations "
+            "and were left out"
+        )

@@ -1,0 +1,36 @@
+"""Round to nearest on a fresh min-max grid: what ``mlx_lm.fuse`` does."""
+
+from dataclasses import dataclass
+
+from mlx_fusekit.formats.floats import Float32
+from mlx_fusekit.formats.quantization import QuantizedRows, quantize_nearest
+from mlx_fusekit.merging.arithmetic import RowRange
+from mlx_fusekit.merging.merged import Weight
+from mlx_fusekit.merging.plan import WeightStep
+
+
+@dataclass(frozen=True)
+class NearestWeight:
+    """A merged weight, rounded as it is asked for."""
+
+    weight: Weight
+
+    @property
+    def global_scales(self) -> Float32 | None:
+        """nvfp4's, as they will be written."""
+        return self.weight.global_scales
+
+    def rows(self, rows: RowRange) -> QuantizedRows:
+        """Some rows, without looking at anything but the merged weights."""
+        merged = self.weight.read(rows)
+        if merged.unchanged:
+            return merged.base
+        target = merged.target
+        return merged.finished(
+            quantize_nearest(merged.values, target.spec, target.scale_dtype, target.global_scale)
+        )
+
+
+def nearest(step: WeightStep) -> NearestWeight:
+    """A :class:`~mlx_fusekit.requantize.strategy.Requantizer`."""
+    return NearestWeight(Weight.open(step))

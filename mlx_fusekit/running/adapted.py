@@ -1,0 +1,145 @@
+"""Base and adapter as mlx-lm runs them: unmerged, with its own adapter layers."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+
+from mlx_fusekit.adapters.updates import Adapter, LowRankUpdate, Update
+from mlx_fusekit.checkpoint.header import TensorRef
+from mlx_fusekit.errors import AdapterError
+from mlx_fusekit.hub import LocalFolder
+from mlx_fusekit.running.exact import (
+    MEMORY_SHARE,
+    dense,
+    is_quantized,
+    may_run_in_float32,
+    to_float32,
+    weight_as_run,
+)
+from mlx_fusekit.running.loading import load_lazily
+from mlx_fusekit.running.model import Place, RunningModel, place
+
+
+def run_adapted(
+    source: LocalFolder, adapter: Adapter, *, memory_share: float = MEMORY_SHARE
+) -> RunningModel:
+    """Load a base model with an adapter that was bound to it.
+
+    The layers are mlx-lm's own, placed by module path: ``linear_to_lora_layers`` of mlx-lm takes
+    wrong widths for DoRA on 3-, 5- and 6-bit linears.
+
+    Args:
+        source: the base.
+        adapter: what to put on it.
+        memory_share: as for :func:`~mlx_fusekit.running.loading.run_model`.
+
+    Raises:
+        AdapterError: when mlx-lm has no adapter layer for a module.
+        CheckpointError: naming what is wrong with the base.
+    """
+    model, config = load_lazily(source)
+    exact = may_run_in_float32(model, memory_share)
+    norms = _norms_as_run(model, adapter) if exact else {}
+    if exact:
+        exact = to_float32(model)
+    bare = [
+        _put(model, path, update, norms.get(path), exact)
+        for path, update in adapter.weights.items()
+    ]
+    for name, parameter in adapter.parameters.items():
+        bare.append(_exchanged(place(model, name), _array(parameter.tensor, exact)))
+    mx.eval(model.parameters())
+    model.eval()
+    return RunningModel(model, source, config, exact, tuple(bare))
+
+
+def _put(
+    model: nn.Module, path: str, update: Update, norms_as_run: mx.array | None, exact: bool
+) -> tuple[Place, Any]:
+    """Put an update into the model; its place, and what lay there."""
+    where = place(model, path)
+    if isinstance(update, LowRankUpdate):
+        bare, layer = _adapted(path, where.value, update, norms_as_run)
+        where.put(layer)
+        return where, bare
+    module, weight = where.value, _array(update.tensor, exact)
+    if is_quantized(module):
+        return _exchanged(where, dense(module, weight))
+    return _exchanged(Place(module, "weight"), weight)
+
+
+def _exchanged(where: Place, value: Any) -> tuple[Place, Any]:
+    before = where.value
+    where.put(value)
+    return where, before
+
+
+def _norms_as_run(model: nn.Module, adapter: Adapter) -> dict[str, mx.array]:
+    """Row norms of DoRA's adapted weights as mlx-lm computes them, of rounded weights."""
+    norms = {}
+    for path, update in adapter.weights.items():
+        if isinstance(update, LowRankUpdate) and update.magnitude is not None:
+            norms[path] = _row_norms(weight_as_run(place(model, path).value), update)
+            mx.eval(norms[path])
+    return norms
+
+
+def _row_norms(weight: mx.array, update: LowRankUpdate) -> mx.array:
+    delta = mx.array(update.up[0]) @ mx.array(update.down[0])
+    return mx.linalg.norm(weight.astype(mx.float32) + delta, axis=1)
+
+
+def _adapted(
+    path: str, module: nn.Module, update: LowRankUpdate, norms_as_run: mx.array | None
+) -> tuple[nn.Module, nn.Module]:
+    """The module an adapter is put around, and mlx-lm's adapter layer around it.
+
+    Args:
+        path: of the module, for the message.
+        module: the base's.
+        update: its scale is part of ``up``, so the layer's own is 1.
+        norms_as_run: of DoRA's rows, where ``module`` holds other values than mlx-lm runs.
+    """
+    up, down, rank = update.up, update.down, update.rank
+    dora = update.magnitude is not None
+    layer: Any
+    if isinstance(module, SwitchLinear | QuantizedSwitchLinear) and not dora:
+        layer = LoRASwitchLinear.from_base(module, rank, 0.0, 1.0)
+        layer.lora_a, layer.lora_b = mx.array(down), mx.array(up)
+    elif isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+        if dora and is_quantized(module):  # mlx-lm's DoRA reads the weight of a dense one
+            module = dense(module, weight_as_run(module))
+        kind = DoRAEmbedding if dora else LoRAEmbedding
+        layer = kind.from_base(module, rank, 0.0, 1.0)
+        layer.lora_a, layer.lora_b = mx.array(up[0]), mx.array(down[0])
+    elif isinstance(module, nn.Linear | nn.QuantizedLinear):
+        if dora:
+            layer = DoRALinear(down.shape[-1], up.shape[1], rank, 0.0, 1.0)
+            layer.set_linear(module)
+        else:
+            layer = LoRALinear.from_base(module, rank, 0.0, 1.0)
+        layer.lora_a = mx.array(np.ascontiguousarray(down[0].T))
+        layer.lora_b = mx.array(np.ascontiguousarray(up[0].T))
+    else:
+        raise AdapterError(
+            f"{path}: mlx-lm has no adapter layer for {type(module).__name__}; "
+            "fuse into the model the adapter was trained on"
+        )
+    if update.magnitude is not None:
+        layer.m = mx.array(update.magnitude)
+        if norms_as_run is not None:
+            # The layer will divide by the norms of the exact weights it holds.
+            layer.m *= _row_norms(module.weight, update) / norms_as_run
+    return module, layer
+
+
+def _array(tensor: TensorRef, exact: bool) -> mx.array:
+    array = mx.array(tensor.read())
+    if tensor.dtype == "BF16":
+        array = array.view(mx.bfloat16)
+    return array.astype(mx.float32) if exact else array
