@@ -22,7 +22,7 @@ from mlx_fusekit.merging.arithmetic import RowRange
 from mlx_fusekit.merging.blocks import BLOCK_ELEMENTS, row_blocks
 from mlx_fusekit.merging.merged import Weight
 from mlx_fusekit.merging.plan import FusePlan, ParameterStep, WeightStep, outputs_of
-from mlx_fusekit.requantize.strategy import Requantizer
+from mlx_fusekit.requantize.requantizer import Requantizer
 
 _PARAMETER_ELEMENTS = 1 << 20
 #: Arrays of a block's size that one worker holds at most.

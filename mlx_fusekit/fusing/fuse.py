@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from mlx_fusekit.adapters.sources import AdapterNames, NamedSources, Sources
 from mlx_fusekit.checkpoint import recipe
@@ -30,10 +30,8 @@ from mlx_fusekit.machine import default_workers, free_disk_bytes, memory_bytes
 from mlx_fusekit.merging.plan import FusePlan, plan_fuse
 from mlx_fusekit.progress import StepProgress
 from mlx_fusekit.requantize.options import CALIBRATION_TOKENS, CalibrationReport
-from mlx_fusekit.requantize.strategy import Prepared, Request, Strategy
-
-if TYPE_CHECKING:
-    from mlx_fusekit.requantize.strategy import RequantizedWeight
+from mlx_fusekit.requantize.requantizer import Prepared, RequantizedWeight, Request
+from mlx_fusekit.requantize.strategy import Strategy
 
 #: Share of the machine's memory that a model may take to be run.
 _RUNNABLE_SHARE = 0.8
@@ -371,7 +369,7 @@ def _obstacle(plan: FusePlan) -> str | None:
     return None
 
 
-def _nothing_to_requantize(step: Any) -> "RequantizedWeight":
+def _nothing_to_requantize(step: Any) -> RequantizedWeight:
     raise AssertionError(f"{step.module}: no strategy was chosen, but it is re-quantized")
 
 

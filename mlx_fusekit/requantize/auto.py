@@ -13,7 +13,7 @@ from mlx_fusekit.merging.plan import FusePlan, plan_fuse
 from mlx_fusekit.progress import StepProgress, of_step
 from mlx_fusekit.requantize.calibrated import Calibration
 from mlx_fusekit.requantize.options import CalibrationOptions, CalibrationReport
-from mlx_fusekit.requantize.strategy import Prepared, Request
+from mlx_fusekit.requantize.requantizer import Prepared, Request
 from mlx_fusekit.requantize.widening import choose_widths, measured_costs
 from mlx_fusekit.running.adapted import run_adapted
 from mlx_fusekit.running.model import RunningModel

@@ -7,6 +7,7 @@ from mlx_fusekit.formats.quantization import QuantizedRows, quantize_nearest
 from mlx_fusekit.merging.arithmetic import RowRange
 from mlx_fusekit.merging.merged import Weight
 from mlx_fusekit.merging.plan import WeightStep
+from mlx_fusekit.requantize.requantizer import Prepared, Request
 
 
 @dataclass(frozen=True)
@@ -32,5 +33,10 @@ class NearestWeight:
 
 
 def nearest(step: WeightStep) -> NearestWeight:
-    """A :class:`~mlx_fusekit.requantize.strategy.Requantizer`."""
+    """A :class:`~mlx_fusekit.requantize.requantizer.Requantizer`."""
     return NearestWeight(Weight.open(step))
+
+
+def prepare(request: Request) -> Prepared:
+    """There is nothing to make ready."""
+    return Prepared(request.plan, nearest)

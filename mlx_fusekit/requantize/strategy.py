@@ -1,70 +1,14 @@
-"""What a re-quantization strategy is, and the table of them.
+"""The table of re-quantization strategies.
 
-It imports nothing heavy: the command line reads the table to say what there is.
+It imports nothing heavy: the command line reads it to say what there is.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlx_fusekit.adapters.sources import Sources
-    from mlx_fusekit.formats.floats import Float32
-    from mlx_fusekit.formats.quantization import QuantizedRows
-    from mlx_fusekit.merging.arithmetic import RowRange
-    from mlx_fusekit.merging.plan import FusePlan, WeightStep
-    from mlx_fusekit.progress import StepProgress
-    from mlx_fusekit.requantize.options import CalibrationOptions, CalibrationReport
-
-
-class RequantizedWeight(Protocol):
-    """One module's merged weight in its target format; read by rows, from several threads."""
-
-    @property
-    def global_scales(self) -> "Float32 | None":
-        """nvfp4's, as they will be written; None of other formats."""
-
-    def rows(self, rows: "RowRange") -> "QuantizedRows":
-        """Some rows in the target format; the base's where the update changes nothing."""
-
-
-class Requantizer(Protocol):
-    """A strategy that is ready to be used."""
-
-    def __call__(self, step: "WeightStep") -> RequantizedWeight:
-        """The re-quantized weight of a step whose target is quantized."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a strategy is made ready from.
-
-    Attributes:
-        plan: the fuse.
-        sources: base and adapters.
-        options: of calibrating.
-        progress: told of each step that takes long.
-    """
-
-    plan: "FusePlan"
-    sources: "Sources"
-    options: "CalibrationOptions"
-    progress: "StepProgress | None" = None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A strategy made ready.
-
-    Attributes:
-        plan: as it was asked for, or with other widths.
-        requantizer: gives the rows.
-        report: of calibrating, where there was any.
-    """
-
-    plan: "FusePlan"
-    requantizer: Requantizer
-    report: "CalibrationReport | None" = None
+    from mlx_fusekit.requantize.requantizer import Prepared, Request
 
 
 @dataclass(frozen=True)
@@ -83,19 +27,19 @@ class Strategy:
 
     name: str
     words: str
-    prepare: Callable[[Request], Prepared]
+    prepare: "Callable[[Request], Prepared]"
     calibrates: bool = False
     widens: bool = False
     otherwise: "Strategy | None" = None
 
 
-def _rounding(request: Request) -> Prepared:
-    from mlx_fusekit.requantize.nearest import nearest
+def _rounding(request: "Request") -> "Prepared":
+    from mlx_fusekit.requantize.nearest import prepare
 
-    return Prepared(request.plan, nearest)
+    return prepare(request)
 
 
-def _calibrating(request: Request) -> Prepared:
+def _calibrating(request: "Request") -> "Prepared":
     from mlx_fusekit.requantize.auto import calibrate
 
     return calibrate(request)
