@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.tiny import make_adapter, make_model
 
-from mlx_fusekit import prepare_fuse
+from mlx_fusekit import fuse, prepare_fuse
 from mlx_fusekit.cli.fuse import command
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.formats.quantization import quantize_nearest
@@ -16,7 +16,8 @@ from mlx_fusekit.fusing.options import FuseOptions
 from mlx_fusekit.merging.arithmetic import RowRange
 from mlx_fusekit.merging.merged import Weight
 from mlx_fusekit.requantize.nearest import nearest
-from mlx_fusekit.requantize.strategy import STRATEGIES, in_words
+from mlx_fusekit.requantize.requantizer import Prepared, Request
+from mlx_fusekit.requantize.strategy import STRATEGIES, Strategy, in_words
 
 
 def test_an_unknown_one_is_refused_and_never_another_runs() -> None:
@@ -72,3 +73,24 @@ def test_rounding_stands_in_only_where_nothing_else_was_asked_for(
     options: dict[str, object], does: bool
 ) -> None:
     assert FuseOptions(**options).rounding_will_do is does  # type: ignore[arg-type]
+
+
+def test_an_entry_in_the_table_is_all_that_a_strategy_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, keys=["mlp.up_proj"])
+    asked = []
+
+    def prepare(request: Request) -> Prepared:
+        asked.append(request)
+        return Prepared(request.plan, nearest)
+
+    monkeypatch.setitem(STRATEGIES, "twin", Strategy("twin", "as its twin does", prepare))
+    report = fuse(base, adapter, tmp_path / "fused", requantize="twin")
+    fuse(base, adapter, tmp_path / "nearest", requantize="nearest")
+    assert len(asked) == 1
+    assert report.requantize == "twin"
+    assert in_words("twin") == "as its twin does"
+    weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("fused", "nearest")]
+    assert weights[0] == weights[1]
