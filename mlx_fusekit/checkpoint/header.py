@@ -1,8 +1,8 @@
 """Safetensors headers, read as untrusted input.
 
 ``mx.load`` accepts overlapping tensors, holes, negative shapes, wrapped offsets and duplicate
-names (shared/FACTS section 4 counted 14 such files of 48); everything we read, clone or hand to
-MLX is validated here first. Format: https://huggingface.co/docs/safetensors (header length as
+names, where the safetensors library rejects them; everything we read, clone or hand to MLX is
+validated here first. Format: https://huggingface.co/docs/safetensors (header length as
 little-endian u64, JSON header, tensor bytes).
 """
 

@@ -31,7 +31,7 @@ class FuseReport:
         left_out: files of the base that did not come along.
         calibration: what calibrating did, None where there was none.
         gguf: of the GGUF file, where one was asked for; in JSON only then.
-        published: of the upload, likewise.
+        published: of the upload, where one was asked for; in JSON only then.
     """
 
     save_path: str

@@ -73,7 +73,7 @@ class SolvedWeights:
     results: dict[str, ModuleResult] = field(default_factory=dict)
 
     def __call__(self, step: WeightStep) -> "SolvedWeight":
-        """See :class:`~mlx_fusekit.requantize.requantizer.Requantizer`."""
+        """The solved weight of a step."""
         return SolvedWeight(step, self.experts[step.module])
 
 

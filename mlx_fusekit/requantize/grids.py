@@ -59,7 +59,7 @@ class AffineGrid:
 
     Attributes:
         scales: float32 ``[groups, rows]``, exactly as stored.
-        biases: likewise.
+        biases: float32 ``[groups, rows]``, exactly as stored.
         inverse: 1 / scales, 0 where the scale is 0.
         bits: of a code.
         dtype: in which scales and biases are stored.
@@ -73,7 +73,6 @@ class AffineGrid:
 
     @property
     def groups(self) -> int:
-        """See :class:`Grid`."""
         return len(self.scales)
 
     @classmethod
@@ -86,7 +85,6 @@ class AffineGrid:
         return cls(scales, biases, _inverse(scales), bits, dtype)
 
     def nearest(self, values: Float32, group: int) -> Float32:
-        """See :class:`Grid`."""
         codes = self._codes(values, group)
         codes *= self.scales[group]
         codes += self.biases[group]
@@ -105,7 +103,6 @@ class AffineGrid:
         return codes
 
     def quantized(self, values: Float32) -> QuantizedRows:
-        """See :class:`Grid`."""
         codes = self.codes(_grouped(values, len(self.scales))).reshape(values.shape)
         return QuantizedRows(
             pack(to_block(np.ascontiguousarray(codes.T)), self.bits),
@@ -115,7 +112,6 @@ class AffineGrid:
         )
 
     def mixed(self, other: Grid, take_other: npt.NDArray[np.bool_]) -> "AffineGrid":
-        """See :class:`Grid`."""
         assert isinstance(other, AffineGrid)
         scales = np.where(take_other, other.scales, self.scales)
         biases = np.where(take_other, other.biases, self.biases)
@@ -142,7 +138,6 @@ class CodebookGrid:
 
     @property
     def groups(self) -> int:
-        """See :class:`Grid`."""
         return len(self.scales)
 
     @classmethod
@@ -166,7 +161,6 @@ class CodebookGrid:
         return codebooks.E2M1 if self.spec.bits == 4 else codebooks.E4M3
 
     def nearest(self, values: Float32, group: int) -> Float32:
-        """See :class:`Grid`."""
         return self._rounded(values, group)
 
     def rounded(self, values: Float32) -> Float32:
@@ -179,7 +173,6 @@ class CodebookGrid:
         return rounded
 
     def quantized(self, values: Float32) -> QuantizedRows:
-        """See :class:`Grid`."""
         grouped = _grouped(values, len(self.scales))
         codes = self._codes(grouped, self.inverse[:, None]).reshape(values.shape)
         return QuantizedRows(
@@ -191,7 +184,6 @@ class CodebookGrid:
         )
 
     def mixed(self, other: Grid, take_other: npt.NDArray[np.bool_]) -> "CodebookGrid":
-        """See :class:`Grid`."""
         assert isinstance(other, CodebookGrid)
         codes: Array = np.where(take_other, other.scale_codes, self.scale_codes)
         return CodebookGrid.stored(codes, self.spec, self.global_scale)

@@ -43,7 +43,8 @@ class CalibrationReport:
         source: where the calibration text is from.
         tokens: of it; ``general_tokens`` of them were written by the base.
         kl_mean: KL(base+adapter || fused) in nats a token, on ``kl_tokens`` tokens of the same
-            source that were not calibrated on; ``kl_p99`` likewise.
+            source that were not calibrated on.
+        kl_p99: what 99 % of these tokens stay below.
         kl_base_mean: of the base without its adapter.
         recovered: 1 - kl_mean / kl_base_mean.
         output_error: squared change of the layers' outputs over that of rounding to nearest, the

@@ -30,7 +30,7 @@ class TokenBatch:
 
     Attributes:
         tokens: ids ``[sequences, length]``.
-        valid: which positions are no padding, likewise.
+        valid: which positions are no padding, ``[sequences, length]``.
     """
 
     tokens: mx.array

@@ -1,0 +1,21 @@
+"""Documents name what is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+_NAMED = re.compile(r"(?:tests|mlx_fusekit|scripts|benchmarks|docs|notebooks)/[\w/-]+\.\w+")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_that_is_named_exists(document: Path) -> None:
+    named = set(_NAMED.findall(document.read_text("utf-8")))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_some_documents_name_files() -> None:
+    named = [name for d in DOCUMENTS for name in _NAMED.findall(d.read_text("utf-8"))]
+    assert len(named) > 20
