@@ -13,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "real")]
 
+from support.tiny_architectures import CONFIGS, make_model  # noqa: E402
 from test_gguf_architectures import compare, export  # noqa: E402
-from tiny_architectures import CONFIGS, make_model  # noqa: E402
 
 from mlx_fusekit.gguf.models.architectures import supported  # noqa: E402
 

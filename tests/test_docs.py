@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-_NAMED = re.compile(r"(?:tests|mlx_fusekit|scripts|benchmarks|docs|notebooks)/[\w/-]+\.\w+")
+#: In capitals are names to be chosen, such as FORMAT.py.
+_NAMED = re.compile(r"(?:tests|mlx_fusekit|scripts|benchmarks|docs|notebooks)/[a-z0-9_/-]+\.\w+")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
