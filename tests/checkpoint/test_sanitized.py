@@ -1,10 +1,13 @@
 """Raw Hugging Face checkpoints, which mlx-lm's model classes convert."""
 
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 from support.folders import as_hugging_face, unstacked
@@ -20,9 +23,11 @@ from support.tiny import (
 )
 
 from mlx_fusekit import fuse
+from mlx_fusekit.adapters.sources import NamedSources
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.sanitized import SanitizedModel, open_base
 from mlx_fusekit.errors import CheckpointError
+from mlx_fusekit.verifying.structure import check_structure
 
 
 def difference(first: Any, second: Any) -> float:
@@ -105,3 +110,41 @@ def test_model_code_needs_trust(tmp_path: Path) -> None:
         fuse(base, adapter, tmp_path / "fused")
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "fused").exists()
+
+
+@pytest.fixture
+def converted(tmp_path: Path) -> tuple[Path, Path]:
+    """A raw checkpoint that mlx-lm converts, and the same model as MLX saves it."""
+    base = make_model(tmp_path / "converted", QWEN3_MOE, bits=None)
+    shutil.copytree(base, tmp_path / "raw")
+    weights = mx.load(str(base / "model.safetensors"))
+    return as_hugging_face(tmp_path / "raw", unstacked(weights)), base
+
+
+def test_a_computed_tensor_can_be_read_again_and_from_any_thread(
+    converted: tuple[Path, Path],
+) -> None:
+    raw, base = (open_base(folder) for folder in converted)
+    name = "model.layers.1.mlp.switch_mlp.up_proj.weight"
+    wanted = base.tensors[name].read_rows(3, 90)
+    assert np.array_equal(raw.tensors[name].read_rows(3, 90), wanted)
+    held = raw.tensors[name].held()
+    with ThreadPoolExecutor(3) as pool:
+        tensors = [raw.tensors[name], held, raw.tensors[name]]
+        found = list(pool.map(lambda tensor: tensor.read_rows(3, 90), tensors))
+    assert all(np.array_equal(rows, wanted) for rows in found)
+
+
+def test_checks_of_files_compare_a_computed_base(
+    converted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A DoRA adapter that was not fused is found out, though its effect is in norms alone."""
+    raw, base = converted
+    adapter = make_adapter(tmp_path / "adapter", base, kind="dora", keys=["self_attn.q_proj"])
+    sources = NamedSources.find(raw, adapter).open()
+    checks = check_structure(sources.base, sources.adapter, Checkpoint.open(base))
+    assert [check.name for check in checks if not check.ok] == ["touched modules changed"]
+    fuse(raw, adapter, tmp_path / "fused")
+    fused = Checkpoint.open(tmp_path / "fused")
+    checks = check_structure(sources.base, sources.adapter, fused)
+    assert all(check.ok for check in checks)
