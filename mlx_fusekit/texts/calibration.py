@@ -13,8 +13,7 @@ from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.progress import Progress
 from mlx_fusekit.texts.data import data_file, read_sequences
 from mlx_fusekit.texts.generate import generate_sequences
-from mlx_fusekit.texts.seeds import derived_seed
-from mlx_fusekit.texts.sequences import TokenSequence
+from mlx_fusekit.texts.sequences import TokenSequence, derived_seed
 
 #: Lends a model that is ready to run: one object can be base and teacher in turn.
 ModelLoan = Callable[[], AbstractContextManager[nn.Module]]

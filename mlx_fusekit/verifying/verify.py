@@ -23,8 +23,7 @@ from mlx_fusekit.progress import StepProgress, of_step
 from mlx_fusekit.running.model import MEMORY_SHARE, RunningModel, run_adapted, run_model
 from mlx_fusekit.texts.data import read_sequences
 from mlx_fusekit.texts.generate import generate_sequences
-from mlx_fusekit.texts.seeds import derived_seed
-from mlx_fusekit.texts.sequences import TokenSequence
+from mlx_fusekit.texts.sequences import TokenSequence, derived_seed
 from mlx_fusekit.verifying.parity import Model, Parity, Variant, compare
 from mlx_fusekit.verifying.structure import (
     Check,

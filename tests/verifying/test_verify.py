@@ -71,8 +71,7 @@ def test_a_fused_model_is_measured_between_base_and_teacher(fused: Path) -> None
 
 def test_exact_match_is_that_of_the_other_implementation(fused: Path, tmp_path: Path) -> None:
     import mlx_lm
-
-    from mlx_fusekit.texts.exact_match import exact_match, load_chat_items
+    from support.exact_match import exact_match, load_chat_items
 
     items = load_chat_items(DATA)[:12]
     for item in items[::3]:
