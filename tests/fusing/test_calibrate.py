@@ -16,7 +16,7 @@ from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.errors import ConfigurationError
 
 # Less text than by default: MLX's own BLAS library on the CPU is slow.
-TOKENS = 640
+TOKENS = 400
 
 
 @pytest.fixture(scope="module")
@@ -126,20 +126,19 @@ def test_text_is_generated_where_there_is_none(
     assert ours.kl_mean < rounded.kl_mean / 20
 
 
-@pytest.mark.parametrize("name", ["words.txt", "chat.jsonl", "folder"])
-def test_calibration_files(base: Path, bare_adapter: Path, tmp_path: Path, name: str) -> None:
-    file = tmp_path / name
-    if name == "folder":
-        file.mkdir()
-        shutil.copy(samples.train_data_path(), file / "train.jsonl")
-    elif name == "chat.jsonl":
-        shutil.copy(samples.train_data_path(), file)
-    else:
-        file.write_text("How many books are there? SELECT COUNT(*) FROM titles;\n" * 40)
-    report = fuse(base, bare_adapter, tmp_path / "fused", calibration=file, calibration_tokens=128)
+def test_a_folder_to_calibrate_on(base: Path, bare_adapter: Path, tmp_path: Path) -> None:
+    """What else a file may be is tested where it is read."""
+    (tmp_path / "folder").mkdir()
+    shutil.copy(samples.train_data_path(), tmp_path / "folder" / "train.jsonl")
+    report = fuse(
+        base,
+        bare_adapter,
+        tmp_path / "fused",
+        calibration=tmp_path / "folder",
+        calibration_tokens=128,
+    )
     assert report.calibration is not None
-    read = file / "train.jsonl" if name == "folder" else file
-    assert report.calibration.source == f"{read.parent.name}/{read.name}"
+    assert report.calibration.source == "folder/train.jsonl"
 
 
 def test_a_bad_calibration_file_leaves_nothing(
