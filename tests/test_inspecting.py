@@ -95,7 +95,9 @@ def test_an_adapter_by_itself(tmp_path: Path) -> None:
 
 def test_a_full_fine_tune_has_neither_rank_nor_scale(tmp_path: Path) -> None:
     tensors = {f"{UP}.weight": mx.zeros((256, 128)), "model.norm.weight": mx.zeros((128,))}
-    found = adapter_facts(save_adapter(tmp_path / "a", tensors, kind="full"))
+    declared = {"rank": 8, "scale": 20.0}  # mlx-lm notes its defaults
+    adapter = save_adapter(tmp_path / "a", tensors, kind="full", lora_parameters=declared)
+    found = adapter_facts(adapter)
     assert (found.fine_tune_type, found.rank, found.scale) == ("full", None, None)
     assert found.targets == {"up_proj": 1, "norm": 1}
 
@@ -129,6 +131,16 @@ def test_the_delta_of_experts_is_that_of_all_together(tmp_path: Path) -> None:
     a, b = (np.array(tensors[f"{delta.module}.{leaf}"]) for leaf in ("lora_a", "lora_b"))
     assert delta.delta_rms == pytest.approx(np.sqrt(np.square(2.0 * b @ a).mean()), rel=1e-5)
     assert (delta.format, delta.step_rms, delta.delta_steps) == ("BF16", None, None)
+
+
+def test_the_delta_of_a_full_fine_tune_of_experts(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", QWEN3_MOE)
+    name = "model.layers.1.mlp.switch_mlp.down_proj"
+    before = dequantized(dict(load_model(base)[0].named_modules())[name])
+    change = mx.random.normal(before.shape)
+    new = {f"{name}.weight": before + change}
+    (delta,) = adapter_facts(save_adapter(tmp_path / "a", new, kind="full"), model=base).deltas
+    assert delta.delta_rms == pytest.approx(mx.sqrt(mx.square(change).mean()).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["nvfp4", "mxfp4"])
