@@ -7,12 +7,13 @@ loaded.
 """
 
 import argparse
+import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,17 +23,18 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_fusekit import samples, verify
-from mlx_fusekit.texts.exact_match import ChatItem, exact_match, load_chat_items
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "demo"
+QUESTIONS = OUT / "questions.jsonl"
 ANSWER_TOKENS = 80
 #: Commands as modules, which Python finds even where the environment's scripts have moved.
 MODULES = {"mlx_lm.fuse": ["mlx_lm", "fuse"], "mlx-fusekit": ["mlx_fusekit"]}
 #: A sample whose adapter scores no more than this has not learnt its task.
 LEARNT = 0.95
-#: Tokens to compare the models on.
+#: Tokens that the verify command compares on, and more than all questions have.
 VERIFIED_TOKENS = 600
+ALL_TOKENS = 10**6
 #: A fused model has kept the fine-tune if it scores at least this share of what the adapter does.
 KEPT = 0.95
 
@@ -101,9 +103,12 @@ def main() -> None:
     """Fuse, ask, show, conclude."""
     parser = argparse.ArgumentParser(description="Fuse the embedded sample and evaluate it.")
     parser.add_argument("--items", type=int, default=40, help="Unseen questions (default: 40).")
-    items = load_chat_items(samples.evaluation_data_path())[: parser.parse_args().items]
-    introduce(len(items))
+    lines = samples.evaluation_data_path().read_text(encoding="utf-8").splitlines()
+    lines = lines[: parser.parse_args().items]
+    introduce(len(lines))
     shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir()
+    QUESTIONS.write_text("\n".join(lines), encoding="utf-8")
     for contender in CONTENDERS:
         if contender.command:
             make(contender)
@@ -112,12 +117,9 @@ def main() -> None:
     model = ["--model", os.path.relpath(OURS.model, ROOT)]
     console.print(run("mlx-fusekit", [*GGUF, *model]), soft_wrap=True)
     with console.status("asking ..."):
-        divergences = compare()
-        results = {
-            contender: evaluate(contender, items, divergences[contender])
-            for contender in CONTENDERS
-        }
-    show(results, items)
+        *_, question, expected = json.loads(lines[0])["messages"]
+        results = evaluate(question)
+    show(results, question["content"], expected["content"])
     conclude(results)
 
 
@@ -157,36 +159,40 @@ def run(program: str, arguments: Sequence[str]) -> str:
     return done.stdout
 
 
-def compare() -> dict[Contender, float]:
-    """KL divergence of every model from base+adapter, on the same tokens."""
-    divergences = {TEACHER: 0.0}
+def evaluate(question: Mapping[str, str]) -> dict[Contender, Result]:
+    """Score every model on the same questions, and ask it one."""
+    found: dict[Contender, tuple[float | None, float | None]] = {}
     for contender in (PEER, OURS, WIDER):
         report = verify(
             BASE.model,
             samples.adapter_path(),
             contender.model,
-            data=samples.evaluation_data_path(),
-            max_tokens=VERIFIED_TOKENS,
+            data=QUESTIONS,
+            max_tokens=ALL_TOKENS,
         )
-        divergences[contender] = report.kl_mean
-        divergences[BASE] = report.kl_base_mean or 0.0
-    return divergences
+        found[contender] = report.exact_match_fused, report.kl_mean
+        found[BASE] = report.exact_match_base, report.kl_base_mean
+        found[TEACHER] = report.exact_match_reference, 0.0
+    return {
+        contender: Result(
+            found[contender][0] or 0.0, ask(contender, question), found[contender][1] or 0.0
+        )
+        for contender in CONTENDERS
+    }
 
 
-def evaluate(contender: Contender, items: Sequence[ChatItem], kl: float) -> Result:
+def ask(contender: Contender, question: Mapping[str, str]) -> str:
     """Load the model as anybody would, with mlx-lm alone, and ask."""
     adapter = str(contender.adapter) if contender.adapter else None
     model, tokenizer = mlx_lm.load(str(contender.model), adapter_path=adapter)[:2]
     if not mx.metal.is_available():
         # The weights stay as they are; MLX's CPU backend multiplies float32 ten times faster.
         model.set_dtype(mx.float32)
-    question = items[0]["messages"][:-1]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
-    answer = mlx_lm.generate(model, tokenizer, prompt, max_tokens=ANSWER_TOKENS)
-    return Result(exact_match(model, tokenizer, items), answer.strip(), kl)
+    prompt = tokenizer.apply_chat_template([question], add_generation_prompt=True)
+    return mlx_lm.generate(model, tokenizer, prompt, max_tokens=ANSWER_TOKENS).strip()
 
 
-def show(results: dict[Contender, Result], items: Sequence[ChatItem]) -> None:
+def show(results: dict[Contender, Result], question: str, expected: str) -> None:
     """Print the scores, then every answer to the first question."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("model", no_wrap=True)
@@ -202,12 +208,11 @@ def show(results: dict[Contender, Result], items: Sequence[ChatItem]) -> None:
         )
     console.print()
     console.print(table)
-    question, expected = items[0]["messages"][-2:]
-    console.print(f"\nThe first question: {question['content']}\n")
+    console.print(f"\nThe first question: {question}\n")
     answers = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     answers.add_column(no_wrap=True)
     answers.add_column(overflow="fold")
-    answers.add_row("expected", expected["content"])
+    answers.add_row("expected", expected)
     for contender, result in results.items():
         answers.add_row(contender.name, result.answer)
     console.print(answers)

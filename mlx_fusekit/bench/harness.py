@@ -41,8 +41,8 @@ from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.progress import Progress, StepProgress, of_step
 from mlx_fusekit.running.model import RunningModel
-from mlx_fusekit.texts.seeds import derived_seed
-from mlx_fusekit.texts.special import special_ids
+from mlx_fusekit.texts.chat import special_ids
+from mlx_fusekit.texts.sequences import derived_seed
 from mlx_fusekit.verifying.structure import check_same_model
 
 TRIALS = 10

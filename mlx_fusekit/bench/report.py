@@ -11,7 +11,7 @@ from mlx_fusekit.bench.equivalence import Equivalence
 from mlx_fusekit.bench.statistics import Ratio, Summary, drift, outliers, speedup
 from mlx_fusekit.bench.workload import Shape
 from mlx_fusekit.errors import ConfigurationError
-from mlx_fusekit.texts.seeds import derived_seed
+from mlx_fusekit.texts.sequences import derived_seed
 
 FORMAT = "mlx-fusekit bench 1"
 

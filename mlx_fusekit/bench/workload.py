@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from mlx_fusekit.errors import ConfigurationError
-from mlx_fusekit.texts.data import TEMPLATE_ERRORS
-from mlx_fusekit.texts.seeds import derived_seed
+from mlx_fusekit.texts.chat import TEMPLATE_ERRORS
+from mlx_fusekit.texts.sequences import derived_seed
 
 #: What configurations call the most tokens that a model was made for.
 _CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions", "n_ctx")

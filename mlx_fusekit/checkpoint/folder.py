@@ -17,9 +17,6 @@ from mlx_fusekit.formats.quantization import CODEBOOK_MODES, QuantSpec
 INDEX_NAME = "model.safetensors.index.json"
 _WEIGHT_FILE = re.compile(r"model[^/\\:\0]*\.safetensors")
 
-#: Keys of a quantization block that hold defaults; every other key is a module path.
-_DEFAULT_KEYS = ("group_size", "bits", "mode", "quant_method")
-
 
 @dataclass(frozen=True)
 class Checkpoint:

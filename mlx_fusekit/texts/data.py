@@ -1,30 +1,17 @@
 """Text from files, as token sequences: mlx-lm's JSONL formats, and plain text."""
 
-import contextlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
-
-import jinja2
+from typing import Any, TypeVar
 
 from mlx_fusekit.errors import ConfigurationError
-from mlx_fusekit.texts.exact_match import ChatItem, encode_chat_item
+from mlx_fusekit.texts.chat import encode_item
 from mlx_fusekit.texts.sequences import TokenSequence
 
 T = TypeVar("T")
 
-#: What a chat template raises at a conversation it was not written for, and transformers where
-#: there is no template.
-TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-)
 _SPLITS = ("train", "valid", "test")
 _FORMATS = (
     'write {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}, '
@@ -70,7 +57,9 @@ def read_sequences(
     file = data_file(path)
     if file.suffix == ".jsonl":
         items = _parse_lines(file)
-        sequences = (_encode(item, tokenizer, max_length) for item in _order(items, tokens, seed))
+        sequences = (
+            _cut(encode_item(item, tokenizer), max_length) for item in _order(items, tokens, seed)
+        )
     else:
         windows = _windows(_read_text(file), tokenizer, max_length)
         sequences = (TokenSequence(window) for window in _order(windows, tokens, seed))
@@ -78,14 +67,6 @@ def read_sequences(
     if not usable:
         raise ConfigurationError(f"{file}: holds no text; name a file with text in it")
     return usable
-
-
-def spread(sequences: Sequence[TokenSequence], tokens: int, seed: int) -> list[TokenSequence]:
-    """A seeded selection of about so many tokens from all over the sequences, at least one.
-
-    The order is the selection's; a larger number of tokens extends the selection of a smaller one.
-    """
-    return list(_take(_order(sequences, tokens, seed), tokens))
 
 
 def training_data(adapter_config: Mapping[str, Any], adapter_folder: Path) -> Path | None:
@@ -216,79 +197,8 @@ def _check_messages(messages: Any, where: str) -> None:
         )
 
 
-def _encode(item: Mapping[str, Any], tokenizer: Any, max_length: int) -> TokenSequence:
-    if "prompt" in item and "completion" in item:
-        sequence = _encode_completion(item, tokenizer)
-    elif "messages" in item:
-        sequence = _encode_chat(item["messages"], item.get("tools"), tokenizer) or TokenSequence(
-            _encode_text("\n".join(_contents(item["messages"])), tokenizer)
-        )
-    else:
-        sequence = TokenSequence(_encode_text(item["text"], tokenizer))
-    return _cut(sequence, max_length)
-
-
 def _cut(sequence: TokenSequence, max_length: int) -> TokenSequence:
     if len(sequence.tokens) <= max_length:
         return sequence
     scored = sequence.scored if sequence.scored < max_length else 1
     return TokenSequence(sequence.tokens[:max_length], scored)
-
-
-def _encode_text(text: str, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens as mlx-lm's ``TextDataset`` trains on, with the end-of-text token."""
-    tokens = list(tokenizer.encode(text, verbose=False))
-    end = tokenizer.eos_token_id
-    if end is not None and tokens[-1:] != [end]:
-        tokens.append(end)
-    return tuple(tokens)
-
-
-def _encode_completion(item: Mapping[str, Any], tokenizer: Any) -> TokenSequence:
-    """A completion as mlx-lm renders it: an answer to the prompt as the user's message."""
-    prompt, completion = item["prompt"], item["completion"]
-    messages = [
-        {"role": "user", "content": prompt},
-        {"role": "assistant", "content": completion},
-    ]
-    sequence = _encode_chat(messages, item.get("tools"), tokenizer)
-    if sequence is not None:
-        return sequence
-    start = tuple(tokenizer.encode(prompt, verbose=False))
-    if start[-1:] == (tokenizer.eos_token_id,):
-        start = start[:-1]
-    answer = tuple(tokenizer.encode(completion, add_special_tokens=False, verbose=False))
-    if tokenizer.eos_token_id is not None:
-        answer = (*answer, tokenizer.eos_token_id)
-    if not start:
-        return TokenSequence(answer)
-    return TokenSequence((*start, *answer), len(start), is_answer=bool(answer))
-
-
-def _encode_chat(
-    messages: list[dict[str, Any]], tools: Any, tokenizer: Any
-) -> TokenSequence | None:
-    """A conversation through the chat template, None where that cannot render it."""
-    if messages[-1]["role"] == "assistant":
-        # What fails for the prompt alone may do for the whole.
-        with contextlib.suppress(*TEMPLATE_ERRORS):
-            scored = encode_chat_item(tokenizer, cast(ChatItem, {"messages": messages}), tools)
-            if scored.offset:
-                return TokenSequence(tuple(scored.tokens), scored.offset, is_answer=True)
-    try:
-        whole = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)
-    except TEMPLATE_ERRORS:
-        return None
-    return TokenSequence(tuple(whole))
-
-
-def _contents(messages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """The text of messages, whose content may be a string, parts, or missing (a tool call)."""
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, str):
-            yield content
-        elif isinstance(content, list):
-            for part in content:
-                if isinstance(part, dict) and isinstance(part.get("text"), str):
-                    yield part["text"]

@@ -1,5 +1,6 @@
-"""Tokenized text, and which of its tokens a measurement counts."""
+"""Tokenized text, which of its tokens a measurement counts, and the seeds it is drawn with."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -35,3 +36,11 @@ def grouped_by_length(
             groups.append([])
         groups[-1].append(sequence)
     return groups
+
+
+def derived_seed(seed: int, part: str) -> int:
+    """A seed of 32 bits for one part of a work, which must not draw the numbers of another.
+
+    It depends on ``seed`` and the part's name, on every machine alike.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed}/{part}".encode()).digest()[:4], "big")

@@ -14,8 +14,7 @@ from mlx_fusekit.running.loading import run_model
 from mlx_fusekit.running.model import RunningModel
 from mlx_fusekit.texts.data import read_sequences
 from mlx_fusekit.texts.generate import generate_sequences
-from mlx_fusekit.texts.seeds import derived_seed
-from mlx_fusekit.texts.sequences import TokenSequence
+from mlx_fusekit.texts.sequences import TokenSequence, derived_seed
 from mlx_fusekit.verifying.structure import (
     Check,
     check_no_adapter,

@@ -15,7 +15,8 @@ from mlx_lm import load
 from mlx_lm.lora import CONFIG_DEFAULTS, train_model
 from mlx_lm.tuner.datasets import load_local_dataset
 
-from mlx_fusekit.texts.exact_match import exact_match, load_chat_items
+from mlx_fusekit.texts.data import read_sequences
+from mlx_fusekit.verifying.parity import compare
 from sample.queries import Split, random_query_of
 
 BASE_NAME = "mlx-fusekit/sample-4bit"
@@ -94,7 +95,9 @@ def measure(model: Path, adapter: Path | None, data: Path, as_loaded: bool = Fal
     loaded, tokenizer = load(str(model), adapter_path=str(adapter) if adapter else None)
     if not as_loaded:
         _to_float32(loaded)
-    return exact_match(loaded, tokenizer, load_chat_items(data), batch_size=16)
+    # Of a model beside itself: only the share of exact answers is asked for.
+    found = compare(loaded, {"itself": loaded}, read_sequences(data, tokenizer))
+    return found["itself"].exact_match or 0.0
 
 
 def fuse_with_mlx_lm(model: Path, adapter: Path, fused: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.command import run
+from support.command import exit_code, run
 from support.exercise_reports import GOOD, make_bench, make_findings, write_report
 
 from mlx_fusekit.bench.environment import Environment
@@ -279,18 +279,18 @@ def test_no_file(tmp_path: Path) -> None:
         check_report(tmp_path / "report.md")
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     accepted = run("exercise", "--check", str(write_report(tmp_path, answer=GOOD["en"])))
     assert accepted.returncode == 0, accepted.stderr
     assert accepted.stdout.splitlines() == [f"{tmp_path / 'report.md'} is complete."]
     korean = write_report(tmp_path, language="ko")
-    rejected = run("exercise", "--check", str(korean))
-    assert rejected.returncode == 3
-    heading, *lines = rejected.stdout.splitlines()
+    assert exit_code(monkeypatch, "exercise", "--check", str(korean)) == 3
+    heading, *lines = capsys.readouterr().out.splitlines()
     assert "아직 빠진 것이 있습니다" in heading
     assert len(lines) == 1
     assert lines[0].startswith("- 아직 답이 없습니다")
-    none = run("exercise", "--check", str(tmp_path / JSON_NAME))
-    assert none.returncode == 1
-    assert len(none.stderr.splitlines()) == 1
-    assert run("exercise", "--check", str(korean), "--lang", "ko").returncode == 2
+    assert exit_code(monkeypatch, "exercise", "--check", str(tmp_path / JSON_NAME)) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert exit_code(monkeypatch, "exercise", "--check", str(korean), "--lang", "ko") == 2

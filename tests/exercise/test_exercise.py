@@ -11,11 +11,12 @@ from typing import Any
 import mlx_lm
 import pytest
 from click.testing import CliRunner
-from support.command import run
+from support.command import exit_code, run
 from support.exercise_reports import make_bench, make_findings
 from support.tiny import LLAMA, make_adapter, make_model
 
 from mlx_fusekit import samples
+from mlx_fusekit.bench import bandwidth
 from mlx_fusekit.bench.report import BenchReport
 from mlx_fusekit.cli import group
 from mlx_fusekit.errors import ConfigurationError, FusekitError, OutputError
@@ -159,18 +160,23 @@ def test_the_lesson_fits_80_columns(done: Done) -> None:
         assert TEXTS["ko"][key] in lines
 
 
-def test_its_own_check_asks_for_the_answer_alone(done: Done) -> None:
-    result = run("exercise", "--check", "out/report.md", cwd=done.folder)
-    assert result.returncode == 3
-    assert len(result.stdout.splitlines()) == 2
+def test_its_own_check_asks_for_the_answer_alone(
+    done: Done, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(done.folder)
+    assert exit_code(monkeypatch, "exercise", "--check", "out/report.md") == 3
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_it_is_not_replaced_unasked(done: Done) -> None:
+def test_it_is_not_replaced_unasked(
+    done: Done, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (done.out / "report.md").read_bytes()
-    result = run("exercise", "--out", "out", cwd=done.folder)
-    assert result.returncode == 1
-    assert len(result.stderr.splitlines()) == 1
-    assert "out exists; choose another, or give --overwrite" in result.stderr
+    monkeypatch.chdir(done.folder)
+    assert exit_code(monkeypatch, "exercise", "--out", "out") == 1
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1
+    assert "out exists; choose another, or give --overwrite" in message
     assert (done.out / "report.md").read_bytes() == before
 
 
@@ -266,7 +272,8 @@ def test_what_mlx_lm_cannot_fuse(done: Done, tmp_path: Path) -> None:
         assert TEXTS[language]["parity_ours"].partition("{")[0] in words
 
 
-def test_an_unquantized_base(tmp_path: Path) -> None:
+def test_an_unquantized_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "_BYTES", 8 << 20)
     make_sources(tmp_path, bits=None)
     settings = Settings(
         str(tmp_path / "base"),

@@ -160,12 +160,10 @@ def test_codebook_values_survive(mode: str, with_global: bool) -> None:
     assert unchanged.mean() > (0.99 if mode == "nvfp4" else 0.9999)
 
 
-@pytest.mark.parametrize("code", range(256))
-def test_e4m3_round_trip(code: int) -> None:
-    value = codebooks.E4M3[code]
-    if np.isnan(value):
-        return
-    assert codebooks.encode_e4m3(np.array([value], np.float32))[0] == code
+def test_e4m3_round_trip() -> None:
+    codes = np.flatnonzero(~np.isnan(codebooks.E4M3))
+    assert len(codes) == 254
+    assert np.array_equal(codebooks.encode_e4m3(codebooks.E4M3[codes]), codes)
 
 
 def test_e4m3_rounds_to_nearest() -> None:

@@ -10,10 +10,10 @@ import mlx.core as mx
 import pytest
 from mlx_lm import generate, load
 from mlx_lm.utils import load_adapters
+from support.exact_match import exact_match, load_chat_items
 
 from mlx_fusekit import FuseReport, fuse, samples, verify
 from mlx_fusekit.checkpoint.folder import Checkpoint
-from mlx_fusekit.texts.exact_match import exact_match, load_chat_items
 
 if TYPE_CHECKING:
     from pathlib import Path

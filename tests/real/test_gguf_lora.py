@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_model, load_tokenizer
+from support.exact_match import encode_chat_item, load_chat_items
 from support.models import run_teacher
 from support.tiny import make_adapter
 from support.tiny_architectures import CONFIGS, VOCABULARY, make_model
@@ -30,7 +31,6 @@ from mlx_fusekit.gguf.lora import export_lora
 from mlx_fusekit.gguf.models import hyperparameters
 from mlx_fusekit.gguf.models.architectures import lay_out
 from mlx_fusekit.running.llamacpp import LlamaCpp
-from mlx_fusekit.texts.exact_match import encode_chat_item, load_chat_items
 
 if TYPE_CHECKING:
     from pathlib import Path

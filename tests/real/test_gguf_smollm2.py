@@ -12,13 +12,13 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader, get_tensor_name_map
 from gguf.constants import MODEL_ARCH
 from gguf.quants import dequantize
+from support.exact_match import load_chat_items
 from support.models import run_model
 
 from mlx_fusekit import verify
 from mlx_fusekit.gguf.exporting import ExportReport, export_gguf
 from mlx_fusekit.running.llamacpp import LlamaCpp
 from mlx_fusekit.running.model import RunningModel
-from mlx_fusekit.texts.exact_match import load_chat_items
 
 if TYPE_CHECKING:
     from pathlib import Path

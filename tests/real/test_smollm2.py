@@ -12,8 +12,7 @@ from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx_lm import generate, load
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.utils import load_adapters
-
-from mlx_fusekit.texts.exact_match import exact_match, load_chat_items
+from support.exact_match import exact_match, load_chat_items
 
 if TYPE_CHECKING:
     from fetch_smollm2 import ModelFolders

@@ -146,7 +146,9 @@ def textbook_gptq(target: Float32, moments: Moments, grid: Any) -> Float64:
     return values
 
 
-@pytest.mark.parametrize("name", ["3-bit-32-BF16", "4-bit-64-F16", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize(
+    "name", ["3-bit-32-F32", "4-bit-32-BF16", "4-bit-64-F32", "mxfp4", "nvfp4"]
+)
 @pytest.mark.parametrize("columns", [64, 192, 320])
 def test_error_feedback_is_textbook_gptq(name: str, columns: int) -> None:
     target = random_weights(columns, 6)
@@ -237,8 +239,12 @@ def by_row(moments: Moments, quantized: QuantizedRows, target: Float32, spec: Qu
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning:numpy")
-@pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize("kind", hard_moments(128))
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    # A kind of moments meets an affine grid and a codebook; a format, moments and none.
+    [(name, kind) for kind in HARD for name in ("3-bit-128-BF16", "nvfp4-global")]
+    + [(name, kind) for name in SOME for kind in ("one token", "zeros")],
+)
 def test_no_row_is_worse_than_rounded_to_nearest(name: str, kind: str) -> None:
     format_ = SOME[name]
     target = hard_weights(128, 12)

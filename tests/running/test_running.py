@@ -45,7 +45,10 @@ KINDS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "embedding": (LLAMA, "lora", ["self_attn.q_proj", "model.embed_tokens"]),
     "experts": (QWEN3_MOE, "lora", [*EXPERTS, "mlp.gate", "lm_head"]),
 }
-CASES = [(kind, name) for kind in KINDS for name in FORMATS] + [("experts", n) for n in GLOBAL]
+CASES = [("lora", name) for name in FORMATS] + [("experts", name) for name in GLOBAL]
+CASES += [
+    (k, n) for k in KINDS if k != "lora" for n in ("affine-3", "affine-4", "mxfp4", "bfloat16")
+]
 # mlx-lm's DoRA of an embedding takes the packed width of a quantized one for its own.
 KINDS["dora-embedding"] = (LLAMA, "dora", ["self_attn.q_proj", "model.embed_tokens"])
 CASES += [("dora-embedding", "bfloat16")]

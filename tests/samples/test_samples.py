@@ -6,9 +6,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm
+from support.exact_match import exact_match, load_chat_items
 
 from mlx_fusekit import samples
-from mlx_fusekit.texts.exact_match import exact_match, load_chat_items
 
 FOLDER = Path(samples.__file__).parent
 ITEMS = 40

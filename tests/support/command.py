@@ -1,9 +1,14 @@
-"""The command line in a process of its own."""
+"""The command line, in a process of its own and in this one."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from mlx_fusekit.cli import main
 
 
 def run(
@@ -19,3 +24,17 @@ def run(
         check=False,
         timeout=120,
     )
+
+
+def exit_code(patch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run ``mlx-fusekit`` here, where nothing has to be imported again, to where it exits."""
+    patch.setattr(sys, "argv", ["mlx-fusekit", *arguments])
+    patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code

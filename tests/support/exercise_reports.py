@@ -1,5 +1,6 @@
 """Reports of the exercise with chosen figures, written without running a model."""
 
+import functools
 import json
 import random
 from collections.abc import Sequence
@@ -111,9 +112,8 @@ def write_report(
 ) -> Path:
     """``report.md`` and ``report.json`` in a folder, with an answer written into the report."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = json.dumps((findings or make_findings()).as_json(), ensure_ascii=False)
+    written, words = _rendered(findings, language) if findings else _default(language)
     (folder / JSON_NAME).write_text(written, "utf-8")
-    words = report.render(json.loads(written), language)
     if answer is not None:
         before, _, rest = words.partition(report.START)
         _, _, after = rest.partition(report.END)
@@ -121,3 +121,15 @@ def write_report(
     path = folder / report.NAME
     path.write_text(words, "utf-8")
     return path
+
+
+def _rendered(findings: Findings, language: str) -> tuple[str, str]:
+    """The texts of ``report.json`` and ``report.md``."""
+    written = json.dumps(findings.as_json(), ensure_ascii=False)
+    return written, report.render(json.loads(written), language)
+
+
+@functools.cache
+def _default(language: str) -> tuple[str, str]:
+    """The same findings for most tests, whose intervals take longest."""
+    return _rendered(make_findings(), language)

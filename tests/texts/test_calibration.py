@@ -74,6 +74,16 @@ def test_a_file_comes_first(choose, models, tokenizer) -> None:
     assert text.general_tokens == 0
 
 
+def test_a_file_may_be_plain_text_or_a_folder(choose, models, tmp_path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("".join(f"How many of the {n} books are there?\n" for n in range(400)))
+    lines(tmp_path / "train.jsonl", 20)
+    for file, read in ((words, words), (tmp_path, tmp_path / "train.jsonl")):
+        text = check(choose(file=file, max_length=64))
+        assert text.source == f"{read.parent.name}/{read.name}"
+    assert models.lent == []
+
+
 def test_then_the_adapters_training_data(choose, models, tokenizer) -> None:
     text = check(choose(training_data=samples.train_data_path().parent))
     assert text.source == "the adapter's training data (sql/train.jsonl)"

@@ -6,7 +6,7 @@ import pytest
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
 
 from mlx_fusekit.errors import ConfigurationError
-from mlx_fusekit.texts.data import read_sequences, spread, training_data
+from mlx_fusekit.texts.data import read_sequences, training_data
 from mlx_fusekit.texts.sequences import TokenSequence
 
 QUESTION = "How many cars have color 'red'?"
@@ -210,16 +210,6 @@ def test_a_selection_is_seeded_and_grows(tmp_path, tokenizer) -> None:
     assert set(more) < set(whole)
     # From all over the file, not from its beginning.
     assert max(whole.index(s) for s in more) > 20
-
-
-def test_spread_selects_from_sequences_alike() -> None:
-    sequences = [TokenSequence((n, n + 1, n + 2)) for n in range(100)]
-    few = spread(sequences, 30, seed=1)
-    assert len(few) == 10
-    assert spread(sequences, 60, seed=1)[:10] == few
-    assert spread(sequences, 30, seed=2) != few
-    assert sorted(spread(sequences, 10**6, seed=1), key=lambda s: s.tokens) == sequences
-    assert spread([], 10, seed=1) == []
 
 
 def test_training_data_is_found_where_it_exists(tmp_path, monkeypatch) -> None:

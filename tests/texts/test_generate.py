@@ -5,6 +5,7 @@ import pytest
 
 from mlx_fusekit.texts import generate
 from mlx_fusekit.texts.generate import generate_sequences
+from mlx_fusekit.texts.sampler import Report, Sampler
 
 TOKENS = 900
 
@@ -223,7 +224,7 @@ def test_no_text_has_tokens_that_stand_for_nothing(babbler, tokenizer) -> None:
 
 
 def test_a_recited_template_is_no_plain_text(babbler, tokenizer) -> None:
-    sampler = generate._Sampler(babbler, tokenizer, 0, generate._Report(None, 0))
+    sampler = Sampler(babbler, tokenizer, 0, Report(None, 0))
     before = tokenizer.encode("<|im_start|>system\nYou are a helpful teacher.<|im_end|>\n")
     plain = generate._PlainTexts(sampler, generate._Pieces(before, ""), 50, 100)
     assert plain._recites(tokenizer.encode("xsystem\nYou are a helpful teacher.\n"))
@@ -249,7 +250,7 @@ def test_a_users_turn_may_end_in_plain_characters(babbler, tokenizer) -> None:
 
     pieces = generate._template_pieces(Instructed())
     assert tokenizer.decode(pieces.before) == "[INST]"
-    sampler = generate._Sampler(babbler, tokenizer, 0, generate._Report(None, 0))
+    sampler = Sampler(babbler, tokenizer, 0, Report(None, 0))
     opening = tokenizer.encode(" How many cats? [/INST] Five.")
     assert generate._message(sampler, opening, pieces) == "How many cats?"
 
