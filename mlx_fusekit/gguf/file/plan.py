@@ -18,9 +18,9 @@ from mlx_fusekit.gguf.file.encoding import (
     choose_converted,
     choose_type,
 )
-from mlx_fusekit.gguf.file.grids import scan_grids
 from mlx_fusekit.gguf.file.header import padded
 from mlx_fusekit.gguf.file.rows import RowOpener, TensorRows
+from mlx_fusekit.gguf.file.scales import scan_scales
 from mlx_fusekit.gguf.models.tensors import GgufTensor
 from mlx_fusekit.machine import default_workers
 
@@ -98,7 +98,7 @@ def plan_gguf(
     opener = RowOpener(base, tensors)
     encode = partial(_planned, base, outtype)
     with ThreadPoolExecutor(workers or default_workers()) as pool:
-        encodings = list(pool.map(encode, tensors, map(opener.grids, tensors)))
+        encodings = list(pool.map(encode, tensors, map(opener.scales, tensors)))
     planned, offset = [], 0
     for tensor, encoding in zip(tensors, encodings, strict=True):
         planned.append(PlannedTensor(tensor, encoding, offset))
@@ -128,7 +128,7 @@ def _type_of(
     """The type of a tensor, and whether that is known to hold its values exactly."""
     columns = tensor.shape[-1]
     stored = rows.sources["weight"].dtype
-    facts = scan_grids(rows) if rows.spec is not None else None
+    facts = scan_scales(rows) if rows.spec is not None else None
     if facts is not None and not facts.finite:
         raise CheckpointError(
             f"{base.folder}: {tensor.source} has a scale or bias that is NaN, infinite or so large "

@@ -127,7 +127,7 @@ class RowOpener:
         module, _, leaf = tensor.source.rpartition(".")
         return self._base.quantization(module) if leaf == "weight" else None
 
-    def grids(self, tensor: GgufTensor) -> TensorRows:
+    def scales(self, tensor: GgufTensor) -> TensorRows:
         """Rows of which scales and biases can be read, and codes where that computes nothing.
 
         Raises:
