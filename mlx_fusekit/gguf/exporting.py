@@ -13,7 +13,7 @@ from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.folder import read_json
 from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import ConfigurationError, OutputError
-from mlx_fusekit.gguf.file.encoding import OUTTYPES, TensorEncoding
+from mlx_fusekit.gguf.file.encoding import TensorEncoding
 from mlx_fusekit.gguf.file.plan import plan_gguf
 from mlx_fusekit.gguf.file.staging import check_gguf_target
 from mlx_fusekit.gguf.file.writer import write_gguf
@@ -26,6 +26,7 @@ from mlx_fusekit.gguf.modelfile import (
 )
 from mlx_fusekit.gguf.models import hyperparameters
 from mlx_fusekit.gguf.models.architectures import Layout, lay_out
+from mlx_fusekit.gguf.outtypes import OUTTYPES
 from mlx_fusekit.gguf.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from mlx_fusekit.progress import StepProgress, of_step
 

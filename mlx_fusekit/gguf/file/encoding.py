@@ -10,10 +10,6 @@ from mlx_fusekit.formats.quantization import QuantSpec
 from mlx_fusekit.gguf.file.blocks import FLOAT_TYPES, block_type
 from mlx_fusekit.gguf.file.scales import ScaleFacts
 
-#: How tensors may be written: in the type of the same values (``auto``), only so or wider
-#: (``lossless``), or converted.
-OUTTYPES = ("auto", "lossless", "f32", "f16", "bf16", "q8_0")
-
 
 @dataclass(frozen=True, slots=True)
 class TensorEncoding:
@@ -56,7 +52,7 @@ def choose_type(
     Args:
         facts: of its scales and biases.
         columns: length of a row of the tensor.
-        outtype: one of :data:`OUTTYPES`.
+        outtype: one of :data:`~mlx_fusekit.gguf.outtypes.OUTTYPES`.
     """
     if outtype == "auto":
         chosen = _closest_type(spec, facts, columns)

@@ -11,13 +11,8 @@ import gguf
 from gguf import GGMLQuantizationType as GgmlType
 
 from mlx_fusekit.checkpoint.base import BaseModel
-from mlx_fusekit.errors import CheckpointError, ConfigurationError
-from mlx_fusekit.gguf.file.encoding import (
-    OUTTYPES,
-    TensorEncoding,
-    choose_converted,
-    choose_type,
-)
+from mlx_fusekit.errors import CheckpointError
+from mlx_fusekit.gguf.file.encoding import TensorEncoding, choose_converted, choose_type
 from mlx_fusekit.gguf.file.header import padded
 from mlx_fusekit.gguf.file.rows import RowOpener, TensorRows
 from mlx_fusekit.gguf.file.scales import scan_scales
@@ -85,16 +80,13 @@ def plan_gguf(
     Args:
         base: the model that is exported.
         tensors: in the order of the file.
-        outtype: one of :data:`~mlx_fusekit.gguf.file.encoding.OUTTYPES`.
+        outtype: one of :data:`~mlx_fusekit.gguf.outtypes.OUTTYPES`.
         workers: threads; the plan does not depend on their number.
 
     Raises:
         CheckpointError: when a source is missing, of another shape or of a kind that GGUF cannot
             hold, or has a scale or bias that is NaN or makes infinite weights.
-        ConfigurationError: for an unknown outtype.
     """
-    if outtype not in OUTTYPES:
-        raise ConfigurationError(f"--outtype {outtype}: is none of {', '.join(OUTTYPES)}")
     opener = RowOpener(base, tensors)
     encode = partial(_planned, base, outtype)
     with ThreadPoolExecutor(workers or default_workers()) as pool:

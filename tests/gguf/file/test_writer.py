@@ -20,13 +20,13 @@ from support.tiny import QWEN3_MOE, make_model
 import mlx_fusekit.gguf.file.rows as rows_module
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.sanitized import LazyTensor, SanitizedModel, open_base
-from mlx_fusekit.errors import CheckpointError, ConfigurationError, OutputError
+from mlx_fusekit.errors import CheckpointError, OutputError
 from mlx_fusekit.formats.quantization import QuantSpec
-from mlx_fusekit.gguf.file.encoding import OUTTYPES
 from mlx_fusekit.gguf.file.header import read_gguf_header
 from mlx_fusekit.gguf.file.plan import plan_gguf
 from mlx_fusekit.gguf.file.writer import WrittenFile, write_gguf
 from mlx_fusekit.gguf.models.tensors import GgufTensor
+from mlx_fusekit.gguf.outtypes import OUTTYPES
 
 FORMATS: dict[str, dict[str, Any]] = {
     **{
@@ -411,11 +411,6 @@ def test_weights_that_do_not_fit_are_refused(models: Any, name: str) -> None:
     ):
         with pytest.raises(CheckpointError, match=r"k_proj\.weight.*config\.json"):
             plan_gguf(base, [tensor])
-
-
-def test_an_unknown_outtype_is_refused(models: Any) -> None:
-    with pytest.raises(ConfigurationError, match="--outtype q2_k"):
-        plan_gguf(open_base(models("BF16")), [], outtype="q2_k")
 
 
 def test_existing_targets(tmp_path: Path, models: Any) -> None:
