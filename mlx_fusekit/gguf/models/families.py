@@ -5,13 +5,19 @@ differs from the stored tensors beyond their names. All of it was checked agains
 source and by running a random model of each type in both programs (tests/real).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import gguf
-import numpy as np
 
-from mlx_fusekit.formats.floats import Float32
+from mlx_fusekit.gguf.models.changes import (
+    INTERLEAVED,
+    PLUS_ONE,
+    SHARED_EXPERT_GATE,
+    SHORT_CONVOLUTION,
+    Change,
+    Split,
+)
 from mlx_fusekit.gguf.models.hyperparameters import (
     BASE,
     HEADS,
@@ -25,6 +31,7 @@ from mlx_fusekit.gguf.models.hyperparameters import (
     real,
     sliding_pattern,
 )
+from mlx_fusekit.gguf.models.linear_attention import SPLIT, STATES, TILED_STATES
 from mlx_fusekit.gguf.models.requirements import (
     Check,
     dense_or_routed,
@@ -76,16 +83,14 @@ class Family:
         keys: hyperparameters, those of the rotary embedding apart.
         rope: what llama.cpp does with rotary embeddings.
         rope_dims: how many dimensions of a head are rotated.
-        pairs_side_by_side: whether its rotary embedding turns neighbouring rows (type NORM), while
-            mlx-lm's class by default turns rows half a head apart, so that the rows of query and
-            key projections move.
-        rotates_pairs: mlx-lm's default of ``rope_traditional``, for classes without that field.
+        rotates_pairs: whether mlx-lm's class turns neighbouring rows unless ``rope_traditional``
+            says otherwise, as the graph does (type NORM).
         biases: which biases its graph adds, by GGUF name without the block.
-        plus_one: whether mlx-lm adds one to stored norm weights when it runs.
+        splits: stored tensors that the file holds as several, by the end of their name.
+        changes: what else differs from the stored tensors; those not named stay as they are.
         needs_head: whether it has no fallback to the embedding for a missing output matrix.
         may_lack_head: whether mlx-lm's class ties the embedding where no output matrix is stored.
         square_heads: whether it takes heads times their width to be the hidden size.
-        tiles_values: whether its graph wants the value heads of linear attention in another order.
         activations: what ``hidden_act`` may be.
         checks: of settings that it may not be able to run.
         notes: for the table of supported architectures.
@@ -95,14 +100,13 @@ class Family:
     keys: tuple[Key, ...]
     rope: RopeStyle = PLAIN
     rope_dims: Callable[[Settings], int] = lambda s: s.head_dim
-    pairs_side_by_side: bool = False
     rotates_pairs: bool = False
     biases: frozenset[str] = frozenset()
-    plus_one: bool = False
+    splits: Mapping[str, Split] = field(default_factory=dict)
+    changes: tuple[Change, ...] = ()
     needs_head: bool = False
     may_lack_head: bool = False
     square_heads: bool = False
-    tiles_values: bool = False
     activations: frozenset[str] = frozenset({"silu", "swiglu"})
     checks: tuple[Check, ...] = ()
     notes: str = ""
@@ -127,16 +131,11 @@ def without(keys: tuple[Key, ...], *names: str) -> tuple[Key, ...]:
     return tuple(key for key in keys if key.name not in names)
 
 
-def add_one(weights: Float32) -> Float32:
-    """A norm's weights as llama.cpp multiplies by them."""
-    return weights + np.float32(1)
-
-
 _LLAMA = Family(
     "LLAMA",
     BASE + HEADS + RMS_NORM,
     rope=ALL_FACTORS,
-    pairs_side_by_side=True,
+    changes=INTERLEAVED,
     biases=ATTENTION | MLP,
     checks=(no_sliding,),
 )
@@ -174,7 +173,7 @@ FAMILIES: dict[str, Family] = {
         "LLAMA",
         (*BASE, *HEADS, *RMS_NORM, *experts("num_local_experts", "intermediate_size")[:2]),
         rope=replace(ALL_FACTORS, ignored_by_mlx=True),
-        pairs_side_by_side=True,
+        changes=INTERLEAVED,
     ),
     "qwen2": Family("QWEN2", BASE + RMS_NORM, biases=QKV, square_heads=True),
     "qwen2_moe": Family(
@@ -189,6 +188,7 @@ FAMILIES: dict[str, Family] = {
         ),
         rope=PLAIN_IN_MLX,
         biases=QKV,
+        changes=(SHARED_EXPERT_GATE,),
         needs_head=True,
         square_heads=True,
     ),
@@ -203,7 +203,7 @@ FAMILIES: dict[str, Family] = {
         "GEMMA",
         BASE + HEADS + RMS_NORM,
         rope=PLAIN_IN_MLX,
-        plus_one=True,
+        changes=PLUS_ONE,
         activations=_GELU,
     ),
     "gemma2": Family(
@@ -217,7 +217,7 @@ FAMILIES: dict[str, Family] = {
             count(name="attention.sliding_window", value=lambda s: s.get("sliding_window", 4096)),
         ),
         rope=PLAIN_IN_MLX,
-        plus_one=True,
+        changes=PLUS_ONE,
         activations=_GELU,
         checks=(softmax_scale(46), window_of_gemma2),
         notes="the sliding window of config.json applies, which mlx-lm leaves out",
@@ -232,7 +232,7 @@ FAMILIES: dict[str, Family] = {
             array(name="attention.sliding_window_pattern", value=sliding_pattern(0, default=6)),
             real(name="rope.freq_base_swa", value=local_theta),
         ),
-        plus_one=True,
+        changes=PLUS_ONE,
         may_lack_head=True,
         activations=_GELU,
         checks=(
@@ -307,7 +307,7 @@ FAMILIES: dict[str, Family] = {
         "GRANITE",
         BASE + RMS_NORM + _GRANITE_SCALES,
         rope=ALL_FACTORS,
-        pairs_side_by_side=True,
+        changes=INTERLEAVED,
         biases=ATTENTION | MLP,
     ),
     "granitemoe": Family(
@@ -319,14 +319,13 @@ FAMILIES: dict[str, Family] = {
             *experts("num_local_experts", "intermediate_size")[:2],
         ),
         rope=ALL_FACTORS,
-        pairs_side_by_side=True,
+        changes=INTERLEAVED,
         biases=ATTENTION,
     ),
     "cohere": Family(
         "COMMAND_R",
         BASE + LAYER_NORM + _COHERE,
         rope=RopeStyle(ignored_by_mlx=True, off=True),
-        pairs_side_by_side=True,
         rotates_pairs=True,
         square_heads=True,
         checks=(norms_of_large_cohere,),
@@ -341,14 +340,13 @@ FAMILIES: dict[str, Family] = {
             array(name="attention.sliding_window_pattern", value=sliding_pattern(0, default=4)),
         ),
         rope=RopeStyle(ignored_by_mlx=True, off=True),
-        pairs_side_by_side=True,
         rotates_pairs=True,
         square_heads=True,
     ),
     "smollm3": Family(
         "SMOLLM3",
         BASE + HEADS + RMS_NORM,
-        pairs_side_by_side=True,
+        changes=INTERLEAVED,
         checks=(no_sliding, no_rope_every_fourth),
     ),
     "ministral3": Family(
@@ -363,7 +361,7 @@ FAMILIES: dict[str, Family] = {
             ),
         ),
         rope=RopeStyle(frozenset({"yarn"}), yarn_multiplier=1, reads_betas=True),
-        pairs_side_by_side=True,
+        changes=INTERLEAVED,
         checks=(no_sliding,),
     ),
     "glm4": Family(
@@ -371,7 +369,6 @@ FAMILIES: dict[str, Family] = {
         BASE + HEADS + RMS_NORM,
         rope=PLAIN_IN_MLX,
         rope_dims=partial_rotation,
-        pairs_side_by_side=True,
         rotates_pairs=True,
         biases=QKV,
     ),
@@ -425,7 +422,6 @@ FAMILIES: dict[str, Family] = {
         ),
         rope=RopeStyle(yarn_multiplier=0.1),
         rope_dims=lambda s: int(s["qk_rope_head_dim"]),
-        pairs_side_by_side=True,
         rotates_pairs=True,
         biases=PROBABILITIES,
         checks=(
@@ -446,6 +442,7 @@ FAMILIES: dict[str, Family] = {
             real(name="attention.layer_norm_rms_epsilon", value="norm_eps"),
         ),
         rope=PLAIN_IN_MLX,
+        changes=(SHORT_CONVOLUTION,),
         square_heads=True,
         checks=(only("conv_bias", False),),
     ),
@@ -462,6 +459,7 @@ FAMILIES: dict[str, Family] = {
         ),
         rope=PLAIN_IN_MLX,
         biases=PROBABILITIES,
+        changes=(SHORT_CONVOLUTION,),
         square_heads=True,
         checks=(
             only("conv_bias", False),
@@ -488,7 +486,6 @@ FAMILIES: dict[str, Family] = {
         "ERNIE4_5",
         BASE + HEADS + RMS_NORM,
         rope=PLAIN_IN_MLX,
-        pairs_side_by_side=True,
         rotates_pairs=True,
         biases=ATTENTION,
     ),
@@ -505,7 +502,7 @@ FAMILIES: dict[str, Family] = {
             real(name="logit_scale", value=lambda s: s["hidden_size"] / s["dim_model_base"]),
         ),
         rope=ALL_FACTORS,
-        pairs_side_by_side=True,
+        changes=INTERLEAVED,
         checks=(only("tie_word_embeddings", False),),
     ),
     "nemotron": Family(
@@ -514,7 +511,7 @@ FAMILIES: dict[str, Family] = {
         rope=RopeStyle(frozenset({"linear"}), off=True),
         rope_dims=partial_rotation,
         biases=ATTENTION | MLP | NORMS,
-        plus_one=True,
+        changes=PLUS_ONE,
         needs_head=True,
         square_heads=True,
         activations=frozenset({"relu2"}),
@@ -533,6 +530,8 @@ FAMILIES: dict[str, Family] = {
         ),
         rope_dims=partial_rotation,
         biases=STEPS,
+        splits=SPLIT,
+        changes=(SHARED_EXPERT_GATE, *STATES),
         checks=(
             only("norm_topk_prob", True),
             dense_or_routed,
@@ -551,7 +550,7 @@ FAMILIES: dict[str, Family] = {
         ),
         rope_dims=partial_rotation,
         biases=STEPS,
-        tiles_values=True,
+        changes=TILED_STATES,
         checks=(
             only("num_experts", 0),
             only("attn_output_gate", None, True),

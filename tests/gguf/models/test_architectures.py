@@ -21,8 +21,9 @@ from mlx_fusekit.checkpoint.sanitized import ArrayTensor, open_base
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.gguf.models import hyperparameters, linear_attention
 from mlx_fusekit.gguf.models.architectures import Layout, lay_out, supported
+from mlx_fusekit.gguf.models.changes import interleaved_rows
 from mlx_fusekit.gguf.models.families import FAMILIES
-from mlx_fusekit.gguf.models.naming import in_file_order, interleaved_rows, leaf, needs_float32
+from mlx_fusekit.gguf.models.naming import in_file_order, leaf, needs_float32
 from mlx_fusekit.gguf.models.requirements import softmax_scale
 from mlx_fusekit.gguf.models.rope import FACTORS, Rope, RopeStyle, rope_of
 from mlx_fusekit.gguf.models.settings import Settings
@@ -364,15 +365,17 @@ class TestRows:
         assert list(stored[parts["attn_gate.weight"]]) == ["z0"] * 6 + ["z1"] * 6
 
     def test_tiled_value_heads(self) -> None:
-        four = linear_settings(keys=2, values=4, dim=1)
-        order = linear_attention.tiled_order(four, "linear_attn.in_proj_z.weight")
-        assert order is not None
-        assert list(order) == [0, 2, 1, 3]
-        after = linear_attention.tiled_order(four, "linear_attn.conv1d.weight")
+        four = linear_settings(keys=2, values=4, dim=2)
+        heads = linear_attention.tiled_heads(four)
+        values = linear_attention.tiled_values(four)
+        after = linear_attention.tiled_values_after_keys(four)
+        assert heads is not None
+        assert values is not None
         assert after is not None
-        assert list(after) == [0, 1, 2, 3, 4, 6, 5, 7]
-        same = linear_settings(keys=4, values=4, dim=1)
-        assert linear_attention.tiled_order(same, "linear_attn.A_log") is None
+        assert list(heads) == [0, 2, 1, 3]
+        assert list(values) == [0, 1, 4, 5, 2, 3, 6, 7]
+        assert list(after) == [*range(8), *(8 + values)]
+        assert linear_attention.tiled_heads(linear_settings(keys=4, values=4, dim=1)) is None
 
 
 def linear_settings(*, keys: int, values: int, dim: int) -> Settings:
