@@ -15,7 +15,6 @@ from typing import Any
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 
 from mlx_fusekit import hub
 from mlx_fusekit.adapters import AdapterFolder, LowRankUpdate
@@ -241,10 +240,9 @@ class _Module:
     def _pair(self, tensor: GgufTensor, up: Float32, down: Float32) -> _Pair:
         stacked = len(tensor.shape) == 3
         if tensor.transform is not None:
-            order = _column_order(tensor)
-            if order is None:
-                raise self._refusal(f"holds other values in llama.cpp, as {tensor.name}")
-            down = down[..., order]
+            raise self._refusal(f"holds other values in llama.cpp, as {tensor.name}")
+        if tensor.columns is not None:
+            down = down[..., tensor.columns]
         if (stacked and tensor.rows is not None) or (not stacked and len(up) > 1):
             raise self._refusal(f"has another shape in llama.cpp, as {tensor.name}")
         if tensor.rows is not None:
@@ -256,27 +254,6 @@ class _Module:
 
     def _refusal(self, what: str) -> AdapterError:
         return AdapterError(f"{self.folder.header.file}: {self.path} {what}; {_CURE}")
-
-
-def _column_order(tensor: GgufTensor) -> npt.NDArray[np.intp] | None:
-    """In which order a transform takes the columns of a matrix, None where it does anything else.
-
-    Moving columns of ``up @ down`` is moving those of ``down``.
-    """
-    if tensor.transform is None or len(tensor.shape) != 2:
-        return None
-    row, column = np.indices(tensor.shape, np.float32, sparse=True)
-    if not np.array_equal(_transformed(tensor, row), np.broadcast_to(row, tensor.shape)):
-        return None
-    moved = _transformed(tensor, column)
-    order = moved[0].astype(np.intp)
-    same = np.array_equal(moved, np.broadcast_to(moved[0], tensor.shape))
-    return order if same and np.array_equal(np.sort(order), np.arange(len(order))) else None
-
-
-def _transformed(tensor: GgufTensor, values: Float32) -> Float32:
-    assert tensor.transform is not None, "only such tensors come here"
-    return tensor.transform(np.ascontiguousarray(np.broadcast_to(values, tensor.shape)))
 
 
 def _in_order(pairs: Iterator[_Pair]) -> list[_Pair]:

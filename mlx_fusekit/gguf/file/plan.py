@@ -99,7 +99,7 @@ def plan_gguf(
 
 
 def _planned(base: BaseModel, outtype: str, tensor: GgufTensor, rows: TensorRows) -> TensorEncoding:
-    if tensor.transform is None and not _fits(tensor, rows):
+    if tensor.has_stored_rows and not _fits(tensor, rows):
         raise CheckpointError(
             f"{base.folder}: {tensor.source} has shape {rows.shape}, but {tensor.name} must have "
             f"{tensor.shape}; its weights do not belong to its config.json"
@@ -128,14 +128,14 @@ def _type_of(
         )
     if tensor.float32 or len(tensor.shape) == 1:
         return GgmlType.F32, True
-    if rows.spec is not None and facts is not None and tensor.transform is None:
+    if rows.spec is not None and facts is not None and tensor.has_stored_rows:
         return choose_type(rows.spec, facts, columns, outtype)
     if outtype not in ("auto", "lossless"):
         chosen = choose_converted(columns, outtype)
-    elif tensor.transform is None:
+    elif tensor.has_stored_rows:
         chosen = GgmlType[stored]
     elif outtype == "lossless":
         chosen = GgmlType.F32
     else:
         chosen = GgmlType[stored] if rows.spec is None else GgmlType.F16
-    return chosen, chosen == GgmlType.F32 or (chosen.name == stored and tensor.transform is None)
+    return chosen, chosen == GgmlType.F32 or (chosen.name == stored and tensor.has_stored_rows)

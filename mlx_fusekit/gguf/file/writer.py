@@ -1,7 +1,7 @@
 """Writing one GGUF file: blocks streamed by several threads, staged, checked.
 
-Memory is bounded by the workers' row blocks, whatever the size of the model; a tensor with a
-transform, and one that mlx-lm computes, is held whole.
+Memory is bounded by the workers' row blocks, whatever the size of the model; a tensor whose columns
+or values change, and one that mlx-lm computes, is held whole.
 """
 
 import os

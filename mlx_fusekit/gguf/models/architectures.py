@@ -1,16 +1,14 @@
 """What a GGUF file of a model holds: the architecture's name, its hyperparameters, its tensors."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import partial
 
 import gguf
 import numpy as np
 
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.errors import CheckpointError
-from mlx_fusekit.formats.floats import Float32
 from mlx_fusekit.gguf.models.changes import INTERLEAVED, Change, Indices, Order
 from mlx_fusekit.gguf.models.families import FAMILIES, Family
 from mlx_fusekit.gguf.models.hyperparameters import DEFAULT_CONTEXT, Hyperparameters, evaluate
@@ -24,8 +22,6 @@ from mlx_fusekit.gguf.models.naming import (
 from mlx_fusekit.gguf.models.rope import Rope, rope_of
 from mlx_fusekit.gguf.models.settings import Settings, parameter_shapes
 from mlx_fusekit.gguf.models.tensors import GgufTensor
-
-Transform = Callable[[Float32], Float32]
 
 
 @dataclass(frozen=True)
@@ -199,14 +195,22 @@ class _Tensors:
         """A tensor of the stored values, with what its family does to it."""
         change = self._change(leaf(tensor.name))
         rows, columns = self._order(change.rows), self._order(change.columns)
-        # Of other shapes, GgufTensor.rows are finer than the first dimension.
-        by_rows = rows if len(tensor.shape) == 2 else None
-        steps = [*_taken(rows if by_rows is None else None, axis=0), *_taken(columns, axis=-1)]
-        steps += [change.values] if change.values is not None else []
+        # Of a vector, GGUF's columns are the first dimension; of a convolution, rows are the first
+        # two of three.
+        if rows is not None and len(tensor.shape) == 1:
+            rows, columns = None, rows
+        elif rows is not None and len(tensor.shape) == 3:
+            inner = np.arange(tensor.shape[1])
+            rows = (rows[:, None] * len(inner) + inner).reshape(-1)
         shape = tuple(n for i, n in enumerate(tensor.shape) if i != change.squeezed)
-        transform = partial(_in_turn, steps, shape) if steps else None
-        float32 = needs_float32(tensor.name, shape)
-        return replace(tensor, shape=shape, rows=by_rows, transform=transform, float32=float32)
+        return replace(
+            tensor,
+            shape=shape,
+            rows=rows,
+            columns=columns,
+            transform=change.values,
+            float32=needs_float32(tensor.name, shape),
+        )
 
     def _change(self, name: str) -> Change:
         matching = (c for c in self._family.changes if any(fnmatchcase(name, n) for n in c.names))
@@ -222,13 +226,3 @@ class _Tensors:
 
     def _refusal(self, stored: str, what: str) -> CheckpointError:
         return CheckpointError(f"{self._base.folder}: the tensor {stored} {what}")
-
-
-def _taken(order: Indices | None, axis: int) -> list[Transform]:
-    return [] if order is None else [partial(np.take, indices=order, axis=axis)]
-
-
-def _in_turn(transforms: list[Transform], shape: tuple[int, ...], values: Float32) -> Float32:
-    for transform in transforms:
-        values = transform(values)
-    return values.reshape(shape)

@@ -278,12 +278,13 @@ def test_expert_stacks(tmp_path: Path, global_scale: bool) -> None:
     assert np.array_equal(found, true[source].reshape(256, 128)[rows].reshape(4, 64, 128))
 
 
-def test_transforms_and_forced_float32(tmp_path: Path, models: Any) -> None:
+def test_columns_transforms_and_forced_float32(tmp_path: Path, models: Any) -> None:
     folder = models("4-bit-64-BF16")
     source, norm = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
     tensors = [
-        GgufTensor("doubled", source, (64, 256), None, lambda w: 2 * w.reshape(64, 256)),
-        GgufTensor("plus", norm, (128,), None, lambda w: w + 1),
+        GgufTensor("doubled", source, (64, 256), transform=lambda w: 2 * w),
+        GgufTensor("turned", source, (128, 128), columns=np.arange(128)[::-1]),
+        GgufTensor("plus", norm, (128,), transform=lambda w: w + 1),
         GgufTensor("float", source, (128, 128), float32=True),
         GgufTensor("reshaped", norm, (1, 128)),
     ]
@@ -291,13 +292,14 @@ def test_transforms_and_forced_float32(tmp_path: Path, models: Any) -> None:
     written = write_gguf(plan, keys(), tmp_path / "m.gguf")
     found, true = read_back(tmp_path / "m.gguf"), true_values(folder)
     assert np.array_equal(found["doubled"], 2 * true[source].reshape(64, 256))
+    assert np.array_equal(found["turned"], true[source][:, ::-1])
     assert np.array_equal(found["plus"], true[norm] + 1)
     assert np.array_equal(found["float"], true[source])
     assert np.array_equal(found["reshaped"], true[norm].reshape(1, 128))
     assert all(e.exact and e.ggml_type == GgmlType.F32 for e in written.tensors)
     auto = plan_gguf(open_base(folder), tensors)
     types = [planned.encoding.ggml_type for planned in auto.tensors]
-    assert types == [GgmlType.F16, GgmlType.F32, GgmlType.F32, GgmlType.BF16]
+    assert types == [GgmlType.F16, GgmlType.F16, GgmlType.F32, GgmlType.F32, GgmlType.BF16]
 
 
 def test_bytes_do_not_depend_on_workers_or_block_size(
