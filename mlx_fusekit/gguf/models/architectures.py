@@ -10,7 +10,8 @@ import numpy as np
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.gguf.models.changes import INTERLEAVED, Change, Indices, Order
-from mlx_fusekit.gguf.models.families import FAMILIES, Family
+from mlx_fusekit.gguf.models.families import FAMILIES
+from mlx_fusekit.gguf.models.family import Family
 from mlx_fusekit.gguf.models.hyperparameters import DEFAULT_CONTEXT, Hyperparameters, evaluate
 from mlx_fusekit.gguf.models.naming import (
     Names,

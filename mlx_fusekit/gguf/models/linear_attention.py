@@ -4,6 +4,7 @@ import numpy as np
 
 from mlx_fusekit.formats.floats import Float32
 from mlx_fusekit.gguf.models.changes import Change, Indices
+from mlx_fusekit.gguf.models.hyperparameters import count
 from mlx_fusekit.gguf.models.settings import Settings
 
 
@@ -58,6 +59,17 @@ def tiled_values_after_keys(settings: Settings) -> Indices | None:
     return np.concatenate([np.arange(before), before + values])
 
 
+STATE_KEYS = (
+    count(name="ssm.conv_kernel", value="linear_conv_kernel_dim"),
+    count(name="ssm.state_size", value="linear_key_head_dim"),
+    count(name="ssm.group_count", value="linear_num_key_heads"),
+    count(name="ssm.time_step_rank", value="linear_num_value_heads"),
+    count(
+        name="ssm.inner_size",
+        value=lambda s: s["linear_value_head_dim"] * s["linear_num_value_heads"],
+    ),
+    count(name="full_attention_interval", value="full_attention_interval"),
+)
 #: Of qwen3_next.
 SPLIT = {"linear_attn.in_proj_qkvz.weight": split_qkvz}
 STATES = (
