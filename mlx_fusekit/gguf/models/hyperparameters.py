@@ -58,7 +58,6 @@ class Key:
 count = partial(Key, type=GGUFValueType.UINT32)
 real = partial(Key, type=GGUFValueType.FLOAT32)
 flag = partial(Key, type=GGUFValueType.BOOL)
-text = partial(Key, type=GGUFValueType.STRING)
 array = partial(Key, type=GGUFValueType.ARRAY)
 
 
