@@ -24,7 +24,7 @@ from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.errors import AdapterError
 from mlx_fusekit.formats.floats import Float32
 from mlx_fusekit.gguf.file.header import read_gguf_header
-from mlx_fusekit.gguf.file.staging import check_gguf_target, staged_file
+from mlx_fusekit.gguf.file.staging import check_gguf_target, staged_gguf
 from mlx_fusekit.gguf.model_facts import Origin, read_model_facts
 from mlx_fusekit.gguf.models.architectures import Layout, lay_out
 from mlx_fusekit.gguf.models.naming import in_file_order, leaf
@@ -280,7 +280,7 @@ def _write(
 ) -> int:
     """Write a file that exists complete or not at all; its size."""
     tensors = {name: values for pair in pairs for name, values in pair.tensors.items()}
-    with staged_file(target, overwrite=overwrite) as path:
+    with staged_gguf(target, overwrite=overwrite) as path:
         for name, values in tensors.items():
             writer.add_tensor(name, values)
         try:

@@ -1,9 +1,5 @@
 """A GGUF file holds the model's values, is complete or absent, and says truly what it lost."""
 
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -454,33 +450,12 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, models: Any) -> None:
     assert not list(tmp_path.iterdir())
 
 
-_KILLED = """
-import sys, time
-from pathlib import Path
-from mlx_fusekit.gguf.file.staging import staged_file
-with staged_file(Path(sys.argv[1]), overwrite=False) as path:
-    path.write_bytes(b"half a model")
-    print("written", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path, models: Any) -> None:
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path, models: Any) -> None:
     target = tmp_path / "m.gguf"
-    command = [sys.executable, "-c", _KILLED, str(target)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as run:
-        run.stdout.readline()
-        (left,) = tmp_path.iterdir()
-        assert left.name.startswith(".m.gguf.partial-")
-        export(models("F16"), tmp_path / "n.gguf")
-        export(models("F16"), target)
-        assert left.exists()  # its process lives
-        target.unlink()
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-    time.sleep(0.05)
-    export(models("F16"), target)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "n.gguf"]
+    with pytest.raises(OutputError, match="add --overwrite"):
+        export(models("F16"), target, progress=lambda done, total: target.write_text("mine"))
+    assert target.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("kept", [0, 3, 20, 60, 200, 800, -1])
