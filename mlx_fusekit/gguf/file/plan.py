@@ -55,16 +55,21 @@ class GgufPlan:
     data_bytes: int
 
     @property
+    def encodings(self) -> tuple[TensorEncoding, ...]:
+        """How each tensor is written."""
+        return tuple(planned.encoding for planned in self.tensors)
+
+    @property
     def tensor_bytes(self) -> int:
         """Size of all tensors."""
-        return sum(planned.encoding.nbytes for planned in self.tensors)
+        return sum(encoding.nbytes for encoding in self.encodings)
 
     @property
     def file_type(self) -> int:
         """The number by which llama.cpp names a file, of the type that most bytes have."""
         sizes: Counter[GgmlType] = Counter()
-        for planned in self.tensors:
-            sizes[planned.encoding.ggml_type] += planned.encoding.nbytes
+        for encoding in self.encodings:
+            sizes[encoding.ggml_type] += encoding.nbytes
         return int(_FILE_TYPES[max(sizes, key=sizes.__getitem__, default=GgmlType.F32)])
 
 
