@@ -17,7 +17,7 @@ from mlx_fusekit.gguf.file.encoding import TensorEncoding
 from mlx_fusekit.gguf.file.plan import plan_gguf
 from mlx_fusekit.gguf.file.staging import check_gguf_target
 from mlx_fusekit.gguf.file.writer import write_gguf
-from mlx_fusekit.gguf.model_facts import read_model_facts
+from mlx_fusekit.gguf.model_facts import add_facts, read_model_facts
 from mlx_fusekit.gguf.modelfile import Modelfile
 from mlx_fusekit.gguf.models import hyperparameters
 from mlx_fusekit.gguf.models.architectures import Layout, lay_out
@@ -94,7 +94,7 @@ class _Exportable:
         writer = gguf.GGUFWriter(None, self.layout.architecture)
         writer.add_type(gguf.GGUFType.MODEL)
         texts = {token.text for token in self.vocabulary.tokens}
-        read_model_facts(found).add_to(writer, texts)
+        add_facts(read_model_facts(found), writer, texts)
         hyperparameters.write(self.layout.hyperparameters, writer)
         self.vocabulary.add_to(writer)
         return writer

@@ -25,7 +25,7 @@ from mlx_fusekit.errors import AdapterError
 from mlx_fusekit.formats.floats import Float32
 from mlx_fusekit.gguf.file.header import read_gguf_header
 from mlx_fusekit.gguf.file.staging import check_gguf_target, staged_gguf
-from mlx_fusekit.gguf.model_facts import Origin, read_model_facts
+from mlx_fusekit.gguf.model_facts import add_facts, base_model, read_model_facts
 from mlx_fusekit.gguf.models.architectures import Layout, lay_out
 from mlx_fusekit.gguf.models.naming import in_file_order, leaf
 from mlx_fusekit.gguf.models.tensors import GgufTensor
@@ -267,8 +267,8 @@ def _keys(
     """All metadata of the file."""
     writer = gguf.GGUFWriter(None, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
-    facts = replace(read_model_facts(adapter), base_models=(Origin.of(model.public_name),))
-    facts.add_to(writer)
+    facts = read_model_facts(adapter)
+    add_facts(replace(facts, base_models=[base_model(model.public_name)]), writer)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
