@@ -1,13 +1,14 @@
-"""A target folder that exists complete or not at all.
+"""A target, folder or file, that exists complete or not at all.
 
-Everything is written into a hidden folder beside the target, which is renamed at the end. The
-hidden folder is held under an advisory lock by the process that fills it; one whose lock is free
-was left by a killed run, and the next run for the same target removes it.
+Everything is written under a hidden name beside the target, which is renamed at the end. What has
+the hidden name is held under an advisory lock by the process that fills it; where the lock is free,
+a killed run left it, and the next run for the same target removes it.
 """
 
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -30,6 +31,7 @@ _DISK_ERRORS = (
 
 _STAGING = ".fusekit-new-"
 _REPLACED = ".fusekit-old-"
+_PARTIAL = ".partial-"
 
 
 def check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
@@ -69,6 +71,13 @@ def check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) ->
             )
 
 
+def can_make(folder: Path) -> bool:
+    """Whether a folder and its missing parents can be made."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK)
+
+
 @contextlib.contextmanager
 def staging_folder(target: Path) -> Iterator[Path]:
     """A folder to fill; renamed to ``target`` when the block ends well, removed when it does not.
@@ -78,28 +87,112 @@ def staging_folder(target: Path) -> Iterator[Path]:
     Raises:
         OutputError: when the disk or its rights do not let the folder be written.
     """
+
+    def put_in_place(staging: Path) -> None:
+        if target.exists():
+            target.rename(_hidden(target, _REPLACED))
+        staging.rename(target)
+
+    with _staged(target, _STAGING, _make_folder, put_in_place) as staging:
+        yield staging
+    # Only once the new folder is in place: until then the old one is the user's only copy.
+    for folder in _all_hidden(target, _REPLACED):
+        _remove(folder)
+
+
+@contextlib.contextmanager
+def staged_file(target: Path, check: Callable[[], object]) -> Iterator[Path]:
+    """An empty file to fill; renamed to ``target`` when the block ends well, else removed.
+
+    Args:
+        target: the file; an existing one is replaced.
+        check: refuses a target that must not be written to; asked at the beginning and at the end.
+
+    Raises:
+        OutputError: when the disk or its rights do not let the file be written.
+    """
+
+    def put_in_place(partial: Path) -> None:
+        check()
+        partial.replace(target)
+
+    check()
+    with _staged(target, _PARTIAL, _make_file, put_in_place) as partial:
+        yield partial
+
+
+@contextlib.contextmanager
+def _staged(
+    target: Path,
+    mark: str,
+    make: Callable[[Path], int],
+    put_in_place: Callable[[Path], object],
+) -> Iterator[Path]:
+    """What folders and files have in common.
+
+    Args:
+        target: what is to be there at the end.
+        mark: tells in a hidden name what has it.
+        make: makes the folder or file under its hidden name, and opens it.
+        put_in_place: gives it the name of the target.
+    """
     parent = target.absolute().parent
-    made = make_parents(parent)
-    _remove_abandoned(target)
-    staging = parent / f".{target.name}{_STAGING}{secrets.token_hex(4)}"
+    made = _make_parents(parent)
+    _remove_abandoned(target, mark)
+    staging = _hidden(target, mark)
     try:
-        staging.mkdir()
+        descriptor = make(staging)
     except OSError as error:
         raise OutputError(f"{parent}: cannot be written to ({error.strerror})") from error
-    descriptor = os.open(staging, os.O_RDONLY)
-    with undone_on_failure(target, made, lambda: shutil.rmtree(staging, ignore_errors=True)):
+    with _undone_on_failure(target, made, lambda: _remove(staging)):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield staging
             sync(descriptor)
-            _put_in_place(staging, target)
+            put_in_place(staging)
+            _sync_folder(parent)
         finally:
             os.close(descriptor)
-    _remove_replaced(target)
+
+
+def _make_folder(path: Path) -> int:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY)
+
+
+def _make_file(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _hidden(target: Path, mark: str) -> Path:
+    return target.absolute().parent / f".{target.name}{mark}{secrets.token_hex(4)}"
+
+
+def _all_hidden(target: Path, mark: str) -> Iterator[Path]:
+    return target.absolute().parent.glob(f".{glob.escape(target.name)}{mark}*")
+
+
+def _remove_abandoned(target: Path, mark: str) -> None:
+    for path in _all_hidden(target, mark):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue  # another run is filling it right now
+        finally:
+            os.close(descriptor)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def undone_on_failure(
+def _undone_on_failure(
     target: Path, made: Sequence[Path], remove: Callable[[], object]
 ) -> Iterator[None]:
     """Leave nothing behind when the block fails or is interrupted.
@@ -126,38 +219,7 @@ def undone_on_failure(
         raise
 
 
-def _put_in_place(staging: Path, target: Path) -> None:
-    if target.exists():
-        target.rename(target.parent / f".{target.name}{_REPLACED}{secrets.token_hex(4)}")
-    staging.rename(target)
-    sync_folder(target.absolute().parent)
-
-
-def _remove_abandoned(target: Path) -> None:
-    for folder in target.absolute().parent.glob(f".{_escaped(target.name)}{_STAGING}*"):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue  # another run is filling it right now
-        finally:
-            os.close(descriptor)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_replaced(target: Path) -> None:
-    # Only once the new folder is in place: until then the old one is the user's only copy.
-    for folder in target.absolute().parent.glob(f".{_escaped(target.name)}{_REPLACED}*"):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _escaped(name: str) -> str:
-    import glob
-
-    return glob.escape(name)
-
-
-def make_parents(folder: Path) -> list[Path]:
+def _make_parents(folder: Path) -> list[Path]:
     """Make a folder and its missing parents; those that were made, innermost first."""
     missing = []
     while not folder.exists():
@@ -171,14 +233,7 @@ def make_parents(folder: Path) -> list[Path]:
     return missing
 
 
-def can_make(folder: Path) -> bool:
-    """Whether a folder and its missing parents can be made."""
-    while not folder.exists():
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK)
-
-
-def sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Wait until the disk has the names that a folder holds."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -8,13 +8,12 @@ import click
 from mlx_fusekit import figures
 from mlx_fusekit.cli import output
 from mlx_fusekit.cli.completion import PATH
+from mlx_fusekit.gguf.outtypes import OUTTYPES
 
 if TYPE_CHECKING:
     from mlx_fusekit.gguf.exporting import ExportReport
     from mlx_fusekit.gguf.file.encoding import TensorEncoding
 
-#: So that --help imports nothing heavy; the package's own list is checked against it by a test.
-OUTTYPES = ("auto", "lossless", "f32", "f16", "bf16", "q8_0")
 _LISTED = 5
 
 

@@ -12,24 +12,19 @@ from mlx_fusekit import hub
 from mlx_fusekit.adapters.sources import open_model
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.folder import read_json
-from mlx_fusekit.errors import ConfigurationError, OutputError
-from mlx_fusekit.gguf.file.encoding import OUTTYPES, TensorEncoding
+from mlx_fusekit.errors import ConfigurationError
+from mlx_fusekit.gguf.file.encoding import TensorEncoding
 from mlx_fusekit.gguf.file.plan import plan_gguf
 from mlx_fusekit.gguf.file.staging import check_gguf_target
 from mlx_fusekit.gguf.file.writer import write_gguf
-from mlx_fusekit.gguf.model_facts import read_model_facts
-from mlx_fusekit.gguf.modelfile import (
-    create_in_ollama,
-    create_line,
-    modelfile_text,
-    ollama_program,
-)
+from mlx_fusekit.gguf.model_facts import add_facts, read_model_facts
+from mlx_fusekit.gguf.modelfile import Modelfile
 from mlx_fusekit.gguf.models import hyperparameters
 from mlx_fusekit.gguf.models.architectures import Layout, lay_out
+from mlx_fusekit.gguf.outtypes import OUTTYPES
 from mlx_fusekit.gguf.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from mlx_fusekit.progress import StepProgress, of_step
 
-MODELFILE_NAME = "Modelfile"
 _GENERATION_CONFIG = "generation_config.json"
 
 
@@ -94,6 +89,22 @@ class _Exportable:
         embedding = next(t for t in layout.tensors if t.name == "token_embd.weight")
         return cls(layout, read_vocabulary(base.folder, embedding.shape[0]))
 
+    def keys(self, found: hub.LocalFolder) -> gguf.GGUFWriter:
+        """All metadata of the file."""
+        writer = gguf.GGUFWriter(None, self.layout.architecture)
+        writer.add_type(gguf.GGUFType.MODEL)
+        texts = {token.text for token in self.vocabulary.tokens}
+        add_facts(read_model_facts(found), writer, texts)
+        hyperparameters.write(self.layout.hyperparameters, writer)
+        self.vocabulary.add_to(writer)
+        return writer
+
+    def modelfile_text(self, modelfile: Modelfile, folder: Path) -> str:
+        """What Ollama's Modelfile says; refuses what it cannot hold."""
+        config = folder / _GENERATION_CONFIG
+        generation = read_json(config) if config.exists() else {}
+        return modelfile.text(generation, self.vocabulary.stop_texts)
+
 
 def check_export(base: BaseModel, outtype: str = "auto") -> None:
     """Refuse a model that cannot be exported, before anything is made of it.
@@ -151,31 +162,23 @@ def export_gguf(
     target = Path(gguf_path).expanduser()
     _check_outtype(outtype)
     check_gguf_target(target, overwrite=overwrite)
-    beside = target.with_name(MODELFILE_NAME) if modelfile or system or ollama else None
+    beside = Modelfile(target, system, ollama) if modelfile or system or ollama else None
     if beside is not None:
-        _check_modelfile(beside, ollama, overwrite=overwrite)
+        beside.check(overwrite=overwrite)
     found = hub.resolve(model, revision=revision, code=trust_remote_code)
     base = open_model(found)
     exportable = _Exportable.of(base)
-    text = _modelfile(found.path, target, exportable.vocabulary, system) if beside else None
+    text = exportable.modelfile_text(beside, found.path) if beside is not None else ""
     plan = plan_gguf(base, exportable.layout.tensors, outtype=outtype, workers=workers)
-    encodings = tuple(planned.encoding for planned in plan.tensors)
-    nbytes = plan.data_bytes
+    encodings, nbytes = plan.encodings, plan.data_bytes
     if not dry_run:
-        keys = _keys(found, exportable)
+        keys, told = exportable.keys(found), of_step(progress, "writing")
         written = write_gguf(
-            plan,
-            keys,
-            target,
-            overwrite=overwrite,
-            workers=workers,
-            progress=of_step(progress, "writing"),
+            plan, keys, target, overwrite=overwrite, workers=workers, progress=told
         )
         encodings, nbytes = written.tensors, written.nbytes
-        if beside is not None and text is not None:
-            _write_modelfile(beside, text)
-        if ollama is not None and beside is not None:
-            create_in_ollama(ollama, beside)
+        if beside is not None:
+            beside.write(text)
     inexact = tuple(encoding for encoding in encodings if not encoding.exact)
     return ExportReport(
         model=found.public_name,
@@ -187,57 +190,8 @@ def export_gguf(
         exact=not inexact,
         inexact=inexact,
         notes=(*exportable.layout.notes, *exportable.vocabulary.notes),
-        modelfile=str(beside) if beside else None,
-        ollama_command=create_line(ollama or _ollama_name(target), beside) if beside else None,
+        modelfile=str(beside.path) if beside is not None else None,
+        ollama_command=beside.ollama_command if beside is not None else None,
         dry_run=dry_run,
         seconds=time.perf_counter() - start,
     )
-
-
-def _keys(found: hub.LocalFolder, exportable: _Exportable) -> gguf.GGUFWriter:
-    """All metadata of the file."""
-    layout, vocabulary = exportable.layout, exportable.vocabulary
-    writer = gguf.GGUFWriter(None, layout.architecture)
-    writer.add_type(gguf.GGUFType.MODEL)
-    read_model_facts(found).add_to(writer, {token.text for token in vocabulary.tokens})
-    hyperparameters.write(layout.hyperparameters, writer)
-    vocabulary.add_to(writer)
-    return writer
-
-
-def _check_modelfile(path: Path, ollama: str | None, *, overwrite: bool) -> None:
-    if path.is_dir():
-        raise OutputError(f"{path}: is a folder; choose a --gguf-path in another one")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path}: exists already; add --overwrite to replace it")
-    if ollama is not None:
-        ollama_program(ollama, path)
-
-
-def _write_modelfile(path: Path, text: str) -> None:
-    """Complete or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, "utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path}: could not be written ({error.strerror}); the GGUF file is there"
-        ) from error
-
-
-def _modelfile(folder: Path, target: Path, vocabulary: Vocabulary, system: str | None) -> str:
-    config = folder / _GENERATION_CONFIG
-    generation = read_json(config) if config.exists() else {}
-    return modelfile_text(
-        target.name, generation=generation, stops=vocabulary.stop_texts, system=system
-    )
-
-
-def _ollama_name(target: Path) -> str:
-    """A name that Ollama takes, from the file's."""
-    allowed = "".join(
-        c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in target.stem
-    )
-    return allowed.strip(".-").lower() or "my-model"

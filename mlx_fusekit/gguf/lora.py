@@ -15,7 +15,6 @@ from typing import Any
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 
 from mlx_fusekit.adapters.sources import NamedSources
 from mlx_fusekit.adapters.updates import AdapterFolder, LowRankUpdate
@@ -23,8 +22,8 @@ from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.errors import AdapterError
 from mlx_fusekit.formats.floats import Float32
 from mlx_fusekit.gguf.file.header import read_gguf_header
-from mlx_fusekit.gguf.file.staging import check_gguf_target, staged_file
-from mlx_fusekit.gguf.model_facts import Origin, read_model_facts
+from mlx_fusekit.gguf.file.staging import check_gguf_target, staged_gguf
+from mlx_fusekit.gguf.model_facts import add_facts, base_model, read_model_facts
 from mlx_fusekit.gguf.models.architectures import Layout, lay_out
 from mlx_fusekit.gguf.models.naming import in_file_order, leaf
 from mlx_fusekit.gguf.models.tensors import GgufTensor
@@ -235,10 +234,9 @@ class _Module:
     def _pair(self, tensor: GgufTensor, up: Float32, down: Float32) -> _Pair:
         stacked = len(tensor.shape) == 3
         if tensor.transform is not None:
-            order = _column_order(tensor)
-            if order is None:
-                raise self._refusal(f"holds other values in llama.cpp, as {tensor.name}")
-            down = down[..., order]
+            raise self._refusal(f"holds other values in llama.cpp, as {tensor.name}")
+        if tensor.columns is not None:
+            down = down[..., tensor.columns]
         if (stacked and tensor.rows is not None) or (not stacked and len(up) > 1):
             raise self._refusal(f"has another shape in llama.cpp, as {tensor.name}")
         if tensor.rows is not None:
@@ -252,27 +250,6 @@ class _Module:
         return AdapterError(f"{self.folder.files[-1]}: {self.path} {what}; {_CURE}")
 
 
-def _column_order(tensor: GgufTensor) -> npt.NDArray[np.intp] | None:
-    """In which order a transform takes the columns of a matrix, None where it does anything else.
-
-    Moving columns of ``up @ down`` is moving those of ``down``.
-    """
-    if tensor.transform is None or len(tensor.shape) != 2:
-        return None
-    row, column = np.indices(tensor.shape, np.float32, sparse=True)
-    if not np.array_equal(_transformed(tensor, row), np.broadcast_to(row, tensor.shape)):
-        return None
-    moved = _transformed(tensor, column)
-    order = moved[0].astype(np.intp)
-    same = np.array_equal(moved, np.broadcast_to(moved[0], tensor.shape))
-    return order if same and np.array_equal(np.sort(order), np.arange(len(order))) else None
-
-
-def _transformed(tensor: GgufTensor, values: Float32) -> Float32:
-    assert tensor.transform is not None, "only such tensors come here"
-    return tensor.transform(np.ascontiguousarray(np.broadcast_to(values, tensor.shape)))
-
-
 def _in_order(pairs: Iterator[_Pair]) -> list[_Pair]:
     by_name = {pair.name: pair for pair in pairs}
     return [by_name[name] for name in in_file_order(by_name)]
@@ -284,8 +261,8 @@ def _keys(
     """All metadata of the file."""
     writer = gguf.GGUFWriter(None, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
-    facts = replace(read_model_facts(adapter), base_models=(Origin.of(model.public_name),))
-    facts.add_to(writer)
+    facts = read_model_facts(adapter)
+    add_facts(replace(facts, base_models=[base_model(model.public_name)]), writer)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
@@ -297,7 +274,7 @@ def _write(
 ) -> int:
     """Write a file that exists complete or not at all; its size."""
     tensors = {name: values for pair in pairs for name, values in pair.tensors.items()}
-    with staged_file(target, overwrite=overwrite) as path:
+    with staged_gguf(target, overwrite=overwrite) as path:
         for name, values in tensors.items():
             writer.add_tensor(name, values)
         try:

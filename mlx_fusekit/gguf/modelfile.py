@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,69 @@ _PARAMETERS = {
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 _NAME_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
 _NAME = re.compile(rf"(?:{_NAME_PART}(?::\d+)?/)?(?:{_NAME_PART}/)?{_NAME_PART}(?::{_NAME_PART})?")
+
+
+@dataclass(frozen=True)
+class Modelfile:
+    """The Modelfile beside a GGUF file, and the Ollama model that may be made of it.
+
+    Attributes:
+        gguf_path: the GGUF file.
+        system: the system prompt, where one is wanted.
+        ollama: name of the Ollama model, where one is to be made.
+    """
+
+    gguf_path: Path
+    system: str | None = None
+    ollama: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.gguf_path.with_name("Modelfile")
+
+    @property
+    def ollama_command(self) -> str:
+        """The line that makes an Ollama model of it."""
+        return create_line(self.ollama or _model_name(self.gguf_path), self.path)
+
+    def check(self, *, overwrite: bool) -> None:
+        """Refuse what could not be written or made, before any work.
+
+        Raises:
+            ConfigurationError: for a name that Ollama does not allow, or when it is not there.
+            OutputError: for a file that must not be written to.
+        """
+        if self.path.is_dir():
+            raise OutputError(f"{self.path}: is a folder; choose a --gguf-path in another one")
+        if self.path.exists() and not overwrite:
+            raise OutputError(f"{self.path}: exists already; add --overwrite to replace it")
+        if self.ollama is not None:
+            ollama_program(self.ollama, self.path)
+
+    def text(self, generation: Mapping[str, Any], stops: Sequence[str]) -> str:
+        """What it says; see :func:`modelfile_text`."""
+        return modelfile_text(
+            self.gguf_path.name, generation=generation, stops=stops, system=self.system
+        )
+
+    def write(self, text: str) -> None:
+        """Write it, complete or not at all, and make the Ollama model.
+
+        Raises:
+            OutputError: when disk or rights do not let it be written, or Ollama fails.
+        """
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        try:
+            partial.write_text(text, "utf-8")
+            partial.replace(self.path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OutputError(
+                f"{self.path}: could not be written ({error.strerror}); the GGUF file is there"
+            ) from error
+        if self.ollama is not None:
+            create_in_ollama(self.ollama, self.path)
 
 
 def modelfile_text(
@@ -107,6 +171,14 @@ def create_in_ollama(name: str, modelfile: Path) -> None:
             f"--ollama {name}: `ollama create` failed with status {done.returncode}, see its "
             "message above; is the Ollama server running (`ollama serve`)?"
         )
+
+
+def _model_name(gguf_path: Path) -> str:
+    """A name that Ollama takes, from the file's."""
+    allowed = "".join(
+        c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in gguf_path.stem
+    )
+    return allowed.strip(".-").lower() or "my-model"
 
 
 def _parameters(generation: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

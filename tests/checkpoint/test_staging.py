@@ -12,7 +12,7 @@ from mlx_lm.utils import load_model
 from support.tiny import make_adapter, make_model
 
 from mlx_fusekit import fuse, prepare_fuse
-from mlx_fusekit.checkpoint.staging import staging_folder
+from mlx_fusekit.checkpoint.staging import staged_file, staging_folder
 from mlx_fusekit.errors import OutputError
 
 
@@ -128,6 +128,40 @@ def test_a_glob_character_in_the_name_is_no_pattern(tmp_path: Path) -> None:
     with staging_folder(tmp_path / "[a]b") as staging:
         (staging / "file").write_text("x")
     assert other.exists()
+
+
+_KILLED = """
+import sys, time
+from pathlib import Path
+from mlx_fusekit.checkpoint.staging import staged_file
+with staged_file(Path(sys.argv[1]), lambda: None) as path:
+    path.write_bytes(b"half a file")
+    print("written", flush=True)
+    time.sleep(60)
+"""
+
+
+def write_staged(target: Path) -> None:
+    with staged_file(target, lambda: None) as path:
+        path.write_bytes(b"a whole file")
+
+
+def test_a_file_that_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    target = tmp_path / "m.gguf"
+    command = [sys.executable, "-c", _KILLED, str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        run.stdout.readline()
+        (left,) = tmp_path.iterdir()
+        assert left.name.startswith(".m.gguf.partial-")
+        write_staged(tmp_path / "n.gguf")
+        write_staged(target)
+        assert left.exists()  # its process lives
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    write_staged(target)
+    assert target.read_bytes() == b"a whole file"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "n.gguf"]
 
 
 # Large enough that a kill can fall into the middle of the writing.

@@ -19,10 +19,9 @@ from support.tiny import dequantized
 
 from mlx_fusekit import samples
 from mlx_fusekit.checkpoint.sanitized import open_base
-from mlx_fusekit.cli.export_gguf import OUTTYPES as OUTTYPES_OF_THE_COMMAND
 from mlx_fusekit.errors import CheckpointError, ConfigurationError, FusekitError, OutputError
 from mlx_fusekit.gguf.exporting import ExportReport, check_export, export_gguf
-from mlx_fusekit.gguf.file.encoding import OUTTYPES
+from mlx_fusekit.gguf.outtypes import OUTTYPES
 
 SAMPLE = samples.model_path()
 QUANTIZED, NORMS = 29, 9
@@ -157,10 +156,6 @@ def test_each_weight_gets_its_own_type(
     assert [tensor.name for tensor in report.inexact] == [
         f"blk.{layer}.ffn_down.weight" for layer in range(2) if "Q8_0" in types
     ]
-
-
-def test_the_outtypes_of_the_command_are_those_of_the_package() -> None:
-    assert OUTTYPES_OF_THE_COMMAND == OUTTYPES
 
 
 def test_progress_is_told_to_the_end(tmp_path: Path) -> None:

@@ -6,16 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf import GGUFWriter
+from gguf import GGUFWriter, Metadata
 from support.tokenizer_folders import Json, read_keys, write_folder
 
 from mlx_fusekit.errors import CheckpointError
-from mlx_fusekit.gguf.model_facts import (
-    ModelFacts,
-    Origin,
-    loadable_name,
-    read_model_facts,
-)
+from mlx_fusekit.gguf.model_facts import add_facts, loadable_name, read_model_facts
 from mlx_fusekit.hub import LocalFolder
 
 CARD = """---
@@ -45,9 +40,9 @@ def _read(folder: Path, card: str | None = None, repo_id: str | None = None, **f
     return read_model_facts(LocalFolder(folder, repo_id, "abc" if repo_id else None))
 
 
-def _keys(tmp_path: Path, facts: ModelFacts, tokens: tuple[str, ...] = ()) -> Json:
+def _keys(tmp_path: Path, facts: Metadata, tokens: tuple[str, ...] = ()) -> Json:
     writer = GGUFWriter(tmp_path / "facts.gguf", "llama")
-    facts.add_to(writer, tokens)
+    add_facts(facts, writer, tokens)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -87,11 +82,13 @@ def test_from_a_recipe(tmp_path: Path) -> None:
         fusekit=recipe,
     )
     assert facts.name == "fused-model"
-    assert facts.base_models == (
-        Origin(
-            "Qwen3 4B 4bit", "mlx-community", "https://huggingface.co/mlx-community/Qwen3-4B-4bit"
-        ),
-    )
+    assert facts.base_models == [
+        {
+            "name": "Qwen3 4B 4bit",
+            "organization": "mlx-community",
+            "repo_url": "https://huggingface.co/mlx-community/Qwen3-4B-4bit",
+        }
+    ]
     assert facts.description == (
         "mlx-community/Qwen3-4B-4bit with me/sql-lora and style fused into it by mlx-fusekit."
     )
@@ -100,8 +97,8 @@ def test_from_a_recipe(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_anything(tmp_path: Path) -> None:
-    assert _read(tmp_path / "bare") == ModelFacts("bare")
-    assert _keys(tmp_path, ModelFacts("bare")) == {
+    assert _read(tmp_path / "bare") == Metadata(name="bare")
+    assert _keys(tmp_path, Metadata(name="bare")) == {
         "general.architecture": "llama",
         "general.name": "bare",
     }
@@ -119,7 +116,7 @@ def test_no_local_path_anywhere(tmp_path: Path, path: str) -> None:
     facts = _read(
         tmp_path / "m", card, fusekit=recipe, config={"_name_or_path": path, "quantization": {}}
     )
-    assert facts == ModelFacts("m", tags=("good",))
+    assert facts == Metadata(name="m", tags=["good"])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +130,7 @@ def test_no_local_path_anywhere(tmp_path: Path, path: str) -> None:
     ],
 )
 def test_a_useless_card_says_nothing(tmp_path: Path, card: str) -> None:
-    assert _read(tmp_path / "m", card) == ModelFacts("m")
+    assert _read(tmp_path / "m", card) == Metadata(name="m")
 
 
 def test_texts_are_bounded_and_on_one_line(tmp_path: Path) -> None:
@@ -154,4 +151,4 @@ def test_names_that_llama_cpp_stumbles_over(tmp_path: Path) -> None:
     assert loadable_name("Phi-3-mini", ("<s>", "</s>", "<unk>")) == "Phi 3-mini"
     tokens = ("<s>", "</s>", "<unk>", "<|endoftext|>")
     assert loadable_name("Phi-3-mini", tokens) == "Phi-3-mini"
-    assert _keys(tmp_path, ModelFacts("phi-3"))["general.name"] == "Phi 3"
+    assert _keys(tmp_path, Metadata(name="phi-3"))["general.name"] == "Phi 3"

@@ -8,11 +8,7 @@ from gguf import GGMLQuantizationType as GgmlType
 
 from mlx_fusekit.formats.quantization import QuantSpec
 from mlx_fusekit.gguf.file.blocks import FLOAT_TYPES, block_type
-from mlx_fusekit.gguf.file.grids import GridFacts
-
-#: How tensors may be written: in the type of the same values (``auto``), only so or wider
-#: (``lossless``), or converted.
-OUTTYPES = ("auto", "lossless", "f32", "f16", "bf16", "q8_0")
+from mlx_fusekit.gguf.file.scales import ScaleFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +45,14 @@ class TensorEncoding:
 
 
 def choose_type(
-    spec: QuantSpec, facts: GridFacts, columns: int, outtype: str
+    spec: QuantSpec, facts: ScaleFacts, columns: int, outtype: str
 ) -> tuple[GgmlType, bool]:
     """The type of a quantized weight, and whether it is known to hold the values exactly.
 
     Args:
         facts: of its scales and biases.
         columns: length of a row of the tensor.
-        outtype: one of :data:`OUTTYPES`.
+        outtype: one of :data:`~mlx_fusekit.gguf.outtypes.OUTTYPES`.
     """
     if outtype == "auto":
         chosen = _closest_type(spec, facts, columns)
@@ -76,7 +72,7 @@ def choose_converted(columns: int, outtype: str) -> GgmlType:
     return ggml_type if _whole_blocks(ggml_type, columns) else GgmlType.F16
 
 
-def _closest_type(spec: QuantSpec, facts: GridFacts, columns: int) -> GgmlType:
+def _closest_type(spec: QuantSpec, facts: ScaleFacts, columns: int) -> GgmlType:
     own = block_type(spec)
     if _whole_blocks(own, columns):
         if facts.exact or own == GgmlType.BF16:
@@ -88,14 +84,14 @@ def _closest_type(spec: QuantSpec, facts: GridFacts, columns: int) -> GgmlType:
     return GgmlType.F16 if facts.suits_float16 else GgmlType.F32
 
 
-def _exact_type(spec: QuantSpec, facts: GridFacts, columns: int) -> GgmlType:
+def _exact_type(spec: QuantSpec, facts: ScaleFacts, columns: int) -> GgmlType:
     own = block_type(spec)
     if facts.exact and _whole_blocks(own, columns):
         return own
     return GgmlType.F16 if _holds_exactly(GgmlType.F16, spec, facts) else GgmlType.F32
 
 
-def _holds_exactly(ggml_type: GgmlType, spec: QuantSpec, facts: GridFacts) -> bool:
+def _holds_exactly(ggml_type: GgmlType, spec: QuantSpec, facts: ScaleFacts) -> bool:
     if ggml_type == GgmlType.F32:
         return True
     if not facts.exact:

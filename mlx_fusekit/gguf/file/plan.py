@@ -11,16 +11,11 @@ import gguf
 from gguf import GGMLQuantizationType as GgmlType
 
 from mlx_fusekit.checkpoint.base import BaseModel
-from mlx_fusekit.errors import CheckpointError, ConfigurationError
-from mlx_fusekit.gguf.file.encoding import (
-    OUTTYPES,
-    TensorEncoding,
-    choose_converted,
-    choose_type,
-)
-from mlx_fusekit.gguf.file.grids import scan_grids
+from mlx_fusekit.errors import CheckpointError
+from mlx_fusekit.gguf.file.encoding import TensorEncoding, choose_converted, choose_type
 from mlx_fusekit.gguf.file.header import padded
 from mlx_fusekit.gguf.file.rows import RowOpener, TensorRows
+from mlx_fusekit.gguf.file.scales import scan_scales
 from mlx_fusekit.gguf.models.tensors import GgufTensor
 from mlx_fusekit.machine import default_workers
 
@@ -60,16 +55,21 @@ class GgufPlan:
     data_bytes: int
 
     @property
+    def encodings(self) -> tuple[TensorEncoding, ...]:
+        """How each tensor is written."""
+        return tuple(planned.encoding for planned in self.tensors)
+
+    @property
     def tensor_bytes(self) -> int:
         """Size of all tensors."""
-        return sum(planned.encoding.nbytes for planned in self.tensors)
+        return sum(encoding.nbytes for encoding in self.encodings)
 
     @property
     def file_type(self) -> int:
         """The number by which llama.cpp names a file, of the type that most bytes have."""
         sizes: Counter[GgmlType] = Counter()
-        for planned in self.tensors:
-            sizes[planned.encoding.ggml_type] += planned.encoding.nbytes
+        for encoding in self.encodings:
+            sizes[encoding.ggml_type] += encoding.nbytes
         return int(_FILE_TYPES[max(sizes, key=sizes.__getitem__, default=GgmlType.F32)])
 
 
@@ -85,20 +85,17 @@ def plan_gguf(
     Args:
         base: the model that is exported.
         tensors: in the order of the file.
-        outtype: one of :data:`~mlx_fusekit.gguf.file.encoding.OUTTYPES`.
+        outtype: one of :data:`~mlx_fusekit.gguf.outtypes.OUTTYPES`.
         workers: threads; the plan does not depend on their number.
 
     Raises:
         CheckpointError: when a source is missing, of another shape or of a kind that GGUF cannot
             hold, or has a scale or bias that is NaN or makes infinite weights.
-        ConfigurationError: for an unknown outtype.
     """
-    if outtype not in OUTTYPES:
-        raise ConfigurationError(f"--outtype {outtype}: is none of {', '.join(OUTTYPES)}")
     opener = RowOpener(base)
     encode = partial(_planned, base, outtype)
     with ThreadPoolExecutor(workers or default_workers()) as pool:
-        encodings = list(pool.map(encode, tensors, map(opener.grids, tensors)))
+        encodings = list(pool.map(encode, tensors, map(opener.scales, tensors)))
     planned, offset = [], 0
     for tensor, encoding in zip(tensors, encodings, strict=True):
         planned.append(PlannedTensor(tensor, encoding, offset))
@@ -107,7 +104,7 @@ def plan_gguf(
 
 
 def _planned(base: BaseModel, outtype: str, tensor: GgufTensor, rows: TensorRows) -> TensorEncoding:
-    if tensor.transform is None and not _fits(tensor, rows):
+    if tensor.has_stored_rows and not _fits(tensor, rows):
         raise CheckpointError(
             f"{base.folder}: {tensor.source} has shape {rows.shape}, but {tensor.name} must have "
             f"{tensor.shape}; its weights do not belong to its config.json"
@@ -128,7 +125,7 @@ def _type_of(
     """The type of a tensor, and whether that is known to hold its values exactly."""
     columns = tensor.shape[-1]
     stored = rows.sources["weight"].dtype
-    facts = scan_grids(rows) if rows.spec is not None else None
+    facts = scan_scales(rows) if rows.spec is not None else None
     if facts is not None and not facts.finite:
         raise CheckpointError(
             f"{base.folder}: {tensor.source} has a scale or bias that is NaN, infinite or so large "
@@ -136,14 +133,14 @@ def _type_of(
         )
     if tensor.float32 or len(tensor.shape) == 1:
         return GgmlType.F32, True
-    if rows.spec is not None and facts is not None and tensor.transform is None:
+    if rows.spec is not None and facts is not None and tensor.has_stored_rows:
         return choose_type(rows.spec, facts, columns, outtype)
     if outtype not in ("auto", "lossless"):
         chosen = choose_converted(columns, outtype)
-    elif tensor.transform is None:
+    elif tensor.has_stored_rows:
         chosen = GgmlType[stored]
     elif outtype == "lossless":
         chosen = GgmlType.F32
     else:
         chosen = GgmlType[stored] if rows.spec is None else GgmlType.F16
-    return chosen, chosen == GgmlType.F32 or (chosen.name == stored and tensor.transform is None)
+    return chosen, chosen == GgmlType.F32 or (chosen.name == stored and tensor.has_stored_rows)

@@ -125,7 +125,7 @@ class RowOpener:
         module, _, leaf = tensor.source.rpartition(".")
         return self._base.quantization(module) if leaf == "weight" else None
 
-    def grids(self, tensor: GgufTensor) -> TensorRows:
+    def scales(self, tensor: GgufTensor) -> TensorRows:
         """Rows of which scales and biases are at hand; codes may have to be computed.
 
         Raises:

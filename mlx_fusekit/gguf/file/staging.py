@@ -1,24 +1,21 @@
-"""A target file that exists complete or not at all.
+"""Where a GGUF file may be written; it exists complete or not at all."""
 
-Like :mod:`mlx_fusekit.checkpoint.staging`, for one file: it is written under a hidden name beside
-the target, locked by the process that writes it, and renamed at the end. One whose lock is free was
-left by a killed run, and the next run for the same target removes it.
-"""
-
-import contextlib
-import fcntl
-import glob
-import os
-import secrets
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
-from mlx_fusekit.checkpoint.staging import can_make, make_parents, sync_folder, undone_on_failure
-from mlx_fusekit.checkpoint.writer import sync
+from mlx_fusekit.checkpoint.staging import can_make, staged_file
 from mlx_fusekit.errors import OutputError
 from mlx_fusekit.gguf.file.header import MAGIC
 
-_PARTIAL = ".partial-"
+
+def staged_gguf(target: Path, *, overwrite: bool) -> AbstractContextManager[Path]:
+    """An empty file to fill; renamed to ``target`` when the block ends well, else removed.
+
+    Raises:
+        OutputError: when the target must not be written to, or disk or rights do not let it.
+    """
+    return staged_file(target, partial(check_gguf_target, target, overwrite=overwrite))
 
 
 def check_gguf_target(target: Path, *, overwrite: bool) -> None:
@@ -50,43 +47,3 @@ def check_gguf_target(target: Path, *, overwrite: bool) -> None:
                 f"{target}: is no GGUF file, so --overwrite does not replace it; "
                 "choose another --gguf-path"
             )
-
-
-@contextlib.contextmanager
-def staged_file(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """An empty file to fill; renamed to ``target`` when the block ends well, else removed.
-
-    Raises:
-        OutputError: when the target must not be written to, or disk or rights do not let it.
-    """
-    check_gguf_target(target, overwrite=overwrite)
-    parent = target.absolute().parent
-    made = make_parents(parent)
-    _remove_abandoned(target)
-    partial = parent / f".{target.name}{_PARTIAL}{secrets.token_hex(4)}"
-    try:
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    except OSError as error:
-        raise OutputError(f"{parent}: cannot be written to ({error.strerror})") from error
-    with undone_on_failure(target, made, lambda: partial.unlink(missing_ok=True)):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield partial
-            sync(descriptor)
-            check_gguf_target(target, overwrite=overwrite)
-            partial.replace(target)
-            sync_folder(parent)
-        finally:
-            os.close(descriptor)
-
-
-def _remove_abandoned(target: Path) -> None:
-    for partial in target.absolute().parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*"):
-        descriptor = os.open(partial, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue  # another run is writing it right now
-        finally:
-            os.close(descriptor)
-        partial.unlink(missing_ok=True)

@@ -63,8 +63,8 @@ class TensorJob:
     def tasks(self, plan: GgufPlan) -> Iterator[Task]:
         """What is to be done; opens the tensor's rows when the first is asked for."""
         rows = plan.opener.whole(self._tensor)
-        if self._tensor.transform is not None:
-            yield partial(self._write_transformed, rows)
+        if not self._tensor.has_stored_rows:
+            yield partial(self._write_whole, rows)
             return
         for first, last in rows.spans(rows.columns):
             yield partial(self._write_rows, rows, first, last)
@@ -80,11 +80,8 @@ class TensorJob:
         relative = (squared_error / squares) ** 0.5 if squares else 0.0
         return replace(self._encoding, exact=largest == 0, rel_rmse=relative, max_abs_error=largest)
 
-    def _write_transformed(self, rows: TensorRows) -> int:
-        assert self._tensor.transform is not None, "only such tensors come here"
-        values = self._tensor.transform(rows.values(0, rows.count).reshape(rows.shape))
-        if values.shape != self._tensor.shape:
-            raise AssertionError(f"{self._tensor}: its transform gives {values.shape}")
+    def _write_whole(self, rows: TensorRows) -> int:
+        values = self._tensor.of_rows(rows.values(0, rows.count).reshape(rows.shape))
         return self._write(0, self._encoded(0, values.reshape(-1, values.shape[-1])))
 
     def _write_rows(self, rows: TensorRows, first: int, last: int) -> int:

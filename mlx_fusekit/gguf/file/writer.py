@@ -1,7 +1,7 @@
 """Writing one GGUF file: blocks streamed by several threads, staged, checked.
 
-Memory is bounded by the workers' row blocks, whatever the size of the model; a tensor with a
-transform, and one that mlx-lm computes, is held whole.
+Memory is bounded by the workers' row blocks, whatever the size of the model; a tensor whose columns
+or values change, and one that mlx-lm computes, is held whole.
 """
 
 import os
@@ -18,7 +18,7 @@ from mlx_fusekit.errors import OutputError
 from mlx_fusekit.gguf.file.encoding import TensorEncoding
 from mlx_fusekit.gguf.file.header import padded, read_gguf_header
 from mlx_fusekit.gguf.file.plan import GgufPlan
-from mlx_fusekit.gguf.file.staging import staged_file
+from mlx_fusekit.gguf.file.staging import staged_gguf
 from mlx_fusekit.gguf.file.streaming import TensorJob
 from mlx_fusekit.machine import default_workers, run_tasks
 from mlx_fusekit.progress import Progress
@@ -62,7 +62,7 @@ def write_gguf(
         CheckpointError: for a value that is NaN or infinite, or that the asked type cannot hold.
         OutputError: when the target must not or cannot be written.
     """
-    with staged_file(target, overwrite=overwrite) as path:
+    with staged_gguf(target, overwrite=overwrite) as path:
         _check_disk(plan, target, path)
         start = _write_header(plan, keys, path)
         tensors = _write_tensors(plan, path, start, workers or default_workers(), progress)

@@ -1,23 +1,21 @@
 """What a GGUF file of a model holds: the architecture's name, its hyperparameters, its tensors."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from fnmatch import fnmatchcase
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.errors import CheckpointError
-from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.gguf.models import linear_attention
-from mlx_fusekit.gguf.models.families import FAMILIES, Family, add_one
+from mlx_fusekit.gguf.models.changes import INTERLEAVED, Change, Indices, Order
+from mlx_fusekit.gguf.models.families import FAMILIES
+from mlx_fusekit.gguf.models.family import Family
 from mlx_fusekit.gguf.models.hyperparameters import DEFAULT_CONTEXT, Hyperparameters, evaluate
 from mlx_fusekit.gguf.models.naming import (
     Names,
     in_file_order,
-    interleaved_rows,
     leaf,
     needs_float32,
     parts_of,
@@ -25,9 +23,6 @@ from mlx_fusekit.gguf.models.naming import (
 from mlx_fusekit.gguf.models.rope import Rope, rope_of
 from mlx_fusekit.gguf.models.settings import Settings, parameter_shapes
 from mlx_fusekit.gguf.models.tensors import GgufTensor
-
-Rows = npt.NDArray[np.int64]
-Transform = Callable[[Float32], Float32]
 
 
 @dataclass(frozen=True)
@@ -124,20 +119,12 @@ def _check(family: Family, settings: Settings) -> None:
             f"{settings['hidden_size']}, as llama.cpp takes them to be in this architecture, so "
             "the model cannot be exported"
         )
-    if _rotates_pairs(family, settings) and not family.pairs_side_by_side:
+    traditional = bool(settings.used.get("rope_traditional", family.rotates_pairs))
+    if traditional != family.rotates_pairs and not set(INTERLEAVED) <= set(family.changes):
         raise settings.refuse(
-            "rope_traditional is true, which llama.cpp does not run in this architecture, so the "
-            "model cannot be exported"
+            f"rope_traditional is {str(traditional).lower()}, which llama.cpp does not run in this "
+            "architecture, so the model cannot be exported"
         )
-    if family.rotates_pairs and not _rotates_pairs(family, settings):
-        raise settings.refuse(
-            "rope_traditional is false, which llama.cpp does not run in this architecture, so the "
-            "model cannot be exported"
-        )
-
-
-def _rotates_pairs(family: Family, settings: Settings) -> bool:
-    return bool(settings.used.get("rope_traditional", family.rotates_pairs))
 
 
 class _Tensors:
@@ -148,7 +135,7 @@ class _Tensors:
         self._family = family
         self._settings = settings
         self._names = names
-        self._orders: dict[int, Rows] = {}
+        self._orders: dict[Order, Indices | None] = {}
 
     def all(self, rope: Rope) -> tuple[GgufTensor, ...]:
         """Every tensor, in the order of the file."""
@@ -177,9 +164,9 @@ class _Tensors:
                 )
 
     def _made_from(self, stored: str) -> Iterable[GgufTensor]:
-        shape = self._shape(stored)
-        if stored.endswith("linear_attn.in_proj_qkvz.weight"):
-            return self._split(stored, shape)
+        for end, split in self._family.splits.items():
+            if stored.endswith(end):
+                return self._split(stored, split(self._settings))
         if (name := self._names.of(stored)) is None:
             raise self._refusal(
                 stored, "is none that llama.cpp knows in this architecture; it cannot be exported"
@@ -188,16 +175,7 @@ class _Tensors:
             raise self._refusal(
                 stored, "is a bias that llama.cpp leaves out here; the model cannot be exported"
             )
-        order = self._order(stored, name)
-        shape = _without_ones(name, shape)
-        rows, transforms = (order, []) if _in_rows(name, shape) else (None, _reordering(order))
-        if name.endswith("ssm_out.weight") and (columns := self._tiled(stored)) is not None:
-            transforms.append(partial(np.take, indices=columns, axis=-1))
-        transforms += self._arithmetic(stored, name)
-        transform = partial(_in_turn, transforms, shape) if transforms else None
-        return [
-            GgufTensor(name, stored, shape, rows, transform, needs_float32(name, shape)),
-        ]
+        return [self._changed(GgufTensor(name, stored, self._shape(stored)))]
 
     def _shape(self, stored: str) -> tuple[int, ...]:
         source = self._base.tensors[stored]
@@ -206,63 +184,46 @@ class _Tensors:
             return tuple(source.shape)
         return (*source.shape[:-1], spec.columns(source.shape[-1]))
 
-    def _split(self, stored: str, shape: tuple[int, ...]) -> list[GgufTensor]:
+    def _split(self, stored: str, parts: Mapping[str, Indices]) -> list[GgufTensor]:
         block = f"blk.{stored.split('.layers.')[1].split('.')[0]}"
-        parts = linear_attention.split_qkvz(self._settings)
+        columns = self._shape(stored)[1]
         return [
-            GgufTensor(f"{block}.{part}", stored, (len(rows), shape[1]), rows)
+            GgufTensor(f"{block}.{part}", stored, (len(rows), columns), rows)
             for part, rows in parts.items()
         ]
 
-    def _order(self, stored: str, name: str) -> Rows | None:
-        """In which order the first dimension goes to the file, None for the stored one."""
-        if name.endswith(("attn_q.weight", "attn_q.bias")):
-            return self._interleaved(self._settings.heads)
-        if name.endswith(("attn_k.weight", "attn_k.bias")):
-            return self._interleaved(self._settings.key_value_heads)
-        return self._tiled(stored) if not name.endswith("ssm_out.weight") else None
+    def _changed(self, tensor: GgufTensor) -> GgufTensor:
+        """A tensor of the stored values, with what its family does to it."""
+        change = self._change(leaf(tensor.name))
+        rows, columns = self._order(change.rows), self._order(change.columns)
+        # Of a vector, GGUF's columns are the first dimension; of a convolution, rows are the first
+        # two of three.
+        if rows is not None and len(tensor.shape) == 1:
+            rows, columns = None, rows
+        elif rows is not None and len(tensor.shape) == 3:
+            inner = np.arange(tensor.shape[1])
+            rows = (rows[:, None] * len(inner) + inner).reshape(-1)
+        shape = tuple(n for i, n in enumerate(tensor.shape) if i != change.squeezed)
+        return replace(
+            tensor,
+            shape=shape,
+            rows=rows,
+            columns=columns,
+            transform=change.values,
+            float32=needs_float32(tensor.name, shape),
+        )
 
-    def _tiled(self, stored: str) -> Rows | None:
-        if not self._family.tiles_values or ".linear_attn." not in stored:
+    def _change(self, name: str) -> Change:
+        matching = (c for c in self._family.changes if any(fnmatchcase(name, n) for n in c.names))
+        return next(matching, Change())
+
+    def _order(self, order: Order | None) -> Indices | None:
+        """Evaluated once for all layers."""
+        if order is None:
             return None
-        return linear_attention.tiled_order(self._settings, stored)
-
-    def _interleaved(self, heads: int) -> Rows | None:
-        family, settings = self._family, self._settings
-        if not family.pairs_side_by_side or _rotates_pairs(family, settings):
-            return None
-        if heads not in self._orders:
-            self._orders[heads] = interleaved_rows(heads, settings.head_dim)
-        return self._orders[heads]
-
-    def _arithmetic(self, stored: str, name: str) -> list[Transform]:
-        if self._family.plus_one and name.endswith("_norm.weight"):
-            return [add_one]
-        return [linear_attention.minus_exp] if stored.endswith(".A_log") else []
+        if order not in self._orders:
+            self._orders[order] = order(self._settings)
+        return self._orders[order]
 
     def _refusal(self, stored: str, what: str) -> CheckpointError:
         return CheckpointError(f"{self._base.folder}: the tensor {stored} {what}")
-
-
-def _without_ones(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that llama.cpp wants where mlx-lm keeps dimensions of one."""
-    if name.endswith(("ssm_conv1d.weight", "shortconv.conv.weight")):
-        return shape[:-1]
-    if name.endswith("ffn_gate_inp_shexp.weight"):
-        return shape[1:]
-    return shape
-
-
-def _in_rows(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether the first dimension of a tensor is its rows as they are stored."""
-    return len(shape) == 2 and not name.endswith("ssm_conv1d.weight")
-
-
-def _reordering(order: Rows | None) -> list[Transform]:
-    return [] if order is None else [partial(np.take, indices=order, axis=0)]
-
-
-def _in_turn(transforms: list[Transform], shape: tuple[int, ...], values: Float32) -> Float32:
-    for transform in transforms:
-        values = transform(values)
-    return values.reshape(shape)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
-from gguf import GGUFValueType, GGUFWriter
+from gguf import ExpertGatingFuncType, GGUFValueType, GGUFWriter
 
 from mlx_fusekit.gguf.models.settings import Settings
 
@@ -58,7 +58,6 @@ class Key:
 count = partial(Key, type=GGUFValueType.UINT32)
 real = partial(Key, type=GGUFValueType.FLOAT32)
 flag = partial(Key, type=GGUFValueType.BOOL)
-text = partial(Key, type=GGUFValueType.STRING)
 array = partial(Key, type=GGUFValueType.ARRAY)
 
 
@@ -117,6 +116,17 @@ HEADS = (
 )
 RMS_NORM = (real(name="attention.layer_norm_rms_epsilon", value="rms_norm_eps"),)
 LAYER_NORM = (real(name="attention.layer_norm_epsilon", value="layer_norm_eps"),)
+WINDOW = (count(name="attention.sliding_window", value="sliding_window"),)
+GRANITE_SCALES = (
+    real(name="attention.scale", value="attention_multiplier"),
+    real(name="embedding_scale", value="embedding_multiplier"),
+    real(name="residual_scale", value="residual_multiplier"),
+    real(name="logit_scale", value="logits_scaling"),
+)
+SIGMOID_GATE = count(name="expert_gating_func", value=int(ExpertGatingFuncType.SIGMOID))
+SHARED_EXPERT = (
+    count(name="expert_shared_feed_forward_length", value="shared_expert_intermediate_size"),
+)
 
 
 def experts(total: str, size: str = "moe_intermediate_size") -> tuple[Key, ...]:
@@ -126,3 +136,8 @@ def experts(total: str, size: str = "moe_intermediate_size") -> tuple[Key, ...]:
         count(name="expert_used_count", value="num_experts_per_tok"),
         count(name="expert_feed_forward_length", value=size),
     )
+
+
+def without(keys: tuple[Key, ...], *names: str) -> tuple[Key, ...]:
+    """Keys but for some, by name."""
+    return tuple(key for key in keys if key.name not in names)

@@ -1,12 +1,10 @@
-"""From the names that mlx-lm's classes give parameters to GGUF's, and which rows move."""
+"""From the names that mlx-lm's classes give parameters to GGUF's."""
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import gguf
-import numpy as np
-import numpy.typing as npt
 
 from mlx_fusekit.errors import CheckpointError
 
@@ -85,16 +83,6 @@ def in_file_order(names: Iterable[str]) -> list[str]:
         return (2 if name.startswith("output") else 0), 0, name
 
     return sorted(names, key=place)
-
-
-def interleaved_rows(heads: int, head_dim: int) -> npt.NDArray[np.int64]:
-    """Rows of a query or key projection in the order of pairs that lie side by side.
-
-    Hugging Face's rotary embedding turns row ``i`` of a head with row ``i + head_dim / 2``;
-    llama.cpp's of type NORM turns ``2 i`` with ``2 i + 1``.
-    """
-    rows = np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2)
-    return rows.transpose(0, 2, 1).reshape(-1)
 
 
 def leaf(name: str) -> str:

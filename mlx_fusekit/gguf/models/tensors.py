@@ -24,8 +24,8 @@ class GgufTensor:
         rows: which rows of the source it takes, and in which order; None for all as they are. Rows
             are all dimensions but the last, flattened (an expert stack ``[experts, rows, columns]``
             has ``experts * rows``).
-        transform: of the whole tensor's values as float32 into others of ``shape``, after ``rows``.
-            A tensor that has one cannot be repacked.
+        columns: likewise, of columns.
+        transform: of the whole tensor's values as float32 into others, after ``columns``.
         float32: whether llama.cpp needs it as F32 whatever the type of the others.
         values: float32 ``shape``, of a tensor that is not stored.
     """
@@ -34,6 +34,20 @@ class GgufTensor:
     source: str
     shape: tuple[int, ...]
     rows: npt.NDArray[np.int64] | None = None
+    columns: npt.NDArray[np.int64] | None = None
     transform: Callable[[Float32], Float32] | None = None
     float32: bool = False
     values: Float32 | None = None
+
+    @property
+    def has_stored_rows(self) -> bool:
+        """Whether each of its rows is a stored one, so that quantized ones can be repacked."""
+        return self.columns is None and self.transform is None
+
+    def of_rows(self, values: Float32) -> Float32:
+        """Its values, from those of its rows."""
+        if self.columns is not None:
+            values = np.take(values, self.columns, axis=-1)
+        if self.transform is not None:
+            values = self.transform(values)
+        return values.reshape(self.shape)

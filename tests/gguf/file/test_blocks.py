@@ -30,7 +30,7 @@ ROWS, COLUMNS = 12, 256
 EXACT_BFLOAT16 = (2.0**-17, 2.0**16)
 
 
-def grid(random: np.random.Generator, shape: tuple[int, int], dtype: str) -> Array:
+def random_scales(random: np.random.Generator, shape: tuple[int, int], dtype: str) -> Array:
     """Stored scales or biases that float16 holds: both signs, all magnitudes, zeros."""
     if dtype == "BF16":
         low, high = (int(np.float32(edge).view(np.uint32)) >> 16 for edge in EXACT_BFLOAT16)
@@ -50,7 +50,9 @@ def random_rows(
     codes = random.integers(0, 2**32, (ROWS, spec.words(columns)), dtype=np.uint32)
     shape = (ROWS, columns // spec.group_size)
     if spec.affine:
-        return QuantizedRows(codes, grid(random, shape, dtype), grid(random, shape, dtype), dtype)
+        return QuantizedRows(
+            codes, random_scales(random, shape, dtype), random_scales(random, shape, dtype), dtype
+        )
     largest = {"mxfp4": 252, "nvfp4": 126, "mxfp8": 246}[spec.mode]
     scales = random.integers(0, largest, shape, dtype=np.uint8, endpoint=True)
     return QuantizedRows(codes, scales, None, "U8")

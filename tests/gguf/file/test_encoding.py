@@ -25,8 +25,8 @@ from mlx_fusekit.gguf.file.blocks import (
     encode_values,
 )
 from mlx_fusekit.gguf.file.encoding import choose_converted, choose_type
-from mlx_fusekit.gguf.file.grids import scan_grids
 from mlx_fusekit.gguf.file.rows import TensorRows
+from mlx_fusekit.gguf.file.scales import scan_scales
 
 ROWS, COLUMNS = 6, 128
 AFFINE = [QuantSpec(bits, 64) for bits in (2, 4, 5, 6, 8)]
@@ -54,8 +54,8 @@ def affine(
     if codes is None:
         codes = random.integers(0, 1 << spec.bits, (ROWS, COLUMNS), dtype=np.uint32)
     stored = [
-        from_float32(np.array(np.broadcast_to(np.asarray(grid, np.float32), shape)), dtype)
-        for grid in (scales, biases)
+        from_float32(np.array(np.broadcast_to(np.asarray(part, np.float32), shape)), dtype)
+        for part in (scales, biases)
     ]
     return QuantizedRows(pack(to_block(codes), spec.bits), *stored, dtype)
 
@@ -75,7 +75,7 @@ def chosen(
     rows: QuantizedRows, spec: QuantSpec, outtype: str = "auto", **more: Any
 ) -> tuple[GgmlType, bool]:
     of = tensor(rows, spec, **more)
-    return choose_type(spec, scan_grids(of), of.columns, outtype)
+    return choose_type(spec, scan_scales(of), of.columns, outtype)
 
 
 def random_affine(seed: int, spec: QuantSpec, dtype: str, exponent: int, spread: int) -> Any:
@@ -175,7 +175,7 @@ def test_groups_of_zeros_are_exact_whatever_their_scale(bits: int) -> None:
     assert exact
     assert np.array_equal(written(rows, spec, ggml_type), to_matrix(dequantize(rows, spec)))
     codes[4, 63] = 1
-    assert not scan_grids(tensor(affine(spec, scales, biases, codes=codes), spec)).exact
+    assert not scan_scales(tensor(affine(spec, scales, biases, codes=codes), spec)).exact
 
 
 @pytest.mark.parametrize("spec", CODEBOOKS, ids=str)
@@ -213,7 +213,7 @@ def test_nvfp4_that_has_no_blocks_becomes_float() -> None:
 def test_scales_that_make_weights_infinite_are_seen(bad: float, where: str) -> None:
     scales, biases = np.ones((ROWS, 2)), np.ones((ROWS, 2))
     (scales if where == "scale" else biases)[3, 1] = bad
-    facts = scan_grids(tensor(affine(AFFINE[1], scales, biases), AFFINE[1]))
+    facts = scan_scales(tensor(affine(AFFINE[1], scales, biases), AFFINE[1]))
     assert facts.finite == (bad == 3e38 and where == "bias")
 
 
@@ -223,9 +223,9 @@ def test_scales_that_make_weights_infinite_are_seen(bad: float, where: str) -> N
 def test_bad_scale_codes_are_seen(spec: QuantSpec, bad: int) -> None:
     scales = np.full((ROWS, COLUMNS // spec.group_size), 60, np.uint8)
     codes = np.zeros((ROWS, spec.words(COLUMNS)), np.uint32)
-    assert scan_grids(tensor(QuantizedRows(codes, scales, None, "U8"), spec)).finite
+    assert scan_scales(tensor(QuantizedRows(codes, scales, None, "U8"), spec)).finite
     scales[1, 1] = bad
-    assert not scan_grids(tensor(QuantizedRows(codes, scales, None, "U8"), spec)).finite
+    assert not scan_scales(tensor(QuantizedRows(codes, scales, None, "U8"), spec)).finite
 
 
 def test_rows_of_broken_blocks_become_f16() -> None:

@@ -21,8 +21,9 @@ from mlx_fusekit.checkpoint.sanitized import ArrayTensor, open_base
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.gguf.models import hyperparameters, linear_attention
 from mlx_fusekit.gguf.models.architectures import Layout, lay_out, supported
+from mlx_fusekit.gguf.models.changes import interleaved_rows
 from mlx_fusekit.gguf.models.families import FAMILIES
-from mlx_fusekit.gguf.models.naming import in_file_order, interleaved_rows, leaf, needs_float32
+from mlx_fusekit.gguf.models.naming import in_file_order, leaf, needs_float32
 from mlx_fusekit.gguf.models.requirements import softmax_scale
 from mlx_fusekit.gguf.models.rope import FACTORS, Rope, RopeStyle, rope_of
 from mlx_fusekit.gguf.models.settings import Settings
@@ -71,6 +72,13 @@ def named(layout: Layout, name: str) -> GgufTensor:
     return tensor
 
 
+def logical_shape(base: BaseModel, name: str) -> tuple[int, ...]:
+    """Of a stored tensor, as if it were not quantized."""
+    *rows, columns = base.tensors[name].shape
+    spec = base.quantization(name.removesuffix(".weight"))
+    return (*rows, columns if spec is None else spec.columns(columns))
+
+
 class TestEveryArchitecture:
     def test_has_keys_and_tensors_that_gguf_knows(self, base: BaseModel, layout: Layout) -> None:
         family = FAMILIES[base.config["model_type"]]
@@ -103,14 +111,11 @@ class TestEveryArchitecture:
                 sizes[tensor.source] = sizes.get(tensor.source, 0) + math.prod(tensor.shape)
             if tensor.rows is not None:
                 assert len(set(tensor.rows)) == len(tensor.rows)
-                assert len(tensor.rows) == math.prod(tensor.shape[:-1])
+                columns = logical_shape(base, tensor.source)[-1]
+                assert len(tensor.rows) * columns == math.prod(tensor.shape)
         for name, size in sizes.items():
-            if name == "":
-                continue
-            shape = base.tensors[name].shape
-            spec = base.quantization(name.removesuffix(".weight"))
-            columns = shape[-1] if spec is None else spec.columns(shape[-1])
-            assert size == math.prod(shape[:-1]) * columns
+            if name != "":
+                assert size == math.prod(logical_shape(base, name))
 
     def test_is_laid_out_the_same_when_it_is_not_quantized(
         self, base: BaseModel, layout: Layout, tmp_path: Path
@@ -338,12 +343,11 @@ class TestRows:
             weight = named(layout, f"blk.0.attn_{part}.weight")
             bias = named(layout, f"blk.0.attn_{part}.bias")
             assert weight.rows is not None
-            assert bias.transform is not None
+            assert bias.columns is not None
             np.testing.assert_array_equal(weight.rows, interleaved_rows(heads, 32))
-            values = np.arange(heads * 32, dtype=np.float32)
-            np.testing.assert_array_equal(bias.transform(values), values[weight.rows])
+            np.testing.assert_array_equal(bias.columns, weight.rows)
         assert named(layout, "blk.0.attn_v.weight").rows is None
-        assert named(layout, "blk.0.attn_v.bias").transform is None
+        assert named(layout, "blk.0.attn_v.bias").columns is None
 
     @pytest.mark.parametrize(
         "name", ["llama/linear,traditional", "qwen3", "cohere", "glm4", "ernie4_5", "deepseek_v3"]
@@ -364,15 +368,17 @@ class TestRows:
         assert list(stored[parts["attn_gate.weight"]]) == ["z0"] * 6 + ["z1"] * 6
 
     def test_tiled_value_heads(self) -> None:
-        four = linear_settings(keys=2, values=4, dim=1)
-        order = linear_attention.tiled_order(four, "linear_attn.in_proj_z.weight")
-        assert order is not None
-        assert list(order) == [0, 2, 1, 3]
-        after = linear_attention.tiled_order(four, "linear_attn.conv1d.weight")
+        four = linear_settings(keys=2, values=4, dim=2)
+        heads = linear_attention.tiled_heads(four)
+        values = linear_attention.tiled_values(four)
+        after = linear_attention.tiled_values_after_keys(four)
+        assert heads is not None
+        assert values is not None
         assert after is not None
-        assert list(after) == [0, 1, 2, 3, 4, 6, 5, 7]
-        same = linear_settings(keys=4, values=4, dim=1)
-        assert linear_attention.tiled_order(same, "linear_attn.A_log") is None
+        assert list(heads) == [0, 2, 1, 3]
+        assert list(values) == [0, 1, 4, 5, 2, 3, 6, 7]
+        assert list(after) == [*range(8), *(8 + values)]
+        assert linear_attention.tiled_heads(linear_settings(keys=4, values=4, dim=1)) is None
 
 
 def linear_settings(*, keys: int, values: int, dim: int) -> Settings:

@@ -30,7 +30,7 @@ _MEAN_SQUARES = {
 
 
 @dataclass(frozen=True, slots=True)
-class GridFacts:
+class ScaleFacts:
     """What scales and biases say about values, whatever the codes are.
 
     Attributes:
@@ -47,8 +47,8 @@ class GridFacts:
     squares: float = 0.0
     squared_error: float = 0.0
 
-    def __add__(self, other: Self) -> "GridFacts":
-        return GridFacts(
+    def __add__(self, other: Self) -> "ScaleFacts":
+        return ScaleFacts(
             self.exact and other.exact,
             float(np.maximum(self.largest, other.largest)),  # hands NaN on
             self.count + other.count,
@@ -73,14 +73,14 @@ class GridFacts:
         return self.squared_error <= _LARGEST_ERROR**2 * self.squares
 
 
-def scan_grids(rows: TensorRows) -> GridFacts:
+def scan_scales(rows: TensorRows) -> ScaleFacts:
     """Read all scales and biases of a quantized tensor.
 
     A scale that float16 cannot hold does not matter to a group whose codes are all zero, as MLX
     makes of rows of zeros, with a scale of 1e-7; such groups are looked at.
     """
     assert rows.spec is not None, "floats have no scales"
-    facts = GridFacts()
+    facts = ScaleFacts()
     for first, last in rows.spans(rows.spec.words(rows.columns)):
         if rows.spec.affine:
             facts += _affine_facts(rows, rows.spec, first, last, look=facts.exact)
@@ -90,8 +90,8 @@ def scan_grids(rows: TensorRows) -> GridFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Grids:
-    """Scales and biases of some rows, and as float16 rounds them, each ``[rows, groups]``."""
+class _Groups:
+    """Scales and biases of the groups of some rows, and rounded to float16, ``[rows, groups]``."""
 
     scales: Float32
     biases: Float32
@@ -101,39 +101,39 @@ class _Grids:
     @classmethod
     def read(cls, rows: TensorRows, first: int, last: int) -> Self:
         dtype = rows.sources["scales"].dtype
-        grids = [to_float32(rows.stored(leaf, first, last), dtype) for leaf in ("scales", "biases")]
-        rounded = [to_float32(from_float32(grid, "F16"), "F16") for grid in grids]
-        return cls(*grids, *rounded)
+        parts = [to_float32(rows.stored(leaf, first, last), dtype) for leaf in ("scales", "biases")]
+        rounded = [to_float32(from_float32(part, "F16"), "F16") for part in parts]
+        return cls(*parts, *rounded)
 
 
 def _affine_facts(
     rows: TensorRows, spec: QuantSpec, first: int, last: int, *, look: bool
-) -> GridFacts:
+) -> ScaleFacts:
     """Facts of some rows.
 
     Args:
         look: whether to look at the codes of groups whose scale is not kept.
     """
-    grids = _Grids.read(rows, first, last)
+    groups = _Groups.read(rows, first, last)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        lossy = ~_kept_exactly(grids, spec)
+        lossy = ~_kept_exactly(groups, spec)
         exact = not lossy.any()
-        changes = grids.rounded_scales - grids.scales, grids.rounded_biases - grids.biases
-        return GridFacts(
-            exact or (look and _only_unused_scales(rows, spec, first, lossy, grids)),
-            _largest_value(grids, spec),
-            grids.scales.size * spec.group_size,
-            _expected_squares(grids.scales, grids.biases, spec),
+        changes = groups.rounded_scales - groups.scales, groups.rounded_biases - groups.biases
+        return ScaleFacts(
+            exact or (look and _only_unused_scales(rows, spec, first, lossy, groups)),
+            _largest_value(groups, spec),
+            groups.scales.size * spec.group_size,
+            _expected_squares(groups.scales, groups.biases, spec),
             0.0 if exact else _expected_squares(*changes, spec),
         )
 
 
-def _kept_exactly(grids: _Grids, spec: QuantSpec) -> npt.NDArray[np.bool_]:
+def _kept_exactly(groups: _Groups, spec: QuantSpec) -> npt.NDArray[np.bool_]:
     """Which groups the block type holds whatever their codes are, ``[rows, groups]``."""
-    scales, biases = grids.scales, grids.biases
-    kept = grids.rounded_scales == scales
+    scales, biases = groups.scales, groups.biases
+    kept = groups.rounded_scales == scales
     if block_type(spec) != GgmlType.Q8_0:
-        return np.asarray(kept & (grids.rounded_biases == biases))
+        return np.asarray(kept & (groups.rounded_biases == biases))
     # Q8_0 has no bias: it must be a whole number of steps that keeps all codes within 8 bits.
     offset = np.where(scales == 0, np.float32(0), np.rint(biases / scales))
     within = (offset >= -128) & (offset + (1 << spec.bits) - 1 <= 127)
@@ -141,11 +141,11 @@ def _kept_exactly(grids: _Grids, spec: QuantSpec) -> npt.NDArray[np.bool_]:
 
 
 def _only_unused_scales(
-    rows: TensorRows, spec: QuantSpec, first: int, lossy: npt.NDArray[np.bool_], grids: _Grids
+    rows: TensorRows, spec: QuantSpec, first: int, lossy: npt.NDArray[np.bool_], groups: _Groups
 ) -> bool:
     """Whether all groups that would change have nothing but zero codes, and a bias that is kept."""
-    wanted = np.float32(0) if block_type(spec) == GgmlType.Q8_0 else grids.rounded_biases
-    unused = (grids.biases == wanted) & np.isfinite(grids.rounded_scales)
+    wanted = np.float32(0) if block_type(spec) == GgmlType.Q8_0 else groups.rounded_biases
+    unused = (groups.biases == wanted) & np.isfinite(groups.rounded_scales)
     if (lossy & ~unused).any():
         return False
     at_hand = rows.held()
@@ -157,10 +157,10 @@ def _only_unused_scales(
     return True
 
 
-def _largest_value(grids: _Grids, spec: QuantSpec) -> float:
+def _largest_value(groups: _Groups, spec: QuantSpec) -> float:
     """A bound of all magnitudes; NaN where a scale or bias is."""
     codes = float((1 << spec.bits) - 1)
-    return float((np.abs(grids.scales, dtype=np.float64) * codes + np.abs(grids.biases)).max())
+    return float((np.abs(groups.scales, dtype=np.float64) * codes + np.abs(groups.biases)).max())
 
 
 def _expected_squares(scales: Float32, biases: Float32, spec: QuantSpec) -> float:
@@ -176,7 +176,7 @@ def _dot(first: Float32, second: Float32) -> float:
     return float(np.einsum("rg,rg->", first, second, dtype=np.float64))
 
 
-def _codebook_facts(rows: TensorRows, spec: QuantSpec, first: int, last: int) -> GridFacts:
+def _codebook_facts(rows: TensorRows, spec: QuantSpec, first: int, last: int) -> ScaleFacts:
     stored = rows.stored("scales", first, last)
     codes = stored.view(np.uint8)
     global_scale = None
@@ -184,7 +184,7 @@ def _codebook_facts(rows: TensorRows, spec: QuantSpec, first: int, last: int) ->
         global_scale = float(np.abs(rows.global_scales).max())
     scales = codebook_scales(stored, spec, global_scale).astype(np.float64)
     table = codebooks.E2M1 if spec.bits == 4 else codebooks.E4M3
-    return GridFacts(
+    return ScaleFacts(
         _codebook_exact(codes, spec) and global_scale is None,
         float(np.abs(scales).max(initial=0) * np.nanmax(table)),
         scales.size * spec.group_size,
