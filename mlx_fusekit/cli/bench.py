@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_fusekit.cli import bench_tables, output
+from mlx_fusekit.cli import output
 from mlx_fusekit.cli.completion import PATH
 from mlx_fusekit.cli.failures import INTERRUPTED
 from mlx_fusekit.errors import ConfigurationError, OutputError
@@ -183,7 +183,9 @@ def _check_plot(name: str) -> None:
 
 
 def _run(options: dict[str, Any], files: _Files) -> int:
-    from mlx_fusekit.bench.harness import Workload, benchmark
+    from mlx_fusekit.bench import tables
+    from mlx_fusekit.bench.harness import benchmark
+    from mlx_fusekit.bench.options import Workload
 
     delay, prompt = options.pop("delay"), _prompt(options)
     workload = Workload(
@@ -205,7 +207,7 @@ def _run(options: dict[str, Any], files: _Files) -> int:
     for warning in report.warnings:
         output.warn(warning)
     with _tables_on_stderr() if files.json == "-" else contextlib.nullcontext():
-        bench_tables.show(report)
+        output.print_blocks(tables.all_tables(report))
     files.write([report])
     if report.complete:
         return 0
@@ -268,6 +270,7 @@ def report_command(
     files: tuple[str, ...], csv_path: str | None, plot_path: str | None, overwrite: bool
 ) -> int:
     """Show saved runs again, and compare those of several machines."""
+    from mlx_fusekit.bench import tables
     from mlx_fusekit.bench.report import read_report
     from mlx_fusekit.checkpoint.folder import read_json
 
@@ -283,8 +286,8 @@ def report_command(
     for name, report in reports.items():
         if len(reports) > 1:
             click.echo(f"{name}\n")
-        bench_tables.show(report)
+        output.print_blocks(tables.all_tables(report))
     if len(reports) > 1:
-        bench_tables.compare(reports)
+        output.print_table(tables.comparison(reports))
     written.write(list(reports.values()))
     return 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_fusekit import figures
 from mlx_fusekit.cli import output
 from mlx_fusekit.cli.completion import PATH
 from mlx_fusekit.cli.failures import BELOW_THRESHOLD
@@ -15,7 +16,7 @@ from mlx_fusekit.exercise.texts import LANGUAGES, step, text
 from mlx_fusekit.progress import StepProgress
 
 if TYPE_CHECKING:
-    from mlx_fusekit.exercise.parts import Table
+    from mlx_fusekit.tables import Table
 
 
 @click.command("exercise")
@@ -134,7 +135,7 @@ def command(
     terminal.heading(text(language, "step_answer"))
     terminal.say(text(language, "question"))
     click.echo(text(language, "written", path=written))
-    click.echo(text(language, "took", seconds=f"{time.perf_counter() - start:.0f} s"))
+    click.echo(text(language, "took", seconds=figures.in_seconds(time.perf_counter() - start)))
     click.echo()
     click.echo(text(language, "next"))
     click.echo(f"  mlx-fusekit exercise --check {written}")
@@ -188,7 +189,7 @@ class _Terminal:
         self._console.print(bold, end="\n\n")
 
     def show(self, table: "Table") -> None:
-        output.print_rows(table.title, table.header, table.rows)
+        output.print_table(table)
         self._console.print()
 
     def warn(self, words: str) -> None:

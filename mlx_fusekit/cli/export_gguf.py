@@ -75,7 +75,7 @@ def show(report: "ExportReport") -> None:
         facts.append(("", f"and {len(worst) - _LISTED} more (--json lists all)"))
     if report.modelfile is not None:
         facts.append(("Modelfile", report.modelfile))
-    facts.append(("time", f"{report.seconds:.1f} s"))
+    facts.append(("time", figures.in_seconds(report.seconds)))
     verb = "Would write" if report.dry_run else "Wrote"
     output.print_facts(f"{verb} {report.gguf_path}", facts)
     if report.ollama_command is not None:
@@ -97,4 +97,5 @@ def _exactness(report: "ExportReport") -> str:
 def _error(tensor: "TensorEncoding") -> str:
     if tensor.rel_rmse is None:
         return ""
-    return f", relative RMS error {tensor.rel_rmse:.2g}, at most {tensor.max_abs_error:.2g}"
+    rmse, most = figures.error(tensor.rel_rmse), figures.error(tensor.max_abs_error)
+    return f", relative RMS error {rmse}, at most {most}"

@@ -46,10 +46,10 @@ def show(report: "LoraReport") -> None:
         ("modules", str(report.modules)),
         ("tensors", f"{report.tensors} F32"),
         ("rank", str(report.rank)),
-        ("alpha", f"{report.alpha:g}"),
+        ("alpha", figures.setting(report.alpha)),
         ("size", figures.size(report.bytes)),
         ("in llama.cpp", f"--lora {report.gguf_path}"),
-        ("time", f"{report.seconds:.1f} s"),
+        ("time", figures.in_seconds(report.seconds)),
     ]
     output.print_facts(f"Wrote {report.gguf_path}", facts)
     for note in report.notes:

@@ -226,11 +226,11 @@ def _print(report: "FuseReport") -> None:
         facts.append(("without effect", f"{report.unchanged} modules (their update is zero)"))
     if report.parameters:
         facts.append(("replaced", f"{report.parameters} parameters"))
-    growth = report.output_bytes / report.base_bytes - 1
+    growth = figures.growth(report.output_bytes / report.base_bytes - 1)
     facts += [
         ("re-quantized", _strategy(report)),
         *_calibration(report),
-        ("size", f"{figures.size(report.output_bytes)} ({growth:+.1%} against the base)"),
+        ("size", f"{figures.size(report.output_bytes)} ({growth} against the base)"),
         ("computed", figures.size(report.computed_bytes)),
     ]
     if report.dry_run:
@@ -241,7 +241,7 @@ def _print(report: "FuseReport") -> None:
         ]
     else:
         shared = ", unchanged bytes shared with the base" if report.cloned else ""
-        facts.append(("time", f"{report.seconds:.1f} s{shared}"))
+        facts.append(("time", figures.in_seconds(report.seconds) + shared))
     if report.left_out:
         facts.append(("left out", ", ".join(report.left_out)))
     output.print_facts(title, facts)
@@ -264,17 +264,20 @@ def _calibration(report: "FuseReport") -> list[tuple[str, str]]:
     facts = report.calibration
     if facts is None:
         return []
-    general = f", {facts.general_tokens:,} of them written by the base" * bool(facts.general_tokens)
+    general = ""
+    if facts.general_tokens:
+        general = f", {figures.count(facts.general_tokens)} of them written by the base"
     rows = [
-        ("calibrated on", f"{facts.source}: {facts.tokens:,} tokens{general}"),
+        ("calibrated on", f"{facts.source}: {figures.count(facts.tokens)} tokens{general}"),
         (
             "output error",
-            f"{facts.output_error:.2f} of rounding to nearest (median of modules)",
+            f"{figures.ratio(facts.output_error, 2)} of rounding to nearest (median of modules)",
         ),
         (
             "KL",
-            f"{facts.kl_mean:.3g} nats a token from base+adapter (the base: "
-            f"{facts.kl_base_mean:.3g}), on {facts.kl_tokens:,} tokens not calibrated on",
+            f"{figures.nats(facts.kl_mean)} nats a token from base+adapter (the base: "
+            f"{figures.nats(facts.kl_base_mean)}), on {figures.count(facts.kl_tokens)} tokens "
+            "not calibrated on",
         ),
     ]
     if facts.widened:

@@ -40,6 +40,7 @@ from mlx_fusekit.exercise.texts import text
 from mlx_fusekit.exercise.trade_off import speed_sentence
 from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.progress import StepProgress
+from mlx_fusekit.tables import Table
 
 #: Folders of the fused models, in the exercise's.
 FOLDERS = {ROUNDED: "mlx-lm", CALIBRATED: "fused"}
@@ -87,7 +88,7 @@ class Audience(Protocol):
     def say(self, words: str) -> None:
         """A paragraph."""
 
-    def show(self, table: parts.Table) -> None:
+    def show(self, table: Table) -> None:
         """What was measured."""
 
     def warn(self, words: str) -> None:

@@ -25,6 +25,7 @@ from mlx_fusekit.texts.data import read_sequences
 from mlx_fusekit.texts.generate import generate_sequences
 from mlx_fusekit.texts.seeds import derived_seed
 from mlx_fusekit.texts.sequences import TokenSequence
+from mlx_fusekit.verifying.options import MAX_TOKENS
 from mlx_fusekit.verifying.parity import Model, Parity, Variant, compare
 from mlx_fusekit.verifying.structure import (
     Check,
@@ -32,8 +33,6 @@ from mlx_fusekit.verifying.structure import (
     check_same_model,
     check_structure,
 )
-
-MAX_TOKENS = 4096
 
 
 @dataclass(frozen=True)
