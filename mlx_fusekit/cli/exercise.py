@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_fusekit import figures
-from mlx_fusekit.cli import output
-from mlx_fusekit.cli.completion import PATH
+from mlx_fusekit.cli import options, output
 from mlx_fusekit.cli.failures import BELOW_THRESHOLD
+from mlx_fusekit.exercise.options import Settings
 from mlx_fusekit.exercise.texts import LANGUAGES, step, text
 from mlx_fusekit.progress import StepProgress
 
@@ -20,12 +20,8 @@ if TYPE_CHECKING:
 
 
 @click.command("exercise")
-@click.option(
-    "--model",
-    type=PATH,
-    help="Your base: folder or Hub id.  [default: the embedded sample]",
-)
-@click.option("--adapter-path", type=PATH, help="Your adapter for it: folder or Hub id.")
+@options.model("Your base: folder or Hub id.  [default: the embedded sample]")
+@options.adapter_path("Your adapter for it: folder or Hub id.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -34,7 +30,7 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Folder to make: report.md, report.json, pictures, both fused models.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an earlier exercise, your answer too.")
+@options.overwrite("Replace an earlier exercise, your answer too.")
 @click.option(
     "--lang",
     "language",
@@ -43,51 +39,24 @@ if TYPE_CHECKING:
     show_default=True,
     help="Language of lesson and report.",
 )
-@click.option(
-    "--adapters",
-    type=click.IntRange(min=1),
-    default=3,
-    show_default=True,
-    metavar="N",
-    help="How many adapters you use with this base.",
+@options.number(
+    "--adapters", words="How many adapters you use with this base.", default=Settings.adapters
 )
-@click.option(
-    "-p",
-    "--prompt-tokens",
-    type=click.IntRange(min=1),
-    default=32,
-    show_default=True,
-    metavar="N",
-    help="Length of the prompt that is timed.",
+@options.prompt_tokens(
+    "Length of the prompt that is timed.", default=Settings.prompt_tokens, show_default=True
 )
-@click.option(
-    "-g",
-    "--generation-tokens",
-    type=click.IntRange(min=2),
-    default=16,
-    show_default=True,
-    metavar="N",
-    help="Tokens to generate.",
+@options.generation_tokens(
+    "Tokens to generate.", least=2, default=Settings.generation_tokens, show_default=True
 )
-@click.option(
-    "-n",
-    "--num-trials",
-    "trials",
-    type=click.IntRange(min=1),
-    default=10,
-    show_default=True,
-    metavar="N",
-    help="Timed generations of each model; a verdict needs at least 6.",
+@options.trials(
+    "Timed generations of each model; a verdict needs at least 6.", default=Settings.trials
 )
-@click.option(
-    "--data",
-    type=PATH,
-    metavar="FILE",
-    help="Text to compare the models on, as for verify.  [default: of the sample its unseen "
+@options.data(
+    "Text to compare the models on, as for verify.  [default: of the sample its unseen "
     "questions, else what base and adapter write]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of text, prompt and order.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the model's own *.py files.")
+@options.seed("Of text, prompt and order.")
+@options.trust_remote_code()
 @click.option(
     "--check",
     "checked",
@@ -127,7 +96,7 @@ def command(
             "--model and --adapter-path: give both, or neither for the sample", context
         )
     from mlx_fusekit.exercise import report
-    from mlx_fusekit.exercise.lesson import Settings, run_lesson
+    from mlx_fusekit.exercise.lesson import run_lesson
 
     start, terminal = time.perf_counter(), _Terminal(language)
     run_lesson(Settings(**options), out.expanduser(), language, terminal, overwrite=overwrite)

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_fusekit import figures
-from mlx_fusekit.cli import output
-from mlx_fusekit.cli.completion import PATH
+from mlx_fusekit.cli import options, output
 
 if TYPE_CHECKING:
     from mlx_fusekit.gguf.exporting import ExportReport
@@ -19,10 +18,8 @@ _LISTED = 5
 
 
 @click.command("export-gguf")
-@click.option("--model", type=PATH, required=True, help="The model: folder or Hub id.")
-@click.option(
-    "--gguf-path", type=PATH, required=True, metavar="FILE", help="The GGUF file to write."
-)
+@options.model("The model: folder or Hub id.", required=True)
+@options.gguf_path()
 @click.option(
     "--outtype",
     type=click.Choice(OUTTYPES),
@@ -34,11 +31,11 @@ _LISTED = 5
 @click.option("--modelfile", is_flag=True, help="Write Ollama's Modelfile beside it.")
 @click.option("--system", metavar="TEXT", help="System prompt for the Modelfile.")
 @click.option("--ollama", metavar="NAME", help="Make an Ollama model of it: ollama create NAME.")
-@click.option("--dry-run", is_flag=True, help="Show what would be written, and write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace the files where they exist.")
-@click.option("--revision", help="Branch, tag or commit of a Hub model.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the model's own *.py files.")
+@options.dry_run("Show what would be written, and write nothing.")
+@options.overwrite("Replace the files where they exist.")
+@options.revision("model")
+@options.as_json()
+@options.trust_remote_code()
 def command(as_json: bool, model: str, gguf_path: str, **options: Any) -> None:
     """Write a model as one GGUF file for llama.cpp and Ollama.
 

@@ -8,36 +8,26 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_fusekit import figures
-from mlx_fusekit.cli import output
+from mlx_fusekit.cli import options, output
 from mlx_fusekit.cli import publish as publishing
-from mlx_fusekit.cli.completion import PATH
 from mlx_fusekit.cli.failures import BELOW_THRESHOLD, INTERRUPTED
+from mlx_fusekit.cli.options import PATH
 from mlx_fusekit.errors import FusekitError
+from mlx_fusekit.requantize.options import CALIBRATION_TOKENS
 
 if TYPE_CHECKING:
     from mlx_fusekit.fusing.fuse import FuseReport
     from mlx_fusekit.publishing.publish import PublishReport
 
-#: So that --help imports nothing heavy; the package's own is checked against it by a test.
-CALIBRATION_TOKENS = 8192
-
 
 @click.command("fuse")
-@click.option(
-    "--model",
-    type=PATH,
-    default="mlx_model",
-    show_default=True,
-    help="Base model: folder or Hub id.",
-)
-@click.option(
-    "--adapter-path",
-    type=PATH,
+@options.model(default="mlx_model", show_default=True)
+@options.adapter_path(
+    "Adapter: folder or Hub id. Repeat to add up several LoRA adapters, each with a weight.  "
+    "[default: adapters]",
     multiple=True,
     default=("adapters",),
     metavar="PATH[:WEIGHT]",
-    help="Adapter: folder or Hub id. Repeat to add up several LoRA adapters, each with a weight.  "
-    "[default: adapters]",
 )
 @click.option(
     "--save-path", type=PATH, default="fused_model", show_default=True, help="Folder to make."
@@ -66,13 +56,10 @@ CALIBRATION_TOKENS = 8192
     "text.  [default: the adapter's training data where it lies, else text written by base and "
     "adapter]",
 )
-@click.option(
+@options.number(
     "--calibration-tokens",
-    type=click.IntRange(min=1),
+    words="About how many tokens to calibrate on.",
     default=CALIBRATION_TOKENS,
-    show_default=True,
-    metavar="N",
-    help="About how many tokens to calibrate on.",
 )
 @click.option(
     "--max-kl",
@@ -88,9 +75,7 @@ CALIBRATION_TOKENS = 8192
     metavar="SHARE",
     help="How much larger auto may make the model.  [default: 0.1, without a cap with --max-kl]",
 )
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed of the calibration text."
-)
+@options.seed("Seed of the calibration text.")
 @click.option("--export-gguf", is_flag=True, help="Write the fused model as a GGUF file too.")
 @click.option(
     "--gguf-path",
@@ -105,11 +90,11 @@ CALIBRATION_TOKENS = 8192
     help="Upload the result to this repository on the Hub, which is made private; "
     "`mlx-fusekit publish` does the same, and more.",
 )
-@click.option("--revision", help="Branch, tag or commit of a Hub base.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing model folder.")
-@click.option("--dry-run", is_flag=True, help="Show the plan; read headers only, write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--trust-remote-code", is_flag=True, help="Run and copy the model's own *.py files.")
+@options.revision()
+@options.overwrite("Replace an existing model folder.")
+@options.dry_run("Show the plan; read headers only, write nothing.")
+@options.as_json()
+@options.trust_remote_code("Run and copy the model's own *.py files.")
 def command(
     as_json: bool,
     dry_run: bool,

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_fusekit import figures
-from mlx_fusekit.cli import output
-from mlx_fusekit.cli.completion import PATH
+from mlx_fusekit.cli import options, output
+from mlx_fusekit.cli.options import PATH
 from mlx_fusekit.tables import Table
 
 if TYPE_CHECKING:
@@ -15,14 +15,10 @@ if TYPE_CHECKING:
 
 @click.command("inspect")
 @click.argument("path", type=PATH)
-@click.option(
-    "--model",
-    type=PATH,
-    help="An adapter's base: compare its update with the quantization step.",
-)
-@click.option("--revision", help="Branch, tag or commit of a Hub model.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the model's own *.py files.")
+@options.model("An adapter's base: compare its update with the quantization step.")
+@options.revision("model")
+@options.as_json()
+@options.trust_remote_code()
 def command(
     path: str, model: str | None, revision: str | None, as_json: bool, trust_remote_code: bool
 ) -> None:

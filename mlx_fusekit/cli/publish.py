@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_fusekit import figures
-from mlx_fusekit.cli import output
-from mlx_fusekit.cli.completion import PATH
+from mlx_fusekit.cli import options, output
 from mlx_fusekit.cli.failures import INTERRUPTED
+from mlx_fusekit.cli.options import PATH
 from mlx_fusekit.tables import Table
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     metavar="ID",
     help="The model's licence, as apache-2.0.  [default: that of the base]",
 )
-@click.option("--dry-run", is_flag=True, help="Print the card and the files; upload nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--trust-remote-code", is_flag=True, help="Upload the model's own *.py files too.")
+@options.dry_run("Print the card and the files; upload nothing.")
+@options.as_json()
+@options.trust_remote_code("Upload the model's own *.py files too.")
 def command(as_json: bool, path: str, repo: str, **options: Any) -> int:
     """Upload a fused model to the Hugging Face Hub, with a model card.
 

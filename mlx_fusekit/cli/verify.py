@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_fusekit import figures
-from mlx_fusekit.cli import output
-from mlx_fusekit.cli.completion import PATH
+from mlx_fusekit.cli import options, output
 from mlx_fusekit.cli.failures import BELOW_THRESHOLD
+from mlx_fusekit.cli.options import PATH
 from mlx_fusekit.verifying.options import MAX_TOKENS
 from mlx_fusekit.verifying.parity_table import parity_table
 
@@ -16,23 +16,18 @@ if TYPE_CHECKING:
 
 
 @click.command("verify")
-@click.option("--model", type=PATH, help="Base model: folder or Hub id.")
-@click.option(
-    "--adapter-path",
-    type=PATH,
+@options.model()
+@options.adapter_path(
+    "Adapter that was fused: folder or Hub id. Repeat as for fuse.",
     multiple=True,
     metavar="PATH[:WEIGHT]",
-    help="Adapter that was fused: folder or Hub id. Repeat as for fuse.",
 )
 @click.option(
     "--fused", type=PATH, required=True, help="The fused model: folder, Hub id, or GGUF file."
 )
 @click.option("--reference", type=PATH, help="Compare with this model instead of base and adapter.")
-@click.option(
-    "--data",
-    type=PATH,
-    metavar="FILE",
-    help="Text to compare on: chat, completions or text JSONL, or plain text. Of conversations "
+@options.data(
+    "Text to compare on: chat, completions or text JSONL, or plain text. Of conversations "
     "and completions the answers count.  [default: text written by base and adapter]",
 )
 @click.option(
@@ -41,18 +36,11 @@ if TYPE_CHECKING:
     metavar="X",
     help="Exit with code 3 when the mean KL is above X nats a token.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the text.")
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=2),
-    default=MAX_TOKENS,
-    show_default=True,
-    metavar="N",
-    help="About how many tokens to run.",
-)
-@click.option("--revision", help="Branch, tag or commit of a Hub base or reference.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the models' own *.py files.")
+@options.seed("Seed of the text.")
+@options.number("--max-tokens", words="About how many tokens to run.", default=MAX_TOKENS, least=2)
+@options.revision("base or reference")
+@options.as_json()
+@options.trust_remote_code("Run the models' own *.py files.")
 def command(as_json: bool, **options: Any) -> int:
     """Measure how close a fused model is to base and adapter.
 
