@@ -29,7 +29,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_fusekit import fuse, samples
 from mlx_fusekit.bench.arms import ArmSource
-from mlx_fusekit.bench.harness import Workload, benchmark_arms, measure
+from mlx_fusekit.bench.harness import benchmark_arms, measure
+from mlx_fusekit.bench.options import Workload
 from mlx_fusekit.bench.report import TIMES, Run
 from mlx_fusekit.bench.workload import Shape, random_prompts
 from mlx_fusekit.hub import LocalFolder

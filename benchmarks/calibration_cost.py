@@ -20,23 +20,64 @@ from typing import Any
 
 LAYERS = 2
 LENGTH = 256
+VOCABULARY = 512
 
 
 def measure(width: int, tokens: int) -> dict[str, float]:
     """Calibrate one model; seconds and bytes."""
+    from mlx_fusekit.fusing.fuse import prepare_fuse
+    from mlx_fusekit.running.adapted import run_adapted
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
+        write_model_and_adapter(width, folder, adapter)
+        prepared = prepare_fuse(folder, adapter, Path(scratch) / "fused", requantize="nearest")
+        teacher = run_adapted(prepared.sources.model, prepared.plan.adapter)
+        before = peak_bytes()
+        seconds, solving = calibrate(prepared.plan, teacher, tokens)
+    weights = LAYERS * (2 * width * width + 2 * width * width // 4 + 3 * width * 7 * width // 2)
+    return {
+        "width": width,
+        "tokens": tokens,
+        "weights": weights,
+        "solve_seconds_per_layer": solving / LAYERS,
+        "run_seconds_per_layer": (seconds - solving) / LAYERS,
+        "model_bytes": before,
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def write_model_and_adapter(width: int, folder: Path, adapter: Path) -> None:
+    """Write a random 4-bit model of a width, and a LoRA adapter of all its linears."""
     import mlx.core as mx
-    import numpy as np
     from mlx.utils import tree_flatten
     from mlx_lm.models.llama import Model, ModelArgs
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import quantize_model, save_config, save_model
 
-    from mlx_fusekit.fusing.fuse import prepare_fuse
-    from mlx_fusekit.requantize import calibrated, solver
-    from mlx_fusekit.running.adapted import run_adapted
-    from mlx_fusekit.texts.sequences import TokenSequence
+    mx.random.seed(0)
+    config = model_config(width)
+    model = Model(ModelArgs.from_dict(config))
+    model.set_dtype(mx.bfloat16)
+    model, config = quantize_model(model, config, 64, 4)
+    save_model(folder, model)
+    save_config(config, folder / "config.json")
+    parameters = {"rank": 8, "scale": 2.0, "dropout": 0.0}
+    linear_to_lora_layers(model, LAYERS, parameters)
+    adapter.mkdir()
+    lora = {
+        name: 0.05 * mx.random.normal(value.shape)
+        for name, value in tree_flatten(model.parameters())
+        if "lora" in name
+    }
+    mx.save_safetensors(str(adapter / "adapters.safetensors"), lora)
+    facts = {"fine_tune_type": "lora", "num_layers": LAYERS, "lora_parameters": parameters}
+    (adapter / "adapter_config.json").write_text(json.dumps(facts))
 
-    config: dict[str, Any] = {
+
+def model_config(width: int) -> dict[str, Any]:
+    """As of a Llama model, with a vocabulary that counts for nothing."""
+    return {
         "model_type": "llama",
         "hidden_size": width,
         "num_hidden_layers": LAYERS,
@@ -44,54 +85,29 @@ def measure(width: int, tokens: int) -> dict[str, float]:
         "num_attention_heads": width // 64,
         "num_key_value_heads": width // 256,
         "rms_norm_eps": 1e-5,
-        "vocab_size": 512,
+        "vocab_size": VOCABULARY,
         "tie_word_embeddings": True,
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        folder, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
-        mx.random.seed(0)
-        model = Model(ModelArgs.from_dict(config))
-        model.set_dtype(mx.bfloat16)
-        model, config = quantize_model(model, config, 64, 4)
-        save_model(folder, model)
-        save_config(config, folder / "config.json")
-        parameters = {"rank": 8, "scale": 2.0, "dropout": 0.0}
-        linear_to_lora_layers(model, LAYERS, parameters)
-        adapter.mkdir()
-        lora = {
-            name: 0.05 * mx.random.normal(value.shape)
-            for name, value in tree_flatten(model.parameters())
-            if "lora" in name
-        }
-        mx.save_safetensors(str(adapter / "adapters.safetensors"), lora)
-        facts = {"fine_tune_type": "lora", "num_layers": LAYERS, "lora_parameters": parameters}
-        (adapter / "adapter_config.json").write_text(json.dumps(facts))
-        del model, lora
-        prepared = prepare_fuse(folder, adapter, Path(scratch) / "fused", requantize="nearest")
-        teacher = run_adapted(prepared.sources.model, prepared.plan.adapter)
-        before = peak_bytes()
-        rng = np.random.default_rng(0)
-        ids = rng.integers(0, 512, (tokens // LENGTH, LENGTH))
-        text = [TokenSequence(tuple(map(int, row))) for row in ids]
-        spent = {"solve": 0.0}
-        with (
-            timed(calibrated, "solve", spent, "solve"),
-            timed(solver.Moments, "prepared", spent, "solve"),
-            timed(calibrated, "compensated", spent, "solve"),
-        ):
-            start = time.perf_counter()
-            calibrated.Calibration(prepared.plan, teacher, text).run()
-            seconds = time.perf_counter() - start
-    weights = LAYERS * (2 * width * width + 2 * width * width // 4 + 3 * width * 7 * width // 2)
-    return {
-        "width": width,
-        "tokens": tokens,
-        "weights": weights,
-        "solve_seconds_per_layer": spent["solve"] / LAYERS,
-        "run_seconds_per_layer": (seconds - spent["solve"]) / LAYERS,
-        "model_bytes": before,
-        "peak_bytes": peak_bytes(),
-    }
+
+
+def calibrate(plan: Any, teacher: Any, tokens: int) -> tuple[float, float]:
+    """Calibrate on random tokens: seconds in all, and those spent solving."""
+    import numpy as np
+
+    from mlx_fusekit.requantize import calibrated, solver
+    from mlx_fusekit.texts.sequences import TokenSequence
+
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, (tokens // LENGTH, LENGTH))
+    text = [TokenSequence(tuple(map(int, row))) for row in ids]
+    spent = {"solve": 0.0}
+    with (
+        timed(calibrated, "solve", spent, "solve"),
+        timed(solver.Moments, "prepared", spent, "solve"),
+        timed(calibrated, "compensated", spent, "solve"),
+    ):
+        start = time.perf_counter()
+        calibrated.Calibration(plan, teacher, text).run()
+        return time.perf_counter() - start, spent["solve"]
 
 
 @contextmanager

@@ -15,17 +15,17 @@ weight's values) and deleted. Needs free disk space for a checkpoint and one cop
 9.1 GB at 8b.
 """
 
-import argparse
-import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import llama_checkpoints as checkpoints
-from processes import Cost, apart, environment, markdown, measure, median, program, work_folder
+import speed
+from processes import Cost, apart, markdown, measure, median, program
 
 OURS, PEER, COPY = "mlx-fusekit", "mlx_lm.fuse", "cp -r"
 PACKAGES = ("mlx-fusekit", "mlx", "mlx-lm", "numpy")
@@ -41,37 +41,13 @@ class Sample(Cost):
 
 
 def main() -> None:
-    options = _options()
-    sizes = list(checkpoints.SHAPES) if options.size == "all" else [options.size]
-    samples: list[Sample] = []
-    with work_folder(options.work, keep=options.keep) as work:
-        for size in sizes:
-            apart(checkpoints.make_all, size, work)
-            of_size = list(_measure(size, work, options.repeat, peer=not options.skip_peer))
-            print(_table(size, of_size), flush=True)
-            samples += of_size
-            if not options.keep and options.work is None:
-                shutil.rmtree(checkpoints.model_folder(work, size))
-    if options.json:
-        report = {"environment": environment(*PACKAGES), "samples": [asdict(s) for s in samples]}
-        options.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-
-
-def _options() -> argparse.Namespace:
     assert __doc__
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", choices=[*checkpoints.SHAPES, "all"], default="all")
-    parser.add_argument("--work", type=Path, help="folder to work in; checkpoints there are reused")
-    parser.add_argument("--keep", action="store_true", help="keep the temporary work folder")
-    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="runs of each contender")
-    parser.add_argument("--skip-peer", action="store_true", help="leave mlx_lm.fuse out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples to a file")
-    return parser.parse_args()
+    chosen = speed.options(__doc__, "--skip-peer", "leave mlx_lm.fuse out")
+    measured = partial(_measure, repeat=chosen.repeat, peer=not chosen.skip)
+    speed.run(chosen, PACKAGES, measured, _table)
 
 
-def _measure(size: str, work: Path, repeat: int, *, peer: bool) -> Iterator[Sample]:
+def _measure(size: str, work: Path, *, repeat: int, peer: bool) -> Iterator[Sample]:
     """Samples of all contenders, which take turns."""
     base = checkpoints.model_folder(work, size)
     for _ in range(repeat):
@@ -190,8 +166,7 @@ def _table(size: str, samples: Sequence[Sample]) -> str:
                     )
                 )
     repeats = len(samples) // len({(s.adapter, s.contender) for s in samples})
-    title = f"Llama {size}, 4 bits, group 64; warm page cache; median of {repeats}"
-    return f"{title}\n\n{markdown(header, rows, text_columns=2)}"
+    return f"{speed.title(size, repeats)}\n\n{markdown(header, rows, text_columns=2)}"
 
 
 if __name__ == "__main__":

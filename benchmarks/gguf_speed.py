@@ -22,16 +22,16 @@ an error where exporting took more than 1 GB of memory. Needs free disk space fo
 two files: 2.4 GB at 1b without mlx-lm, 6.4 GB with it, 14.6 GB at 8b.
 """
 
-import argparse
-import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import llama_checkpoints as checkpoints
-from processes import Cost, apart, environment, markdown, measure, median, program, work_folder
+import speed
+from processes import Cost, apart, markdown, measure, median, program
 
 OURS, OURS_F16 = "mlx-fusekit export-gguf", "the same, --outtype f16"
 COPY, PEER = "cp of its file", "mlx_lm.fuse --export-gguf"
@@ -78,40 +78,15 @@ class Contender:
 
 
 def main() -> None:
-    options = _options()
-    sizes = list(checkpoints.SHAPES) if options.size == "all" else [options.size]
-    samples: list[Sample] = []
-    with work_folder(options.work, keep=options.keep) as work:
-        for size in sizes:
-            apart(checkpoints.make_all, size, work)
-            of_size = list(_measure(size, work, options.repeat, f16=not options.skip_f16))
-            print(_table(size, of_size), flush=True)
-            samples += of_size
-            if not options.keep and options.work is None:
-                shutil.rmtree(checkpoints.model_folder(work, size))
-    if options.json:
-        report = {"environment": environment(*PACKAGES), "samples": [asdict(s) for s in samples]}
-        options.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    for sample in samples:
+    assert __doc__
+    chosen = speed.options(__doc__, "--skip-f16", "leave out 16 bits and mlx-lm")
+    measured = partial(_measure, repeat=chosen.repeat, f16=not chosen.skip)
+    for sample in speed.run(chosen, PACKAGES, measured, _table):
         if sample.contender in (OURS, OURS_F16) and sample.peak_bytes > MOST_BYTES:
             raise SystemExit(f"{sample.size}: {sample.contender} took {sample.peak_bytes:,} bytes")
 
 
-def _options() -> argparse.Namespace:
-    assert __doc__
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", choices=[*checkpoints.SHAPES, "all"], default="all")
-    parser.add_argument("--work", type=Path, help="folder to work in; checkpoints there are reused")
-    parser.add_argument("--keep", action="store_true", help="keep the temporary work folder")
-    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="runs of each contender")
-    parser.add_argument("--skip-f16", action="store_true", help="leave out 16 bits and mlx-lm")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples to a file")
-    return parser.parse_args()
-
-
-def _measure(size: str, work: Path, repeat: int, *, f16: bool) -> Iterator[Sample]:
+def _measure(size: str, work: Path, *, repeat: int, f16: bool) -> Iterator[Sample]:
     """Samples of all contenders, which take turns."""
     base, scratch = checkpoints.model_folder(work, size), work / "exported"
     contenders = _contenders(base, checkpoints.adapter_folder(work, size, ADAPTER), scratch)
@@ -208,8 +183,7 @@ def _table(size: str, samples: Sequence[Sample]) -> str:
         for name, group in groups.items()
     ]
     repeats = len(samples) // len(groups)
-    title = f"Llama {size}, 4 bits, group 64; warm page cache; median of {repeats}"
-    return f"{title}\n\n{markdown(header, rows, text_columns=1)}"
+    return f"{speed.title(size, repeats)}\n\n{markdown(header, rows, text_columns=1)}"
 
 
 def _seconds_per_byte(group: Sequence[Sample]) -> float:

@@ -5,7 +5,6 @@ model knows. Layout, names and files are those that mlx-lm 0.32 writes.
 """
 
 import json
-import math
 import random
 import shutil
 import struct
@@ -13,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from tensors import Tensor
 
 BITS = 4
 GROUP_SIZE = 64
@@ -29,8 +30,6 @@ ADAPTERS = {
     "all": ATTENTION + MLP,
     "qv": ("self_attn.q_proj", "self_attn.v_proj"),
 }
-
-_ITEM_BYTES = {"U32": 4, "BF16": 2, "F32": 4}
 
 
 @dataclass(frozen=True)
@@ -63,20 +62,6 @@ SHAPES = {
     "1b": Shape(2048, 16, 8192, 32, 8, 128256, tied=True),
     "8b": Shape(4096, 32, 14336, 32, 8, 128256, tied=False),
 }
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor to be written: its name, safetensors dtype and shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
 def make_all(size: str, work: Path) -> None:
@@ -160,7 +145,7 @@ def _cut_into_files(tensors: list[Tensor]) -> list[list[Tensor]]:
 
 
 def _write_safetensors(file: BinaryIO, tensors: list[Tensor], metadata: dict[str, str]) -> None:
-    # Imported late: who only runs the benchmark must stay small (see fuse_speed._run).
+    # Imported late: who only runs the benchmark must stay small (see processes._run).
     from random_tensors import values
 
     entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}

@@ -24,7 +24,6 @@ import contextlib
 import gc
 import hashlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -41,6 +40,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from preserve_results import BASE, PEER, TEACHER, Case, Cost, Measures, Row, report
+from processes import program
 
 import mlx_fusekit
 from mlx_fusekit import samples
@@ -64,7 +65,6 @@ from fetch_smollm2 import MODEL_NAME, build_once, default_cache, fetch, locked
 from train_adapter import Recipe, ensure_adapter
 
 CASES = ("sample", "sql", "style")
-TEACHER, BASE, PEER = "base + adapter", "base, no adapter", "mlx_lm.fuse"
 #: Tokens of plain prose to measure on.
 PROSE_TOKENS = 2048
 #: ``fuse`` ends with it where ``--max-kl`` was not reached; the model is there.
@@ -85,24 +85,6 @@ with open(sys.argv[1], "w") as file:
 
 
 @dataclass(frozen=True)
-class Case:
-    """A base, an adapter, and the text to measure on.
-
-    Attributes:
-        train: what the adapter was trained on.
-        test: unseen items of its task.
-        off_task: text that has nothing to do with the adapter, by name.
-    """
-
-    name: str
-    base: Path
-    adapter: Path
-    train: Path
-    test: Path
-    off_task: dict[str, Path]
-
-
-@dataclass(frozen=True)
 class Contender:
     """A way to fuse.
 
@@ -114,60 +96,6 @@ class Contender:
     name: str
     command: tuple[str, ...] = ()
     data: bool = False
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a fuse took.
-
-    Attributes:
-        reached: whether ``--max-kl``, if given, was reached.
-        load_average: of the machine over the minute before.
-        report: what the command printed as JSON.
-    """
-
-    wall_seconds: float
-    cpu_seconds: float
-    peak_bytes: int
-    reached: bool
-    load_average: float
-    report: dict[str, Any] | None
-
-
-@dataclass(frozen=True)
-class Measures:
-    """How far a model is from base and adapter on one text, over its scored tokens.
-
-    Attributes:
-        kl_mean: of KL(base+adapter || model) in nats a token.
-        top1_agreement: share of the tokens where both have the same arg-max.
-        perplexity: of the actual tokens.
-        exact_match: share of the answers whose every token is the arg-max; None without answers.
-    """
-
-    kl_mean: float
-    kl_median: float
-    kl_p99: float
-    top1_agreement: float
-    perplexity: float
-    exact_match: float | None
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """A contender's result.
-
-    Attributes:
-        measures: by name of the text, "task" first.
-        size: of its weight files, relative to the base's.
-        cost: None for what is not fused.
-    """
-
-    name: str
-    measures: dict[str, Measures]
-    size: float
-    cost: Cost | None = None
 
 
 class Text:
@@ -245,7 +173,7 @@ def main() -> None:
         for name in dict.fromkeys(cases):
             case = _case(name, options, work)
             rows = list(_rows(case, options, work / name))
-            print(_report(case, rows, markdown=options.markdown), flush=True)
+            print(report(case, rows, markdown=options.markdown), flush=True)
             results.append(
                 {
                     "case": case.name,
@@ -255,8 +183,8 @@ def main() -> None:
                 }
             )
             if options.json:
-                report = {"environment": environment, "cases": results}
-                options.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+                found = {"environment": environment, "cases": results}
+                options.json.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     if environment["source_sha256"] != _source_digest():
         _progress("warning: the source of mlx_fusekit changed meanwhile; its rows may not agree")
 
@@ -376,13 +304,13 @@ def _rows(case: Case, options: argparse.Namespace, work: Path) -> Iterator[Row]:
 
 def _contenders(case: Case, options: argparse.Namespace) -> Iterator[Contender]:
     """The ways to fuse; ``mlx_lm.fuse`` first."""
-    ours = (_program("mlx-fusekit"), "fuse", "--json", "--seed", str(options.seed))
+    ours = (program("mlx-fusekit"), "fuse", "--json", "--seed", str(options.seed))
     tokens: tuple[str, ...] = ()
     if options.calibration_tokens:
         tokens = ("--calibration-tokens", str(options.calibration_tokens))
     calibrated = (*ours, *tokens, "--requantize", "calibrated")
     data = ("--calibration", str(case.train))
-    yield Contender(PEER, (_program("mlx_lm.fuse"),))
+    yield Contender(PEER, (program("mlx_lm.fuse"),))
     yield Contender("nearest", (*ours, "--requantize", "nearest"))
     yield Contender("calibrated", (*calibrated, *data), data=True)
     yield Contender("calibrated, no data", calibrated)
@@ -428,14 +356,6 @@ def _fuse(contender: Contender, base: Path, adapter: Path, target: Path) -> Cost
     return Cost(wall, cpu, peak * _RSS_UNIT, code == 0, load, report)
 
 
-def _program(name: str) -> str:
-    """A command of the environment this script runs in."""
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if found is None:
-        raise SystemExit(f"{name} is not installed beside {sys.executable}")
-    return found
-
-
 def _texts(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Text]:
     """The texts to measure on, with what base and adapter make of them."""
     sources = NamedSources.find(case.base, case.adapter).open()
@@ -469,93 +389,6 @@ def _remove(folder: Path) -> None:
 
 def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _report(case: Case, rows: Sequence[Row], *, markdown: bool) -> str:
-    """What was measured, as two tables: on the task, and off it with the costs."""
-    by_name = {row.name: row for row in rows}
-    teacher, peer = by_name[TEACHER], by_name[PEER]
-    on_task = [["", "KL mean", "median", "p99", "closer", "top-1", "exact", "kept", "ppl"]]
-    off_task = [[""]]
-    for name in case.off_task:
-        off_task[0] += [f"{name} KL", "closer"]
-    off_task[0] += ["size", "seconds", "peak MB"]
-    for row in rows:
-        name = row.name if row.cost is None or row.cost.reached else f"{row.name} *"
-        task = row.measures["task"]
-        on_task.append(
-            [
-                name,
-                *(_number(kl) for kl in (task.kl_mean, task.kl_median, task.kl_p99)),
-                _ratio(peer, row, "task"),
-                _share(task.top1_agreement),
-                _share(task.exact_match),
-                _share(_quotient(task.exact_match, teacher.measures["task"].exact_match)),
-                _number(task.perplexity),
-            ]
-        )
-        off_task.append([name])
-        for text in case.off_task:
-            off_task[-1] += [_number(row.measures[text].kl_mean), _ratio(peer, row, text)]
-        off_task[-1].append(f"{row.size:.4f}")
-        if row.cost is None:
-            off_task[-1] += ["", ""]
-        else:
-            off_task[-1] += [f"{row.cost.wall_seconds:.1f}", f"{row.cost.peak_bytes / 1e6:.0f}"]
-    missed = any(row.cost is not None and not row.cost.reached for row in rows)
-    tokens = ", ".join(f"{name} {m.tokens}" for name, m in teacher.measures.items())
-    return "\n".join(
-        [
-            f"{case.name}: {case.adapter.name} on {case.base.name}.",
-            f"Scored tokens: {tokens}.",
-            "KL(base+adapter || model) in nats a token; closer: KL(mlx_lm.fuse) / KL(this);",
-            "kept: exact match relative to base+adapter's; size: weight files, the base's being 1.",
-            *(["* did not reach --max-kl"] if missed else []),
-            "",
-            _table(on_task, markdown=markdown),
-            _table(off_task, markdown=markdown),
-        ]
-    )
-
-
-def _table(rows: Sequence[Sequence[str]], *, markdown: bool) -> str:
-    """Rows, the first of them the header, with all but the first column to the right."""
-    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip())
-    if markdown:
-        rules = [f"{'-' * (width - 1)}{':' if n else '-'}" for n, width in enumerate(widths)]
-        lines.insert(1, f"| {' | '.join(rules)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
-
-
-def _quotient(value: float | None, whole: float | None) -> float | None:
-    return value / whole if value is not None and whole else None
-
-
-def _ratio(peer: Row, row: Row, text: str) -> str:
-    """How many times closer than ``mlx_lm.fuse`` a model is to base and adapter."""
-    ours, theirs = row.measures[text].kl_mean, peer.measures[text].kl_mean
-    if row.name in (TEACHER, PEER) or not ours or not math.isfinite(theirs / ours):
-        return ""
-    ratio = theirs / ours
-    if ratio < 0.01:
-        return "<0.01x"
-    decimals = 2 if ratio < 10 else 1 if ratio < 100 else 0
-    return f"{ratio:.{decimals}f}x"
 
 
 def _environment(options: argparse.Namespace) -> dict[str, object]:

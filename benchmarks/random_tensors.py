@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-from llama_checkpoints import Tensor
+from tensors import Tensor
 
 _PIECE_BYTES = 16 << 20
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mlx_fusekit.bench.harness import Workload, benchmark
+    from mlx_fusekit.bench.harness import benchmark
+    from mlx_fusekit.bench.options import Workload
     from mlx_fusekit.bench.report import BenchReport
     from mlx_fusekit.fusing.fuse import PreparedFuse, fuse, prepare_fuse
     from mlx_fusekit.fusing.report import FuseReport
@@ -23,7 +24,7 @@ _HOMES = {
     "PreparedFuse": "fusing.fuse",
     "benchmark": "bench.harness",
     "BenchReport": "bench.report",
-    "Workload": "bench.harness",
+    "Workload": "bench.options",
     "export_gguf": "gguf.exporting",
     "ExportReport": "gguf.exporting",
     "export_lora": "gguf.lora",

@@ -3,14 +3,14 @@
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fusekit import hub
+from mlx_fusekit import figures, hub
 from mlx_fusekit.adapters.opening import open_adapter
 from mlx_fusekit.adapters.sources import NamedSources, open_model
 from mlx_fusekit.bench.arms import (
@@ -26,9 +26,10 @@ from mlx_fusekit.bench.bandwidth import memory_bandwidth
 from mlx_fusekit.bench.environment import Environment
 from mlx_fusekit.bench.equivalence import equivalence
 from mlx_fusekit.bench.isolated import measure_isolated
+from mlx_fusekit.bench.options import Workload
 from mlx_fusekit.bench.report import ArmReport, BenchReport, Run, Trial
 from mlx_fusekit.bench.schedule import balanced_rounds
-from mlx_fusekit.bench.timing import PREFILL_STEP, Timing, time_generation
+from mlx_fusekit.bench.timing import Timing, time_generation
 from mlx_fusekit.bench.workload import (
     Shape,
     check_context,
@@ -45,44 +46,10 @@ from mlx_fusekit.texts.chat import special_ids
 from mlx_fusekit.texts.sequences import derived_seed
 from mlx_fusekit.verifying.structure import check_same_model
 
-TRIALS = 10
 #: The share of memory that all arms may take together; the rest is for what they compute.
 _MEMORY_SHARE = 0.85
 #: Drift that is worth a warning, as a share of the time.
 _DRIFT = 0.05
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What every arm is asked to do.
-
-    Attributes:
-        prompt_tokens: lengths of random prompts, each with every length of generation.
-        generation_tokens: lengths to generate.
-        prompt: a text to process instead of random tokens.
-        batch_size: sequences that run together.
-        trials: timed generations of each arm and shape.
-        load_trials: processes of their own that load each arm, for load time and, in the first of
-            them, peak memory; none for neither.
-        delay_seconds: to wait before each trial.
-        prefill_step: tokens of a prompt that go through the model at once.
-        seed: of prompts, order and intervals.
-    """
-
-    prompt_tokens: tuple[int, ...] = (512,)
-    generation_tokens: tuple[int, ...] = (128,)
-    prompt: str | None = None
-    batch_size: int = 1
-    trials: int = TRIALS
-    load_trials: int = 3
-    delay_seconds: float = 0.0
-    prefill_step: int = PREFILL_STEP
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        numbers = (*self.prompt_tokens, *self.generation_tokens, self.batch_size, self.trials)
-        if min(numbers) < 1 or self.prefill_step < 1 or self.delay_seconds < 0:
-            raise ConfigurationError("-p, -g, -b, -n and --prefill-step-size: give at least 1")
 
 
 def benchmark(
@@ -414,8 +381,8 @@ def _check(sources: Sequence[ArmSource], workload: Workload, distributed: bool) 
     needed = sum(source.disk_bytes for source in sources)
     if needed > _MEMORY_SHARE * limit and not distributed:
         raise ConfigurationError(
-            f"all arms together take {needed / 1e9:.1f} GB, and this machine has "
-            f"{limit / 1e9:.1f} GB for them; leave some out (--skip-base, fewer --fused)"
+            f"all arms together take {figures.size(needed)}, and this machine has "
+            f"{figures.size(limit)} for them; leave some out (--skip-base, fewer --fused)"
         )
 
 
@@ -437,14 +404,15 @@ def _warnings(report: BenchReport) -> list[str]:
     lines = []
     if report.environment.busy:
         load = report.environment.load_average
-        lines.append(f"the machine was busy when this began (load average {load:.1f})")
+        lines.append(f"the machine was busy when this began (load average {figures.number(load)})")
     for run in report.runs:
         change = run.drift
         if change is not None and abs(change) > _DRIFT:
             way = "slower" if change > 0 else "faster"
             lines.append(
-                f"{run.shape}: trials became {abs(change):.0%} {way} while the benchmark ran; "
-                "the order is balanced against that, but try --delay or a cooler machine"
+                f"{run.shape}: trials became {figures.share(abs(change), 0)} {way} while the "
+                "benchmark ran; the order is balanced against that, but try --delay or a cooler "
+                "machine"
             )
         unsteady = [arm for arm, same in run.deterministic.items() if not same]
         if unsteady:

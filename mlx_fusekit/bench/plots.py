@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import numpy as np
 
+from mlx_fusekit import figures
 from mlx_fusekit.bench.report import BenchReport, Run
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def _distributions(axes: "Axes", report: BenchReport, run: Run) -> None:
         axes.plot(place + spread, times, "o", color=colour, alpha=0.6, markersize=4)
         axes.hlines(np.median(times), place - 0.36, place + 0.36, color=colour, linewidth=2.5)
     labels = [
-        f"{arm}\n{speedups[arm].ratio:.2f} times as fast" if arm in speedups else arm
+        f"{arm}\n{figures.ratio(speedups[arm].ratio, 2)} times as fast" if arm in speedups else arm
         for arm in run.arms
     ]
     axes.set_xticks(range(len(run.arms)), labels)

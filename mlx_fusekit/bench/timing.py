@@ -16,8 +16,7 @@ from mlx_lm.generate import (
     wired_limit,
 )
 
-#: Tokens of a prompt that go through the model at once, mlx-lm's default.
-PREFILL_STEP = 2048
+from mlx_fusekit.bench.options import PREFILL_STEP
 
 
 @dataclass(frozen=True)

@@ -5,27 +5,31 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_fusekit.cli import bench_tables, output
-from mlx_fusekit.cli.completion import PATH
+from mlx_fusekit.bench.options import Workload
+from mlx_fusekit.cli import options, output
 from mlx_fusekit.cli.failures import INTERRUPTED
+from mlx_fusekit.cli.options import PATH
 from mlx_fusekit.errors import ConfigurationError, OutputError
 
 if TYPE_CHECKING:
     from mlx_fusekit.bench.report import BenchReport
 
 _PLOTS = (".png", ".svg", ".pdf")
+_csv = click.option("--csv", "csv_path", type=PATH, metavar="FILE", help="Write one line a trial.")
+_plot = click.option(
+    "--plot", "plot_path", type=PATH, metavar="FILE", help="Draw the trials: .png, .svg or .pdf."
+)
 
 
 @click.group("bench", invoke_without_command=True)
-@click.option("--model", type=PATH, help="Base model: folder or Hub id.")
-@click.option(
-    "--adapter-path", type=PATH, help="Adapter that base+adapter runs with: folder or Hub id."
-)
+@options.model()
+@options.adapter_path("Adapter that base+adapter runs with: folder or Hub id.")
 @click.option(
     "--fused",
     type=PATH,
@@ -33,67 +37,43 @@ _PLOTS = (".png", ".svg", ".pdf")
     metavar="[NAME=]PATH",
     help="A fused model: folder or Hub id. Repeat to time more, each under its name.",
 )
-@click.option(
-    "-p",
-    "--prompt-tokens",
-    type=click.IntRange(min=1),
+@options.prompt_tokens(
+    "Length of the prompt, in random tokens. Repeat for more lengths.  [default: 512]",
     multiple=True,
-    metavar="N",
-    help="Length of the prompt, in random tokens. Repeat for more lengths.  [default: 512]",
 )
-@click.option(
-    "-g",
-    "--generation-tokens",
-    type=click.IntRange(min=1),
-    multiple=True,
-    metavar="N",
-    help="Tokens to generate. Repeat for more lengths.  [default: 128]",
+@options.generation_tokens(
+    "Tokens to generate. Repeat for more lengths.  [default: 128]", multiple=True
 )
 @click.option("--prompt", metavar="TEXT", help="Prompt to time, put into the chat template.")
 @click.option(
     "--prompt-file", type=PATH, metavar="FILE", help="Process what this file holds, likewise."
 )
-@click.option(
-    "-n",
-    "--num-trials",
-    "trials",
-    type=click.IntRange(min=1),
-    default=10,
-    show_default=True,
-    metavar="N",
-    help="Timed generations of each model.",
-)
-@click.option(
+@options.trials("Timed generations of each model.", default=Workload.trials)
+@options.number(
     "-b",
     "--batch-size",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Sequences that generate together.",
+    words="Sequences that generate together.",
+    default=Workload.batch_size,
 )
-@click.option(
+@options.number(
     "--prefill-step-size",
-    type=click.IntRange(min=1),
-    default=2048,
-    show_default=True,
-    metavar="N",
-    help="Tokens of a prompt that are processed at once.",
+    "prefill_step",
+    words="Tokens of a prompt that are processed at once.",
+    default=Workload.prefill_step,
 )
 @click.option(
     "--delay",
+    "delay_seconds",
     type=click.FloatRange(min=0),
-    default=0.0,
+    default=Workload.delay_seconds,
     metavar="S",
     help="Seconds to wait before each trial, for the machine to cool.",
 )
-@click.option(
+@options.number(
     "--load-trials",
-    type=click.IntRange(min=0),
-    default=3,
-    show_default=True,
-    metavar="N",
-    help="Processes that load each model, for load time and memory.",
+    words="Processes that load each model, for load time and memory.",
+    default=Workload.load_trials,
+    least=0,
 )
 @click.option("--skip-base", is_flag=True, help="Leave out the base by itself.")
 @click.option(
@@ -102,17 +82,15 @@ _PLOTS = (".png", ".svg", ".pdf")
     metavar="S",
     help="What fusing took, to see after how many tokens that is won back.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of prompts and order.")
+@options.seed("Seed of prompts and order.")
 @click.option(
     "--json", "json_path", type=PATH, metavar="FILE", help="Write all samples; - prints them."
 )
-@click.option("--csv", "csv_path", type=PATH, metavar="FILE", help="Write one line a trial.")
-@click.option(
-    "--plot", "plot_path", type=PATH, metavar="FILE", help="Draw the trials: .png, .svg or .pdf."
-)
-@click.option("--overwrite", is_flag=True, help="Replace these files where they exist.")
-@click.option("--revision", help="Branch, tag or commit of a Hub base.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the models' own *.py files.")
+@_csv
+@_plot
+@options.overwrite("Replace these files where they exist.")
+@options.revision()
+@options.trust_remote_code("Run the models' own *.py files.")
 @click.pass_context
 def command(context: click.Context, /, **options: Any) -> int | None:
     """Time base and adapter against fused models.
@@ -183,21 +161,10 @@ def _check_plot(name: str) -> None:
 
 
 def _run(options: dict[str, Any], files: _Files) -> int:
-    from mlx_fusekit.bench.harness import Workload, benchmark
+    from mlx_fusekit.bench import tables
+    from mlx_fusekit.bench.harness import benchmark
 
-    delay, prompt = options.pop("delay"), _prompt(options)
-    workload = Workload(
-        prompt_tokens=options.pop("prompt_tokens") or (512,),
-        generation_tokens=options.pop("generation_tokens") or (128,),
-        prompt=prompt,
-        batch_size=options.pop("batch_size"),
-        trials=options.pop("trials"),
-        load_trials=options.pop("load_trials"),
-        delay_seconds=delay,
-        prefill_step=options.pop("prefill_step_size"),
-        seed=options.pop("seed"),
-    )
-    fused = _named(options.pop("fused"))
+    workload, fused = _workload(options), _named(options.pop("fused"))
     with output.steps_bar(animated=False) as progress:
         report = benchmark(fused=fused, workload=workload, progress=progress, **options)
     if not _first_machine():
@@ -205,12 +172,21 @@ def _run(options: dict[str, Any], files: _Files) -> int:
     for warning in report.warnings:
         output.warn(warning)
     with _tables_on_stderr() if files.json == "-" else contextlib.nullcontext():
-        bench_tables.show(report)
+        output.print_blocks(tables.all_tables(report))
     files.write([report])
     if report.complete:
         return 0
     output.warn("interrupted; what was measured until then is above, and marked as incomplete")
     return INTERRUPTED
+
+
+def _workload(options: dict[str, Any]) -> Workload:
+    """What the options ask for; they are taken out."""
+    options["prompt"] = _prompt(options)
+    asked = {field.name: options.pop(field.name) for field in fields(Workload)}
+    for name in ("prompt_tokens", "generation_tokens"):
+        asked[name] = asked[name] or getattr(Workload, name)
+    return Workload(**asked)
 
 
 @contextlib.contextmanager
@@ -259,15 +235,14 @@ def _named(values: Sequence[str]) -> dict[str, str]:
 
 @command.command("report")
 @click.argument("files", type=PATH, nargs=-1, required=True, metavar="FILE.json ...")
-@click.option("--csv", "csv_path", type=PATH, metavar="FILE", help="Write one line a trial.")
-@click.option(
-    "--plot", "plot_path", type=PATH, metavar="FILE", help="Draw the trials: .png, .svg or .pdf."
-)
-@click.option("--overwrite", is_flag=True, help="Replace these files where they exist.")
+@_csv
+@_plot
+@options.overwrite("Replace these files where they exist.")
 def report_command(
     files: tuple[str, ...], csv_path: str | None, plot_path: str | None, overwrite: bool
 ) -> int:
     """Show saved runs again, and compare those of several machines."""
+    from mlx_fusekit.bench import tables
     from mlx_fusekit.bench.report import read_report
     from mlx_fusekit.checkpoint.folder import read_json
 
@@ -283,8 +258,8 @@ def report_command(
     for name, report in reports.items():
         if len(reports) > 1:
             click.echo(f"{name}\n")
-        bench_tables.show(report)
+        output.print_blocks(tables.all_tables(report))
     if len(reports) > 1:
-        bench_tables.compare(reports)
+        output.print_table(tables.comparison(reports))
     written.write(list(reports.values()))
     return 0

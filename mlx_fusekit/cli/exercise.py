@@ -8,23 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_fusekit.cli import output
-from mlx_fusekit.cli.completion import PATH
+from mlx_fusekit import figures
+from mlx_fusekit.cli import options, output
 from mlx_fusekit.cli.failures import BELOW_THRESHOLD
+from mlx_fusekit.exercise.options import Settings
 from mlx_fusekit.exercise.texts import LANGUAGES, step, text
 from mlx_fusekit.progress import StepProgress
 
 if TYPE_CHECKING:
-    from mlx_fusekit.exercise.parts import Table
+    from mlx_fusekit.tables import Table
 
 
 @click.command("exercise")
-@click.option(
-    "--model",
-    type=PATH,
-    help="Your base: folder or Hub id.  [default: the embedded sample]",
-)
-@click.option("--adapter-path", type=PATH, help="Your adapter for it: folder or Hub id.")
+@options.model("Your base: folder or Hub id.  [default: the embedded sample]")
+@options.adapter_path("Your adapter for it: folder or Hub id.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -33,7 +30,7 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Folder to make: report.md, report.json, pictures, both fused models.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an earlier exercise, your answer too.")
+@options.overwrite("Replace an earlier exercise, your answer too.")
 @click.option(
     "--lang",
     "language",
@@ -42,51 +39,24 @@ if TYPE_CHECKING:
     show_default=True,
     help="Language of lesson and report.",
 )
-@click.option(
-    "--adapters",
-    type=click.IntRange(min=1),
-    default=3,
-    show_default=True,
-    metavar="N",
-    help="How many adapters you use with this base.",
+@options.number(
+    "--adapters", words="How many adapters you use with this base.", default=Settings.adapters
 )
-@click.option(
-    "-p",
-    "--prompt-tokens",
-    type=click.IntRange(min=1),
-    default=32,
-    show_default=True,
-    metavar="N",
-    help="Length of the prompt that is timed.",
+@options.prompt_tokens(
+    "Length of the prompt that is timed.", default=Settings.prompt_tokens, show_default=True
 )
-@click.option(
-    "-g",
-    "--generation-tokens",
-    type=click.IntRange(min=2),
-    default=16,
-    show_default=True,
-    metavar="N",
-    help="Tokens to generate.",
+@options.generation_tokens(
+    "Tokens to generate.", least=2, default=Settings.generation_tokens, show_default=True
 )
-@click.option(
-    "-n",
-    "--num-trials",
-    "trials",
-    type=click.IntRange(min=1),
-    default=10,
-    show_default=True,
-    metavar="N",
-    help="Timed generations of each model; a verdict needs at least 6.",
+@options.trials(
+    "Timed generations of each model; a verdict needs at least 6.", default=Settings.trials
 )
-@click.option(
-    "--data",
-    type=PATH,
-    metavar="FILE",
-    help="Text to compare the models on, as for verify.  [default: of the sample its unseen "
+@options.data(
+    "Text to compare the models on, as for verify.  [default: of the sample its unseen "
     "questions, else what base and adapter write]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of text, prompt and order.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the model's own *.py files.")
+@options.seed("Of text, prompt and order.")
+@options.trust_remote_code()
 @click.option(
     "--check",
     "checked",
@@ -126,7 +96,7 @@ def command(
             "--model and --adapter-path: give both, or neither for the sample", context
         )
     from mlx_fusekit.exercise import report
-    from mlx_fusekit.exercise.lesson import Settings, run_lesson
+    from mlx_fusekit.exercise.lesson import run_lesson
 
     start, terminal = time.perf_counter(), _Terminal(language)
     run_lesson(Settings(**options), out.expanduser(), language, terminal, overwrite=overwrite)
@@ -134,7 +104,7 @@ def command(
     terminal.heading(text(language, "step_answer"))
     terminal.say(text(language, "question"))
     click.echo(text(language, "written", path=written))
-    click.echo(text(language, "took", seconds=f"{time.perf_counter() - start:.0f} s"))
+    click.echo(text(language, "took", seconds=figures.in_seconds(time.perf_counter() - start)))
     click.echo()
     click.echo(text(language, "next"))
     click.echo(f"  mlx-fusekit exercise --check {written}")
@@ -188,7 +158,7 @@ class _Terminal:
         self._console.print(bold, end="\n\n")
 
     def show(self, table: "Table") -> None:
-        output.print_rows(table.title, table.header, table.rows)
+        output.print_table(table)
         self._console.print()
 
     def warn(self, words: str) -> None:

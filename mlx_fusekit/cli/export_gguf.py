@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_fusekit import figures
-from mlx_fusekit.cli import output
-from mlx_fusekit.cli.completion import PATH
-from mlx_fusekit.gguf.outtypes import OUTTYPES
+from mlx_fusekit.cli import options, output
 
 if TYPE_CHECKING:
     from mlx_fusekit.gguf.exporting import ExportReport
@@ -18,26 +16,20 @@ _LISTED = 5
 
 
 @click.command("export-gguf")
-@click.option("--model", type=PATH, required=True, help="The model: folder or Hub id.")
-@click.option(
-    "--gguf-path", type=PATH, required=True, metavar="FILE", help="The GGUF file to write."
-)
-@click.option(
-    "--outtype",
-    type=click.Choice(OUTTYPES),
-    default="auto",
-    show_default=True,
-    help="auto: each quantized tensor in the type that holds the same values, or the closest. "
-    "lossless: the same values, in a wider type where need be. Others convert.",
+@options.model("The model: folder or Hub id.", required=True)
+@options.gguf_path()
+@options.outtype(
+    "auto: each quantized tensor in the type that holds the same values, or the closest. "
+    "lossless: the same values, in a wider type where need be. Others convert."
 )
 @click.option("--modelfile", is_flag=True, help="Write Ollama's Modelfile beside it.")
 @click.option("--system", metavar="TEXT", help="System prompt for the Modelfile.")
 @click.option("--ollama", metavar="NAME", help="Make an Ollama model of it: ollama create NAME.")
-@click.option("--dry-run", is_flag=True, help="Show what would be written, and write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace the files where they exist.")
-@click.option("--revision", help="Branch, tag or commit of a Hub model.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the model's own *.py files.")
+@options.dry_run("Show what would be written, and write nothing.")
+@options.overwrite("Replace the files where they exist.")
+@options.revision("model")
+@options.as_json()
+@options.trust_remote_code()
 def command(as_json: bool, model: str, gguf_path: str, **options: Any) -> None:
     """Write a model as one GGUF file for llama.cpp and Ollama.
 
@@ -74,7 +66,7 @@ def show(report: "ExportReport") -> None:
         facts.append(("", f"and {len(worst) - _LISTED} more (--json lists all)"))
     if report.modelfile is not None:
         facts.append(("Modelfile", report.modelfile))
-    facts.append(("time", f"{report.seconds:.1f} s"))
+    facts.append(("time", figures.in_seconds(report.seconds)))
     verb = "Would write" if report.dry_run else "Wrote"
     output.print_facts(f"{verb} {report.gguf_path}", facts)
     if report.ollama_command is not None:
@@ -96,4 +88,5 @@ def _exactness(report: "ExportReport") -> str:
 def _error(tensor: "TensorEncoding") -> str:
     if tensor.rel_rmse is None:
         return ""
-    return f", relative RMS error {tensor.rel_rmse:.2g}, at most {tensor.max_abs_error:.2g}"
+    rmse, most = figures.error(tensor.rel_rmse), figures.error(tensor.max_abs_error)
+    return f", relative RMS error {rmse}, at most {most}"

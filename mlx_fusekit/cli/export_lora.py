@@ -5,25 +5,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_fusekit import figures
-from mlx_fusekit.cli import output
-from mlx_fusekit.cli.completion import PATH
+from mlx_fusekit.cli import options, output
 
 if TYPE_CHECKING:
     from mlx_fusekit.gguf.lora import LoraReport
 
 
 @click.command("export-lora")
-@click.option("--model", type=PATH, required=True, help="The adapter's base: folder or Hub id.")
-@click.option(
-    "--adapter-path", type=PATH, required=True, help="The LoRA adapter: folder or Hub id."
-)
-@click.option(
-    "--gguf-path", type=PATH, required=True, metavar="FILE", help="The GGUF file to write."
-)
-@click.option("--overwrite", is_flag=True, help="Replace the file where it exists.")
-@click.option("--revision", help="Branch, tag or commit of a Hub model.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the model's own *.py files.")
+@options.model("The adapter's base: folder or Hub id.", required=True)
+@options.adapter_path("The LoRA adapter: folder or Hub id.", required=True)
+@options.gguf_path()
+@options.overwrite("Replace the file where it exists.")
+@options.revision("model")
+@options.as_json()
+@options.trust_remote_code()
 def command(as_json: bool, model: str, adapter_path: str, gguf_path: str, **options: Any) -> None:
     """Write a LoRA adapter as a GGUF adapter for llama.cpp.
 
@@ -46,10 +41,10 @@ def show(report: "LoraReport") -> None:
         ("modules", str(report.modules)),
         ("tensors", f"{report.tensors} F32"),
         ("rank", str(report.rank)),
-        ("alpha", f"{report.alpha:g}"),
+        ("alpha", figures.setting(report.alpha)),
         ("size", figures.size(report.bytes)),
         ("in llama.cpp", f"--lora {report.gguf_path}"),
-        ("time", f"{report.seconds:.1f} s"),
+        ("time", figures.in_seconds(report.seconds)),
     ]
     output.print_facts(f"Wrote {report.gguf_path}", facts)
     for note in report.notes:

@@ -6,34 +6,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_fusekit import figures
-from mlx_fusekit.cli import export_gguf, output, publish
-from mlx_fusekit.cli.completion import PATH
+from mlx_fusekit.cli import export_gguf, options, output, publish
 from mlx_fusekit.cli.failures import BELOW_THRESHOLD
+from mlx_fusekit.cli.options import PATH
+from mlx_fusekit.requantize.options import CALIBRATION_TOKENS
 from mlx_fusekit.requantize.strategy import STRATEGIES, in_words
 
 if TYPE_CHECKING:
     from mlx_fusekit.fusing.report import FuseReport
 
-#: So that --help imports nothing heavy; the package's own is checked against it by a test.
-CALIBRATION_TOKENS = 8192
-
 
 @click.command("fuse")
-@click.option(
-    "--model",
-    type=PATH,
-    default="mlx_model",
-    show_default=True,
-    help="Base model: folder or Hub id.",
-)
-@click.option(
-    "--adapter-path",
-    type=PATH,
+@options.model(default="mlx_model", show_default=True)
+@options.adapter_path(
+    "Adapter: folder or Hub id. Repeat to add up several LoRA adapters, each with a weight.  "
+    "[default: adapters]",
     multiple=True,
     default=("adapters",),
     metavar="PATH[:WEIGHT]",
-    help="Adapter: folder or Hub id. Repeat to add up several LoRA adapters, each with a weight.  "
-    "[default: adapters]",
 )
 @click.option(
     "--save-path", type=PATH, default="fused_model", show_default=True, help="Folder to make."
@@ -62,21 +52,15 @@ CALIBRATION_TOKENS = 8192
     "text.  [default: the adapter's training data where it lies, else text written by base and "
     "adapter]",
 )
-@click.option(
+@options.number(
     "--calibration-tokens",
-    type=click.IntRange(min=1),
+    words="About how many tokens to calibrate on.",
     default=CALIBRATION_TOKENS,
-    show_default=True,
-    metavar="N",
-    help="About how many tokens to calibrate on.",
 )
-@click.option(
-    "--max-kl",
-    type=float,
-    metavar="X",
-    help="Bound on the mean KL from base+adapter, in nats a token: auto gives the modules that "
+@options.max_kl(
+    "Bound on the mean KL from base+adapter, in nats a token: auto gives the modules that "
     "hurt most wider bits until it holds; exits with code 3 when it does not.  "
-    "[auto's default: 0.1]",
+    "[auto's default: 0.1]"
 )
 @click.option(
     "--max-growth",
@@ -84,9 +68,7 @@ CALIBRATION_TOKENS = 8192
     metavar="SHARE",
     help="How much larger auto may make the model.  [default: 0.1, without a cap with --max-kl]",
 )
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed of the calibration text."
-)
+@options.seed("Seed of the calibration text.")
 @click.option("--export-gguf", is_flag=True, help="Write the fused model as a GGUF file too.")
 @click.option(
     "--gguf-path",
@@ -95,18 +77,19 @@ CALIBRATION_TOKENS = 8192
     metavar="FILE",
     help="That file, seen from --save-path.",
 )
+@options.outtype("Types of its tensors, as export-gguf takes them.")
 @click.option(
     "--upload-repo",
     metavar="OWNER/NAME",
     help="Upload the result to this repository on the Hub, which is made private; "
     "`mlx-fusekit publish` does the same, and more.",
 )
-@click.option("--revision", help="Branch, tag or commit of a Hub base.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing model folder.")
-@click.option("--dry-run", is_flag=True, help="Show the plan; read headers only, write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--trust-remote-code", is_flag=True, help="Run and copy the model's own *.py files.")
-def command(as_json: bool, dry_run: bool, **options: Any) -> int:
+@options.revision()
+@options.overwrite("Replace an existing model folder.")
+@options.dry_run("Show the plan; read headers only, write nothing.")
+@options.as_json()
+@options.trust_remote_code("Run and copy the model's own *.py files.")
+def command(as_json: bool, dry_run: bool, **asked: Any) -> int:
     """Fuse adapters into a base model; one model folder comes out.
 
     The result loads with mlx_lm.load and needs no adapter. It has the base's format and size
@@ -115,8 +98,8 @@ def command(as_json: bool, dry_run: bool, **options: Any) -> int:
     """
     from mlx_fusekit.fusing.fuse import prepare_fuse
 
-    named = [options.pop(name) for name in ("model", "adapter_path", "save_path")]
-    prepared = prepare_fuse(*named, **options)
+    named = [asked.pop(name) for name in ("model", "adapter_path", "save_path")]
+    prepared = prepare_fuse(*named, **asked)
     report = before = prepared.report()
     for warning in before.warnings:
         output.warn(warning)
@@ -146,11 +129,11 @@ def _print(report: "FuseReport") -> None:
         facts.append(("without effect", f"{report.unchanged} modules (their update is zero)"))
     if report.parameters:
         facts.append(("replaced", f"{report.parameters} parameters"))
-    growth = report.output_bytes / report.base_bytes - 1
+    growth = figures.growth(report.output_bytes / report.base_bytes - 1)
     facts += [
         ("re-quantized", in_words(report.requantize) or "not needed"),
         *_calibration(report),
-        ("size", f"{figures.size(report.output_bytes)} ({growth:+.1%} against the base)"),
+        ("size", f"{figures.size(report.output_bytes)} ({growth} against the base)"),
         ("computed", figures.size(report.computed_bytes)),
     ]
     if report.dry_run:
@@ -161,7 +144,7 @@ def _print(report: "FuseReport") -> None:
         ]
     else:
         shared = ", unchanged bytes shared with the base" if report.cloned else ""
-        facts.append(("time", f"{report.seconds:.1f} s{shared}"))
+        facts.append(("time", figures.in_seconds(report.seconds) + shared))
     if report.left_out:
         facts.append(("left out", ", ".join(report.left_out)))
     output.print_facts(title, facts)
@@ -180,17 +163,20 @@ def _calibration(report: "FuseReport") -> list[tuple[str, str]]:
     facts = report.calibration
     if facts is None:
         return []
-    general = f", {facts.general_tokens:,} of them written by the base" * bool(facts.general_tokens)
+    general = ""
+    if facts.general_tokens:
+        general = f", {figures.count(facts.general_tokens)} of them written by the base"
     rows = [
-        ("calibrated on", f"{facts.source}: {facts.tokens:,} tokens{general}"),
+        ("calibrated on", f"{facts.source}: {figures.count(facts.tokens)} tokens{general}"),
         (
             "output error",
-            f"{facts.output_error:.2f} of rounding to nearest (median of modules)",
+            f"{figures.ratio(facts.output_error, 2)} of rounding to nearest (median of modules)",
         ),
         (
             "KL",
-            f"{facts.kl_mean:.3g} nats a token from base+adapter (the base: "
-            f"{facts.kl_base_mean:.3g}), on {facts.kl_tokens:,} tokens not calibrated on",
+            f"{figures.nats(facts.kl_mean)} nats a token from base+adapter (the base: "
+            f"{figures.nats(facts.kl_base_mean)}), on {figures.count(facts.kl_tokens)} tokens "
+            "not calibrated on",
         ),
     ]
     if facts.widened:

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_fusekit import figures
-from mlx_fusekit.cli import output
-from mlx_fusekit.cli.completion import PATH
+from mlx_fusekit.cli import options, output
+from mlx_fusekit.cli.options import PATH
+from mlx_fusekit.tables import Table
 
 if TYPE_CHECKING:
     from mlx_fusekit.inspecting import AdapterFacts, DeltaFacts, ModelFacts
@@ -14,14 +15,10 @@ if TYPE_CHECKING:
 
 @click.command("inspect")
 @click.argument("path", type=PATH)
-@click.option(
-    "--model",
-    type=PATH,
-    help="An adapter's base: compare its update with the quantization step.",
-)
-@click.option("--revision", help="Branch, tag or commit of a Hub model.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the model's own *.py files.")
+@options.model("An adapter's base: compare its update with the quantization step.")
+@options.revision("model")
+@options.as_json()
+@options.trust_remote_code()
 def command(
     path: str, model: str | None, revision: str | None, as_json: bool, trust_remote_code: bool
 ) -> None:
@@ -41,17 +38,19 @@ def _print_model(facts: "ModelFacts") -> None:
     formats = ", ".join(f"{count} x {name}" for name, count in facts.formats.items())
     rows = [
         ("architecture", facts.architecture),
-        ("parameters", f"{facts.parameters:,}"),
+        ("parameters", figures.count(facts.parameters)),
         ("layers", str(facts.layers) if facts.layers is not None else "unknown"),
         ("size", f"{figures.size(facts.bytes)} in {facts.files} file(s), {facts.tensors} tensors"),
-        ("bits per weight", f"{facts.bits_per_weight:.2f}"),
+        ("bits per weight", figures.bits(facts.bits_per_weight)),
         ("matrices", formats),
     ]
     if facts.fused:
         rows.append(("fused from", str(facts.fused.get("base", {}).get("id"))))
     output.print_facts(f"Model {facts.path}", rows)
     if facts.exceptions:
-        output.print_rows("\nOther formats", ("module", "format"), list(facts.exceptions.items()))
+        click.echo()
+        rows = list(facts.exceptions.items())
+        output.print_table(Table("Other formats", ("module", "format"), rows))
 
 
 def _print_adapter(facts: "AdapterFacts") -> None:
@@ -61,20 +60,18 @@ def _print_adapter(facts: "AdapterFacts") -> None:
     rows = [
         ("type", facts.fine_tune_type),
         ("trained on", facts.trained_on or "not recorded"),
-        ("rank", str(facts.rank) if facts.rank is not None else "-"),
-        ("scale", f"{facts.scale:g}" if facts.scale is not None else "-"),
+        ("rank", str(facts.rank) if facts.rank is not None else figures.UNKNOWN),
+        ("scale", figures.setting(facts.scale)),
         ("layers", str(facts.num_layers) if facts.num_layers is not None else "not recorded"),
         ("modules", f"{facts.modules}: {targets}"),
-        ("size", f"{figures.size(facts.bytes)}, {facts.parameters:,} parameters"),
+        ("size", f"{figures.size(facts.bytes)}, {figures.count(facts.parameters)} parameters"),
     ]
     output.print_facts(f"Adapter {facts.path}", rows)
     if facts.deltas:
         header = ("module", "format", "rank", "delta", "step", "delta/step")
-        output.print_rows(
-            "\nUpdate against the base",
-            header,
-            [_row(d) for d in sorted(facts.deltas, key=_in_order)],
-        )
+        deltas = [_row(delta) for delta in sorted(facts.deltas, key=_in_order)]
+        click.echo()
+        output.print_table(Table("Update against the base", header, deltas))
 
 
 def _in_order(delta: "DeltaFacts") -> list[tuple[int, str]]:
@@ -83,8 +80,11 @@ def _in_order(delta: "DeltaFacts") -> list[tuple[int, str]]:
 
 
 def _row(delta: "DeltaFacts") -> tuple[str, ...]:
-    steps = f"{delta.delta_steps:.3f}" if delta.delta_steps is not None else "-"
-    step = f"{delta.step_rms:.2e}" if delta.step_rms is not None else "-"
-    name = delta.module.removeprefix("model.")
-    rank = str(delta.rank) if delta.rank is not None else "-"
-    return name, delta.format.replace(" group ", "/"), rank, f"{delta.delta_rms:.2e}", step, steps
+    return (
+        delta.module.removeprefix("model."),
+        delta.format.replace(" group ", "/"),
+        str(delta.rank) if delta.rank is not None else figures.UNKNOWN,
+        figures.rms(delta.delta_rms),
+        figures.rms(delta.step_rms),
+        figures.ratio(delta.delta_steps),
+    )

@@ -3,9 +3,10 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import rich.table
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,9 +16,9 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from mlx_fusekit.progress import StepProgress
+from mlx_fusekit.tables import Table
 
 
 def print_json(value: Any) -> None:
@@ -25,28 +26,39 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
-    """A title, and a table of names and values without a frame."""
-    table = Table(
-        title=title, title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0)
+def print_table(table: Table) -> None:
+    """A table without a frame, on stdout."""
+    drawn = rich.table.Table(
+        title=table.title,
+        title_justify="left",
+        box=None,
+        show_header=bool(table.header),
+        padding=(0, 2, 0, 0),
     )
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts:
-        table.add_row(name, value)
-    _stdout().print(table)
+    if table.header:
+        for place, name in enumerate(table.header):
+            text = place < table.text_columns
+            drawn.add_column(name, justify="left" if text else "right", overflow="fold")
+    else:
+        drawn.add_column(style="bold", no_wrap=True)
+        drawn.add_column(overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*row)
+    _stdout().print(drawn)
 
 
-def print_rows(
-    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1
-) -> None:
-    """A table whose first columns are text and whose others are numbers."""
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for place, name in enumerate(header):
-        table.add_column(name, justify="left" if place < text_columns else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    _stdout().print(table)
+def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
+    """A title, and a table of names and values."""
+    print_table(Table.of_facts(title, facts))
+
+
+def print_blocks(blocks: Iterable[Table | str]) -> None:
+    """Tables, and lines between them."""
+    for block in blocks:
+        if isinstance(block, Table):
+            print_table(block)
+        else:
+            sys.stdout.write(block + "\n")
 
 
 def warn(message: str) -> None:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_fusekit import figures
-from mlx_fusekit.cli import output
-from mlx_fusekit.cli.completion import PATH
+from mlx_fusekit.cli import options, output
 from mlx_fusekit.cli.failures import INTERRUPTED
+from mlx_fusekit.cli.options import PATH
+from mlx_fusekit.tables import Table
 
 if TYPE_CHECKING:
     from mlx_fusekit.publishing.publish import PublishReport
@@ -45,9 +46,9 @@ if TYPE_CHECKING:
     metavar="ID",
     help="The model's licence, as apache-2.0.  [default: that of the base]",
 )
-@click.option("--dry-run", is_flag=True, help="Print the card and the files; upload nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--trust-remote-code", is_flag=True, help="Upload the model's own *.py files too.")
+@options.dry_run("Print the card and the files; upload nothing.")
+@options.as_json()
+@options.trust_remote_code("Upload the model's own *.py files too.")
 def command(as_json: bool, path: str, repo: str, **options: Any) -> int:
     """Upload a fused model to the Hugging Face Hub, with a model card.
 
@@ -83,11 +84,11 @@ def show(report: "PublishReport") -> None:
         click.echo(report.card)
     rows = [(file.name, figures.size(file.bytes)) for file in report.files]
     title = "Would upload" if report.dry_run else f"Uploaded to {report.repo}"
-    output.print_rows(title, ("file", "size"), rows)
+    output.print_table(Table(title, ("file", "size"), rows))
     if report.left_out:
         click.echo()
         stayed = [(item.name, item.reason) for item in report.left_out]
-        output.print_rows("Left out", ("file", "why"), stayed, text_columns=2)
+        output.print_table(Table("Left out", ("file", "why"), stayed, text_columns=2))
     facts = [
         ("size", figures.size(report.bytes)),
         ("visible to", "people with access (private)" if report.private else "everybody"),
@@ -99,6 +100,6 @@ def show(report: "PublishReport") -> None:
     if report.pull_request_url is not None:
         facts.append(("pull request", report.pull_request_url))
     if report.commit_url is not None:
-        facts += [("commit", report.commit_url), ("time", f"{report.seconds:.1f} s")]
+        facts += [("commit", report.commit_url), ("time", figures.in_seconds(report.seconds))]
     click.echo()
     output.print_facts("", facts)

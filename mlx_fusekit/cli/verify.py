@@ -4,55 +4,38 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_fusekit.cli import output
-from mlx_fusekit.cli.completion import PATH
+from mlx_fusekit import figures
+from mlx_fusekit.cli import options, output
 from mlx_fusekit.cli.failures import BELOW_THRESHOLD
+from mlx_fusekit.cli.options import PATH
+from mlx_fusekit.verifying.options import MAX_TOKENS
+from mlx_fusekit.verifying.parity_table import parity_table
 
 if TYPE_CHECKING:
     from mlx_fusekit.verifying.report import ParityReport
 
-#: So that --help imports nothing heavy; the package's own is checked against it by a test.
-MAX_TOKENS = 4096
-
 
 @click.command("verify")
-@click.option("--model", type=PATH, help="Base model: folder or Hub id.")
-@click.option(
-    "--adapter-path",
-    type=PATH,
+@options.model()
+@options.adapter_path(
+    "Adapter that was fused: folder or Hub id. Repeat as for fuse.",
     multiple=True,
     metavar="PATH[:WEIGHT]",
-    help="Adapter that was fused: folder or Hub id. Repeat as for fuse.",
 )
 @click.option(
     "--fused", type=PATH, required=True, help="The fused model: folder, Hub id, or GGUF file."
 )
 @click.option("--reference", type=PATH, help="Compare with this model instead of base and adapter.")
-@click.option(
-    "--data",
-    type=PATH,
-    metavar="FILE",
-    help="Text to compare on: chat, completions or text JSONL, or plain text. Of conversations "
+@options.data(
+    "Text to compare on: chat, completions or text JSONL, or plain text. Of conversations "
     "and completions the answers count.  [default: text written by base and adapter]",
 )
-@click.option(
-    "--max-kl",
-    type=click.FloatRange(min=0),
-    metavar="X",
-    help="Exit with code 3 when the mean KL is above X nats a token.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the text.")
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=2),
-    default=MAX_TOKENS,
-    show_default=True,
-    metavar="N",
-    help="About how many tokens to run.",
-)
-@click.option("--revision", help="Branch, tag or commit of a Hub base or reference.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the models' own *.py files.")
+@options.max_kl("Exit with code 3 when the mean KL is above X nats a token.")
+@options.seed("Seed of the text.")
+@options.number("--max-tokens", words="About how many tokens to run.", default=MAX_TOKENS, least=2)
+@options.revision("base or reference")
+@options.as_json()
+@options.trust_remote_code("Run the models' own *.py files.")
 def command(as_json: bool, **options: Any) -> int:
     """Measure how close a fused model is to base and adapter.
 
@@ -75,50 +58,19 @@ def command(as_json: bool, **options: Any) -> int:
 
 
 def _print(report: "ParityReport") -> None:
-    header = ("", "KL mean", "median", "p99", "top-1", "perplexity", "exact match")
-    rows: list[tuple[str, ...]] = []
-    if report.adapters:
-        rows.append(
-            (
-                "base",
-                _number(report.kl_base_mean),
-                _number(report.kl_base_median),
-                _number(report.kl_base_p99),
-                _share(report.top1_agreement_base),
-                _perplexity(report.perplexity_base),
-                _share(report.exact_match_base),
-            )
-        )
-    rows.append(
-        (
-            "fused",
-            _number(report.kl_mean),
-            _number(report.kl_median),
-            _number(report.kl_p99),
-            _share(report.top1_agreement),
-            _perplexity(report.perplexity_fused),
-            _share(report.exact_match_fused),
-        )
-    )
-    rows.append(
-        (
-            "base+adapter" if report.adapters else "reference",
-            *("" for _ in range(4)),
-            _perplexity(report.perplexity_reference),
-            _share(report.exact_match_reference),
-        )
-    )
     added = "".join(f" + {name}" for name in report.adapters)
-    output.print_rows(f"{report.fused} against {report.reference}{added}", header, rows)
+    title = f"{report.fused} against {report.reference}{added}"
+    output.print_table(parity_table(report.as_json(), title))
     facts = [("KL", "divergence of each model from the last, in nats a token")]
     if report.recovered is not None:
-        facts.append(("recovered", f"{report.recovered:.2%} of the way from base to base+adapter"))
-    count = f"{report.tokens:,} scored in {report.sequences:,} sequences"
-    facts.append(("tokens", f"{count}, {report.data}"))
+        kept = figures.share(report.recovered, 2)
+        facts.append(("recovered", f"{kept} of the way from base to base+adapter"))
+    scored, sequences = figures.count(report.tokens), figures.count(report.sequences)
+    facts.append(("tokens", f"{scored} scored in {sequences} sequences, {report.data}"))
     for place, check in enumerate(report.structure):
         verdict = "ok" if check.ok else "NOT OK"
         facts.append(("" if place else "structure", f"{verdict}: {check.name} ({check.detail})"))
-    facts += [("verdict", _verdict(report)), ("time", f"{report.seconds:.1f} s")]
+    facts += [("verdict", _verdict(report)), ("time", figures.in_seconds(report.seconds))]
     output.print_facts("", facts)
 
 
@@ -127,20 +79,9 @@ def _verdict(report: "ParityReport") -> str:
     if not report.structure_ok:
         faults.append("the structure is not in order")
     if report.max_kl is not None and not report.kl_mean <= report.max_kl:
-        faults.append(f"the mean KL is above --max-kl {report.max_kl:g}")
+        faults.append(f"the mean KL is above --max-kl {figures.setting(report.max_kl)}")
     if faults:
         return f"FAILED: {', and '.join(faults)}"
-    bound = f", mean KL at most {report.max_kl:g}" if report.max_kl is not None else ""
-    return f"passed: structure in order{bound}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
-
-
-def _perplexity(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
+    if report.max_kl is None:
+        return "passed: structure in order"
+    return f"passed: structure in order, mean KL at most {figures.setting(report.max_kl)}"

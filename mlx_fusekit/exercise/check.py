@@ -1,12 +1,12 @@
 """Is a learner's report complete?
 
-It helps learners, and cannot stop a cheat: who changes the JSON, the report and the digest gets
-through. What a report was measured on is told apart by the make of the machine only.
+It helps learners, and stops no cheat: who copies the model answer, or changes the JSON, the report
+and the digest, gets through. What a report was measured on is told apart by the make of the machine
+only.
 """
 
 import re
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from mlx_fusekit.exercise.findings import (
 from mlx_fusekit.exercise.parts import timing_row
 from mlx_fusekit.exercise.report import END, HEAD, START
 from mlx_fusekit.exercise.texts import LANGUAGES, TEXTS, text
-from mlx_fusekit.exercise.trade_off import model_answer
 
 #: A report of the exercise has some ten thousand characters, and a sentence or two on top.
 _MOST_BYTES = 5_000_000
@@ -33,10 +32,6 @@ _MOST_BYTES = 5_000_000
 SENTENCES = 2
 #: Fewer letters than this make no sentence; a Hangul syllable counts for two.
 _FEWEST_LETTERS = 8
-#: A sentence with fewer may be anybody's: "The fused model is faster."
-_TELLING_LETTERS = 40
-#: From this share of common letters on, a sentence is another one's copy.
-_COPIED = 0.85
 
 _FIGURES = {ADAPTED: "(a)", FUSED: "(b)"}
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
@@ -97,7 +92,7 @@ def check_report(path: Path, *, any_machine: bool = False) -> Checked:
     if findings is not None:
         complaints += _machine(findings, language, any_machine)
     complaints += _figures(content, findings, language)
-    complaints += _answer(content, findings, language)
+    complaints += _answer(content, language)
     return Checked(language, tuple(complaints))
 
 
@@ -158,11 +153,11 @@ def _figures(content: str, findings: Findings | None, language: str) -> list[str
     return complaints
 
 
-def _answer(content: str, findings: Findings | None, language: str) -> list[str]:
+def _answer(content: str, language: str) -> list[str]:
     """What the learner's two sentences lack, if anything."""
     place = {"start": START, "end": END}
     _, start, rest = content.partition(START)
-    answer, end, after = rest.partition(END)
+    answer, end, _ = rest.partition(END)
     if not start or not end:
         return [text(language, "answer_place_missing", **place)]
     answer = _COMMENT.sub(" ", answer)
@@ -171,15 +166,9 @@ def _answer(content: str, findings: Findings | None, language: str) -> list[str]
     written = sentences(answer)
     if not written:
         return [text(language, "answer_missing", **place)]
-    given = [texts["question"] for texts in TEXTS.values()] + [after]
-    if findings is not None:
-        given += [" ".join(model_answer(findings, other)) for other in LANGUAGES]
-    own = _copies_left_out(written, [line for words in given for line in sentences(words)])
-    if len(own) < SENTENCES <= len(written):
-        return [text(language, "answer_copied")]
-    if len(own) < SENTENCES:
-        return [text(language, "answer_short", count=len(own))]
-    if not any(_TRADE_OFF.search(sentence) for sentence in own):
+    if len(written) < SENTENCES:
+        return [text(language, "answer_short", count=len(written))]
+    if not any(_TRADE_OFF.search(sentence) for sentence in written):
         return [text(language, "answer_off_topic")]
     return []
 
@@ -191,32 +180,9 @@ def sentences(words: str) -> list[str]:
     """
     pieces = (piece.strip() for piece in _SENTENCE_END.split(words.strip()))
     long_enough = (piece for piece in pieces if _weight(piece) >= _FEWEST_LETTERS)
-    return list({_letters(piece): piece for piece in long_enough}.values())
+    return list(dict.fromkeys(long_enough))
 
 
 def _weight(words: str) -> int:
     """How many letters a text has; a Hangul syllable is made of two or three."""
     return sum(1 + ("가" <= letter <= "힣") for letter in words if letter.isalpha())
-
-
-def _copies_left_out(written: list[str], given: list[str]) -> list[str]:
-    """The sentences that are not copies of what the report gives."""
-    known = [_letters(line) for line in given]
-    return [
-        sentence
-        for sentence in written
-        if _weight(sentence) < _TELLING_LETTERS
-        or not any(_is_copy(_letters(sentence), other) for other in known)
-    ]
-
-
-def _letters(words: str) -> str:
-    """What a copy keeps when its numbers and its punctuation are changed."""
-    return "".join(letter for letter in words.lower() if letter.isalpha())
-
-
-def _is_copy(letters: str, other: str) -> bool:
-    if letters in other:
-        return True
-    match = SequenceMatcher(None, letters, other, autojunk=False)
-    return match.real_quick_ratio() > _COPIED and match.ratio() > _COPIED

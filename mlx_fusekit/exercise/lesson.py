@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -36,11 +35,13 @@ from mlx_fusekit.exercise.findings import (
     Fusing,
     read_findings_file,
 )
+from mlx_fusekit.exercise.options import Settings
 from mlx_fusekit.exercise.peer import fuse_by_rounding, weight_bytes
 from mlx_fusekit.exercise.texts import text
 from mlx_fusekit.exercise.trade_off import speed_sentence
 from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.progress import StepProgress
+from mlx_fusekit.tables import Table
 
 #: Folders of the fused models, in the exercise's.
 FOLDERS = {ROUNDED: "mlx-lm", CALIBRATED: "fused"}
@@ -48,35 +49,6 @@ FOLDERS = {ROUNDED: "mlx-lm", CALIBRATED: "fused"}
 PARITY_TOKENS = 1000
 #: Without the base by itself, two models are timed where three would take more of the memory.
 _MEMORY_SHARE = 0.6
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a learner chose.
-
-    Attributes:
-        model: folder or Hub id of the base; the embedded sample's without one.
-        adapter_path: likewise, of the adapter.
-        data: text for the parity; by default the sample's, or what base and adapter write.
-        adapters: how many adapters the learner uses.
-        prompt_tokens: length of the prompt that is timed.
-        generation_tokens: tokens to generate after it.
-        trials: timed generations of each model.
-        load_trials: processes that load each model, for load time and memory.
-        seed: of everything that is drawn.
-        trust_remote_code: let the model's own code run.
-    """
-
-    model: str | None = None
-    adapter_path: str | None = None
-    data: str | None = None
-    adapters: int = 3
-    prompt_tokens: int = 32
-    generation_tokens: int = 16
-    trials: int = 10
-    load_trials: int = 2
-    seed: int = 0
-    trust_remote_code: bool = False
 
 
 class Audience(Protocol):
@@ -88,7 +60,7 @@ class Audience(Protocol):
     def say(self, words: str) -> None:
         """A paragraph."""
 
-    def show(self, table: parts.Table) -> None:
+    def show(self, table: Table) -> None:
         """What was measured."""
 
     def warn(self, words: str) -> None:

@@ -1,10 +1,9 @@
 """What the lesson and its report have in common: explanations and tables."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from mlx_fusekit.bench.report import BenchReport
-from mlx_fusekit.bench.statistics import Summary
+from mlx_fusekit.bench.tables import median_load, medians
 from mlx_fusekit.exercise.findings import (
     ADAPTED,
     BASE,
@@ -17,20 +16,12 @@ from mlx_fusekit.exercise.findings import (
 )
 from mlx_fusekit.exercise.texts import text
 from mlx_fusekit.exercise.trade_off import TradeOff
-from mlx_fusekit.figures import in_seconds, milliseconds, nats, number, share, size
+from mlx_fusekit.figures import UNKNOWN, count, in_seconds, nats, number, setting, share, size
+from mlx_fusekit.tables import Table
 
 #: A benchmark whose trials changed by more than this share is worth a caution.
 _DRIFT = 0.05
 _ROWS = {BASE: "row_base", ADAPTED: "row_adapted", FUSED: "row_fused"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text; all columns but the first hold numbers."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 def explain_merging(
@@ -39,8 +30,7 @@ def explain_merging(
     """What ``W + s*B*A`` is, for this adapter."""
     if kind == "full":
         return text(language, "merge_full", modules=modules)
-    shown = "-" if scale is None else f"{scale:g}"
-    return text(language, f"merge_{kind}", rank=rank, scale=shown, modules=modules)
+    return text(language, f"merge_{kind}", rank=rank, scale=setting(scale), modules=modules)
 
 
 def explain_rounding(quantized: bool, formats: Mapping[str, int], language: str) -> str:
@@ -53,7 +43,7 @@ def explain_rounding(quantized: bool, formats: Mapping[str, int], language: str)
 def explain_parity(data: str, tokens: int, language: str) -> str:
     """What was compared, and what the figures mean."""
     shown = f"`{data}`" if data else text(language, "data_generated")
-    return text(language, "parity_explained", tokens=f"{tokens:,}", data=shown)
+    return text(language, "parity_explained", tokens=count(tokens), data=shown)
 
 
 def explain_timing(prompt: int, generated: int, trials: int, language: str) -> str:
@@ -93,13 +83,7 @@ def parity_table(parity: Mapping[str, Closeness], language: str) -> Table:
 
 def timing_row(bench: BenchReport, arm: str, language: str) -> tuple[str, ...]:
     """The figures of one arm."""
-    run = bench.runs[0]
-    return (
-        text(language, _ROWS[arm]),
-        milliseconds(run.median(arm, "ttft_seconds")),
-        milliseconds(run.median(arm, "tpot_seconds")),
-        number(run.median(arm, "generation_tokens_per_second")),
-    )
+    return (text(language, _ROWS[arm]), *medians(bench.runs[0], arm))
 
 
 def timing_table(bench: BenchReport, language: str) -> Table:
@@ -122,25 +106,22 @@ def cost_table(findings: Findings, language: str) -> Table:
         )
         for count in counts
     ]
-    swap, load = (
-        Summary.of(samples) for samples in (unfused.adapter_load_seconds, fused.load_seconds)
-    )
     rows += [
         (text(language, "cost_each"), size(found.adapter_bytes), size(found.fused_bytes)),
         (
             text(language, "cost_load"),
-            in_seconds(swap.median if swap else None),
-            in_seconds(load.median if load else None),
+            median_load(unfused.adapter_load_seconds),
+            median_load(fused.load_seconds),
         ),
-        (text(language, "cost_make"), "-", in_seconds(found.fuse_seconds)),
+        (text(language, "cost_make"), UNKNOWN, in_seconds(found.fuse_seconds)),
         (
             text(language, "cost_memory"),
-            _size(unfused.peak_memory_bytes),
-            _size(fused.peak_memory_bytes),
+            size(unfused.peak_memory_bytes),
+            size(fused.peak_memory_bytes),
         ),
     ]
     header = ("", text(language, "column_swappable"), text(language, "column_fused"))
-    return Table(text(language, "cost_table"), header, tuple(rows))
+    return Table(text(language, "cost_table"), header, rows)
 
 
 def cautions(bench: BenchReport, language: str) -> list[str]:
@@ -150,7 +131,7 @@ def cautions(bench: BenchReport, language: str) -> list[str]:
         load = number(bench.environment.load_average)
         lines.append(text(language, "caution_busy", load=load))
     if run.drift is not None and abs(run.drift) > _DRIFT:
-        lines.append(text(language, "caution_drift", share=f"{abs(run.drift):.0%}"))
+        lines.append(text(language, "caution_drift", share=share(abs(run.drift), 0)))
     if unsteady := [arm for arm, same in run.deterministic.items() if not same]:
         names = ", ".join(text(language, _ROWS[arm]) for arm in unsteady)
         lines.append(text(language, "caution_unsteady", arms=names))
@@ -167,7 +148,3 @@ def fusing_table(fusing: Mapping[str, Fusing], language: str) -> Table:
         if name in fusing
     )
     return Table("", header, rows)
-
-
-def _size(nbytes: int | None) -> str:
-    return "-" if nbytes is None else size(nbytes)

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_fusekit.bench.report import BenchReport
 from mlx_fusekit.exercise.findings import ADAPTED, BASE, CALIBRATED, ROUNDED, Closeness
+from mlx_fusekit.figures import nats, share
 
 PARITY, TIMING = "parity.png", "timing.png"
 #: Okabe and Ito's grey, vermilion and blue; the fused model is blue in the other picture too.
@@ -80,5 +81,7 @@ def _name(model: str) -> str:
 
 
 def _label(found: Closeness) -> str:
-    kl = "not finite" if found.kl_mean is None else f"{found.kl_mean:.2g}"
-    return kl if found.exact_match is None else f"{kl}, {found.exact_match:.0%} exact answers"
+    kl = "not finite" if found.kl_mean is None else nats(found.kl_mean)
+    if found.exact_match is None:
+        return kl
+    return f"{kl}, {share(found.exact_match, 0)} exact answers"

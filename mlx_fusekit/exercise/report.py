@@ -8,7 +8,8 @@ from mlx_fusekit.exercise import parts, plots
 from mlx_fusekit.exercise.findings import Findings, digest, fingerprint, read_findings
 from mlx_fusekit.exercise.texts import text
 from mlx_fusekit.exercise.trade_off import model_answer, parity_sentence, speed_sentence
-from mlx_fusekit.figures import size
+from mlx_fusekit.figures import count, size
+from mlx_fusekit.tables import Table
 
 NAME = "report.md"
 #: The lines around the place of the learner's answer.
@@ -68,7 +69,7 @@ def _fusing(findings: Findings, language: str) -> list[str]:
         _heading(language, "fuse"),
         parts.explain_merging(findings.kind, findings.rank, findings.scale, modules, language),
         parts.explain_rounding(findings.quantized, findings.formats, language),
-        _table(parts.fusing_table(findings.fusing, language)),
+        parts.fusing_table(findings.fusing, language).markdown(),
     ]
 
 
@@ -77,7 +78,7 @@ def _parity(findings: Findings, language: str) -> list[str]:
     found = [
         _heading(language, "parity"),
         parts.explain_parity(data, findings.parity_tokens, language),
-        _table(parts.parity_table(findings.parity, language)),
+        parts.parity_table(findings.parity, language).markdown(),
         parity_sentence(findings, language),
     ]
     if findings.quantized:
@@ -94,7 +95,7 @@ def _timing(findings: Findings, language: str) -> list[str]:
         parts.explain_timing(
             shape.prompt_tokens, shape.generation_tokens, bench.settings["trials"], language
         ),
-        _table(parts.timing_table(bench, language)),
+        parts.timing_table(bench, language).markdown(),
         text(language, "interval_explained"),
         speed_sentence(speed, language),
         *_picture(findings, plots.TIMING, "caption_timing", language),
@@ -105,7 +106,7 @@ def _cost(findings: Findings, language: str) -> list[str]:
     return [
         _heading(language, "cost"),
         text(language, "cost_explained", adapters=findings.adapters),
-        _table(parts.cost_table(findings, language)),
+        parts.cost_table(findings, language).markdown(),
     ]
 
 
@@ -144,17 +145,14 @@ def _run(findings: Findings, language: str) -> list[str]:
         ),
         "run_data": (
             f"{plain(findings.parity_data) or text(language, 'data_generated')} "
-            f"({findings.parity_tokens:,})"
+            f"({count(findings.parity_tokens)})"
         ),
         "run_fingerprint": f"`{fingerprint(where)}`",
     }
     listed = [(text(language, key), value) for key, value in rows.items()]
     listed += [(text(language, "run_caution"), line) for line in parts.cautions(bench, language)]
     header = (text(language, "run_what"), text(language, "run_value"))
-    return [
-        _heading(language, "run"),
-        _table(parts.Table("", header, tuple(listed)), numbers=False),
-    ]
+    return [_heading(language, "run"), Table("", header, listed, text_columns=2).markdown()]
 
 
 def _picture(findings: Findings, name: str, caption: str, language: str) -> list[str]:
@@ -162,10 +160,3 @@ def _picture(findings: Findings, name: str, caption: str, language: str) -> list
         return []
     words = text(language, caption)
     return [f"![{words}]({name})", f"*{words}*"]
-
-
-def _table(table: parts.Table, *, numbers: bool = True) -> str:
-    """A Markdown table; numbers stand on the right."""
-    others = "---:" if numbers else "---"
-    lines = [table.header, ("---", *[others] * (len(table.header) - 1)), *table.rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

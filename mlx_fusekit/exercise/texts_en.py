@@ -237,10 +237,7 @@ TEXTS: Mapping[str, str] = {
         "the place of your answer is gone; put your sentences between the lines {start} and {end}"
     ),
     "answer_missing": "your answer is missing; write two sentences between {start} and {end}",
-    "answer_copied": "the answer repeats what the report says; write it in your own words",
-    "answer_short": (
-        "the answer needs at least two sentences of your own; there are this many: {count}"
-    ),
+    "answer_short": "the answer needs at least two sentences; there are this many: {count}",
     "answer_off_topic": (
         "the answer does not mention the trade-off yet: say what fusing gains (speed, say) or what "
         "it loses (swapping adapters, disk, memory)"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mlx_fusekit.bench.statistics import FEWEST_PAIRS, Ratio
 from mlx_fusekit.exercise.findings import ADAPTED, BASE, CALIBRATED, FUSED, ROUNDED, Findings
 from mlx_fusekit.exercise.texts import text
-from mlx_fusekit.figures import about, in_seconds, nats, size
+from mlx_fusekit.figures import about, in_seconds, nats, ratio, size
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def speed_sentence(found: Ratio, language: str) -> str:
     return text(
         language,
         key,
-        ratio=f"{found.ratio:.3f}",
-        low=f"{low:.3f}",
-        high=f"{high:.3f}",
+        ratio=ratio(found.ratio),
+        low=ratio(low),
+        high=ratio(high),
         trials=found.pairs,
         fewest=FEWEST_PAIRS,
     )

@@ -12,20 +12,14 @@ from typing import Any
 
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError
-from mlx_fusekit.figures import size
-from mlx_fusekit.publishing.card_tables import (
-    code,
-    facts_table,
-    latency_tables,
-    number,
-    parity_table,
-    plain,
-    public_source,
-)
+from mlx_fusekit.figures import count, nats, setting, size
 from mlx_fusekit.publishing.evidence import Evidence
 from mlx_fusekit.publishing.files import CARD_NAME, MODELFILE_NAME, PublishedModel
+from mlx_fusekit.publishing.foreign_text import code, plain, public_source
 from mlx_fusekit.publishing.licences import Licence
+from mlx_fusekit.publishing.measured import latency_section, parity_section
 from mlx_fusekit.requantize.strategy import in_words
+from mlx_fusekit.tables import Table
 
 _BEGIN = "<!-- mlx-fusekit: from here on, `mlx-fusekit publish` writes and replaces -->"
 _END = "<!-- mlx-fusekit: until here -->"
@@ -212,7 +206,7 @@ def _origin(facts: CardFacts) -> Iterator[str]:
             f"{_base(facts)} with {_adapters(recipe)} fused into it by mlx-fusekit: one model, "
             "which needs no adapter."
         )
-    yield facts_table([*_recipe_rows(recipe or {}), *_file_rows(facts)])
+    yield Table.of_facts("", [*_recipe_rows(recipe or {}), *_file_rows(facts)]).markdown()
     if recipe is not None:
         yield (
             f"{code(RECIPE_NAME)} has the SHA-256 of base and adapters, and every setting with "
@@ -233,7 +227,8 @@ def _adapters(recipe: Mapping[str, Any]) -> str:
     shown = []
     for adapter in _dicts(recipe.get("adapters")):
         weight = adapter.get("weight")
-        times = f" (weight {weight:g})" if _is_number(weight) and weight != 1 else ""
+        odd = _is_number(weight) and weight != 1
+        times = f" (weight {setting(weight)})" if odd else ""
         shown.append(_linked(adapter.get("id"), "an adapter") + times)
     kind = recipe.get("kind")
     what = f" ({plain(kind)})" if isinstance(kind, str) else ""
@@ -263,12 +258,12 @@ def _recipe_rows(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _calibration_rows(calibration: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     tokens, source = calibration.get("tokens"), calibration.get("source")
     if isinstance(tokens, int) and isinstance(source, str):
-        yield "calibrated on", f"{tokens:,} tokens: {public_source(source)}"
+        yield "calibrated on", f"{count(tokens)} tokens: {public_source(source)}"
     kl, base = calibration.get("kl_mean"), calibration.get("kl_base_mean")
     if _is_number(kl) and _is_number(base):
         yield (
             "KL when fused",
-            f"{number(kl)} nats a token from base+adapter (the base: {number(base)}), on text of "
+            f"{nats(kl)} nats a token from base+adapter (the base: {nats(base)}), on text of "
             "the same kind that was not calibrated on",
         )
     widened = calibration.get("widened")
@@ -303,13 +298,13 @@ def _parity(facts: CardFacts) -> Iterator[str]:
     else:
         name = evidence.verified_file
         model = "this model" if name is None else f"{code(name)} in llama.cpp"
-        yield parity_table(evidence.parity, model)
+        yield parity_section(evidence.parity, model)
 
 
 def _latency(facts: CardFacts) -> Iterator[str]:
     if facts.evidence.bench is not None and facts.evidence.arm is not None:
         yield "## How fast it is"
-        yield latency_tables(facts.evidence.bench, facts.evidence.arm)
+        yield latency_section(facts.evidence.bench, facts.evidence.arm)
 
 
 def _use(facts: CardFacts) -> Iterator[str]:

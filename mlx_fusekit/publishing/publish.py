@@ -18,9 +18,9 @@ from mlx_fusekit.errors import CheckpointError, ConfigurationError, HubError
 from mlx_fusekit.progress import StepProgress
 from mlx_fusekit.publishing import upload as hub_upload
 from mlx_fusekit.publishing.card import Card, CardFacts, write_card
-from mlx_fusekit.publishing.card_tables import public_source
 from mlx_fusekit.publishing.evidence import Evidence, read_evidence
 from mlx_fusekit.publishing.files import CARD_NAME, LeftOut, PublishedFile, PublishedModel
+from mlx_fusekit.publishing.foreign_text import public_source
 from mlx_fusekit.publishing.licences import Licence, languages_of
 
 _MAIN = "main"

@@ -151,12 +151,3 @@ def test_bash_completes(tmp_path: Path) -> None:
     ).stdout.splitlines()
     assert shown[0] == "bf16"
     assert "-F _mlx_fusekit_completion" in shown[1]
-
-
-def test_the_defaults_are_those_of_the_functions() -> None:
-    from mlx_fusekit.cli import fuse, verify
-    from mlx_fusekit.requantize.options import CALIBRATION_TOKENS
-    from mlx_fusekit.verifying.verify import MAX_TOKENS
-
-    assert fuse.CALIBRATION_TOKENS == CALIBRATION_TOKENS
-    assert verify.MAX_TOKENS == MAX_TOKENS

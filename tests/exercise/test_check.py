@@ -14,7 +14,6 @@ from mlx_fusekit.exercise.check import Checked, check_report, sentences
 from mlx_fusekit.exercise.findings import JSON_NAME
 from mlx_fusekit.exercise.report import END, START
 from mlx_fusekit.exercise.texts import LANGUAGES, TEXTS
-from mlx_fusekit.exercise.trade_off import model_answer
 
 
 def complaints(path: Path, **options: bool) -> tuple[str, ...]:
@@ -189,45 +188,6 @@ def test_one_sentence_is_too_few(tmp_path: Path, answer: str) -> None:
     (found,) = complaints(write_report(tmp_path, answer=answer))
     assert found.startswith(starts("answer_short"))
     assert found.endswith("1")
-
-
-@pytest.mark.parametrize("language", LANGUAGES)
-@pytest.mark.parametrize("verdict", [{"fused": 0.01}, {"fused": 0.012}, {"fused": 0.014}])
-def test_a_copied_model_answer(tmp_path: Path, language: str, verdict: dict[str, float]) -> None:
-    findings = make_findings(make_bench(**verdict))
-    copied = " ".join(model_answer(findings, language)).replace("1.", "2.").replace(", ", " - ")
-    path = write_report(tmp_path, findings, language=language, answer=copied)
-    assert complaints(path) == (TEXTS[language]["answer_copied"],)
-
-
-def test_parts_of_the_model_answer_are_copies_too(tmp_path: Path) -> None:
-    longest = sorted(model_answer(make_findings(), "en"), key=len)[-2:]
-    answer = " ".join(sentence[: len(sentence) // 2] + "." for sentence in longest)
-    path = write_report(tmp_path, answer=answer)
-    assert complaints(path) == (TEXTS["en"]["answer_copied"],)
-
-
-def test_another_word_here_and_there_makes_no_own_sentence(tmp_path: Path) -> None:
-    words = " ".join(model_answer(make_findings(), "en")).replace("adapter", "LoRA")
-    path = write_report(tmp_path, answer=words.replace("fused", "merged"))
-    assert complaints(path) == (TEXTS["en"]["answer_copied"],)
-
-
-def test_a_model_answer_copied_from_a_report_without_json(tmp_path: Path) -> None:
-    findings = make_findings()
-    path = write_report(tmp_path, findings, answer=" ".join(model_answer(findings, "en")))
-    (tmp_path / JSON_NAME).unlink()
-    assert complaints(path) == (TEXTS["en"]["missing_json"], TEXTS["en"]["answer_copied"])
-
-
-def test_the_question_is_no_answer(tmp_path: Path) -> None:
-    path = write_report(tmp_path, answer=TEXTS["en"]["question"])
-    assert complaints(path) == (TEXTS["en"]["answer_copied"],)
-
-
-def test_own_sentences_beside_copied_ones_count(tmp_path: Path) -> None:
-    copied = model_answer(make_findings(), "en")[0]
-    assert not complaints(write_report(tmp_path, answer=f"{copied} {GOOD['en']}"))
 
 
 def test_another_subject(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from mlx_fusekit.exercise.findings import (
     digest,
     read_findings,
 )
-from mlx_fusekit.exercise.lesson import Settings, check_out, run_lesson
+from mlx_fusekit.exercise.lesson import check_out, run_lesson
+from mlx_fusekit.exercise.options import Settings
 from mlx_fusekit.exercise.peer import fuse_by_rounding
 from mlx_fusekit.exercise.texts import LANGUAGES, TEXTS
 from mlx_fusekit.exercise.trade_off import TradeOff, model_answer, speed_sentence

@@ -13,7 +13,7 @@ import pytest
 from support.hub_upload_server import TOKEN, UploadHub
 
 from mlx_fusekit import benchmark, fuse, samples, verify
-from mlx_fusekit.bench.harness import Workload
+from mlx_fusekit.bench.options import Workload
 
 BASE = "mlx-community/sample-4bit"
 REVISION = "0123456789abcdef0123456789abcdef01234567"

@@ -10,9 +10,9 @@ import yaml
 
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.publishing.card import Card, CardFacts, hub_id, write_card
-from mlx_fusekit.publishing.card_tables import code, plain, public_source, size
 from mlx_fusekit.publishing.evidence import Evidence
 from mlx_fusekit.publishing.files import PublishedModel
+from mlx_fusekit.publishing.foreign_text import code, plain, public_source
 from mlx_fusekit.publishing.licences import Licence
 
 REPO = "me/sql-model"
@@ -239,9 +239,3 @@ def test_small_things() -> None:
     assert code("a`b|c\nd") == "`a b c d`"
     assert plain("a|b\n<c>*d*") == "a b c d"
     assert public_source("/home/me/x.txt") == "`x.txt`"
-    assert [size(n) for n in (999, 1000, 75_790_402, 4_500_000_000)] == [
-        "999 B",
-        "1.0 kB",
-        "75.8 MB",
-        "4.50 GB",
-    ]

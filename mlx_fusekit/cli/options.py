@@ -1,0 +1,126 @@
+"""Options that several commands have, each with its own words, and what a shell offers for paths.
+
+``more`` is what else :func:`click.option` takes: a default, whether it is required or repeats.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from mlx_fusekit.gguf.outtypes import OUTTYPES
+
+_Command = TypeVar("_Command", bound=Callable[..., Any] | click.Command)
+
+
+class _PathName(click.types.StringParamType):
+    """A path as the user wrote it, for which a shell offers file names.
+
+    Unlike ``click.Path`` it checks and converts nothing: a Hub id, ``NAME=PATH`` or ``PATH:WEIGHT``
+    may stand in its place, and the functions tell better what is wrong with one.
+    """
+
+    name = "path"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+PATH = _PathName()
+
+
+def model(
+    words: str = "Base model: folder or Hub id.", **more: Any
+) -> Callable[[_Command], _Command]:
+    """``--model``."""
+    return click.option("--model", type=PATH, help=words, **more)
+
+
+def adapter_path(words: str, **more: Any) -> Callable[[_Command], _Command]:
+    """``--adapter-path``."""
+    return click.option("--adapter-path", type=PATH, help=words, **more)
+
+
+def gguf_path() -> Callable[[_Command], _Command]:
+    """``--gguf-path``, of the commands that write nothing else."""
+    return click.option(
+        "--gguf-path", type=PATH, required=True, metavar="FILE", help="The GGUF file to write."
+    )
+
+
+def data(words: str) -> Callable[[_Command], _Command]:
+    """``--data``."""
+    return click.option("--data", type=PATH, metavar="FILE", help=words)
+
+
+def max_kl(words: str) -> Callable[[_Command], _Command]:
+    """``--max-kl``, in nats a token."""
+    return click.option("--max-kl", type=click.FloatRange(min=0), metavar="X", help=words)
+
+
+def outtype(words: str) -> Callable[[_Command], _Command]:
+    """``--outtype``, of a GGUF file."""
+    kind = click.Choice(OUTTYPES)
+    return click.option("--outtype", type=kind, default="auto", show_default=True, help=words)
+
+
+def prompt_tokens(words: str, **more: Any) -> Callable[[_Command], _Command]:
+    """``-p``."""
+    kind = click.IntRange(min=1)
+    return click.option("-p", "--prompt-tokens", type=kind, metavar="N", help=words, **more)
+
+
+def generation_tokens(words: str, *, least: int = 1, **more: Any) -> Callable[[_Command], _Command]:
+    """``-g``."""
+    kind = click.IntRange(min=least)
+    return click.option("-g", "--generation-tokens", type=kind, metavar="N", help=words, **more)
+
+
+def trials(words: str, default: int) -> Callable[[_Command], _Command]:
+    """``-n``."""
+    return number("-n", "--num-trials", "trials", words=words, default=default)
+
+
+def number(
+    *names: str, words: str, default: float, least: int = 1
+) -> Callable[[_Command], _Command]:
+    """A number of something."""
+    kind = click.IntRange(min=least)
+    return click.option(
+        *names, type=kind, default=default, show_default=True, metavar="N", help=words
+    )
+
+
+def seed(words: str) -> Callable[[_Command], _Command]:
+    """``--seed``."""
+    return click.option("--seed", type=int, default=0, show_default=True, help=words)
+
+
+def revision(of: str = "base") -> Callable[[_Command], _Command]:
+    """``--revision``, of what is read from the Hub."""
+    return click.option("--revision", help=f"Branch, tag or commit of a Hub {of}.")
+
+
+def overwrite(words: str) -> Callable[[_Command], _Command]:
+    """``--overwrite``."""
+    return click.option("--overwrite", is_flag=True, help=words)
+
+
+def dry_run(words: str) -> Callable[[_Command], _Command]:
+    """``--dry-run``."""
+    return click.option("--dry-run", is_flag=True, help=words)
+
+
+def as_json() -> Callable[[_Command], _Command]:
+    """``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def trust_remote_code(
+    words: str = "Run the model's own *.py files.",
+) -> Callable[[_Command], _Command]:
+    """``--trust-remote-code``."""
+    return click.option("--trust-remote-code", is_flag=True, help=words)
