@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_fusekit.checkpoint.belongings import CARD_NAME, MODELFILE_NAME
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.figures import size
@@ -23,7 +24,7 @@ from mlx_fusekit.publishing.card_tables import (
     public_source,
 )
 from mlx_fusekit.publishing.evidence import Evidence
-from mlx_fusekit.publishing.files import CARD_NAME, MODELFILE_NAME, PublishedModel
+from mlx_fusekit.publishing.files import PublishedModel
 from mlx_fusekit.publishing.licences import Licence
 
 _BEGIN = "<!-- mlx-fusekit: from here on, `mlx-fusekit publish` writes and replaces -->"

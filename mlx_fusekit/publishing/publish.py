@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_fusekit.checkpoint.belongings import CARD_NAME
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME, as_text
 from mlx_fusekit.errors import CheckpointError, ConfigurationError, HubError
 from mlx_fusekit.progress import StepProgress
@@ -20,7 +21,7 @@ from mlx_fusekit.publishing import upload as hub_upload
 from mlx_fusekit.publishing.card import Card, CardFacts, write_card
 from mlx_fusekit.publishing.card_tables import public_source
 from mlx_fusekit.publishing.evidence import Evidence, read_evidence
-from mlx_fusekit.publishing.files import CARD_NAME, LeftOut, PublishedFile, PublishedModel
+from mlx_fusekit.publishing.files import LeftOut, PublishedFile, PublishedModel
 from mlx_fusekit.publishing.licences import Licence, languages_of
 
 _MAIN = "main"

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_fusekit.checkpoint.belongings import CARD_NAME
 from mlx_fusekit.errors import ConfigurationError, HubError
-from mlx_fusekit.publishing.files import CARD_NAME
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
