@@ -31,9 +31,6 @@ _BEGIN = "<!-- mlx-fusekit: from here on, `mlx-fusekit publish` writes and repla
 _END = "<!-- mlx-fusekit: until here -->"
 _HUB = "https://huggingface.co/"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_FRONT_MATTER = re.compile(
-    r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE
-)
 _REVISION = re.compile(r"[0-9a-f]{40}")
 _SHORT = 12
 
@@ -61,19 +58,23 @@ class Card:
         Raises:
             CheckpointError: when its front matter is not YAML, or is no mapping.
         """
-        import yaml  # type: ignore[import-untyped]
+        from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
+        from yaml import YAMLError  # type: ignore[import-untyped]
 
-        found = _FRONT_MATTER.match(content)
-        if found is None:
+        if REGEX_YAML_BLOCK.match(content) is None:
             return cls({}, content)
         try:
-            metadata = yaml.safe_load(found[1])
-        except (yaml.YAMLError, RecursionError) as error:
-            line = " ".join(str(error).split())
-            raise CheckpointError(f"{name}: its front matter is not valid YAML ({line})") from error
-        if metadata is not None and not isinstance(metadata, dict):
-            raise CheckpointError(f"{name}: its front matter must be a mapping of names to values")
-        return cls(metadata or {}, content[found.end() :])
+            # Not ModelCard: it writes evaluation results anew, and loses what it does not know.
+            card = RepoCard(content)
+        except (YAMLError, RecursionError) as error:
+            raise CheckpointError(
+                f"{name}: its front matter is not valid YAML ({_line(error)})"
+            ) from error
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{name}: its front matter must be a mapping of names to values ({_line(error)})"
+            ) from error
+        return cls(card.data.to_dict(), card.text)  # type: ignore[no-untyped-call]
 
     @property
     def own_text(self) -> str:
@@ -142,13 +143,12 @@ def write_card(facts: CardFacts, existing: Card | None = None) -> str:
     Raises:
         CheckpointError: when the markers of our part are damaged in the existing one.
     """
-    import yaml
+    from huggingface_hub import CardData
 
     title = Card(text=f"# {facts.repo.rpartition('/')[2]}\n")
     card = existing if existing is not None and existing.own_text else title
-    metadata = _metadata(facts, existing.metadata if existing is not None else {})
-    front_matter = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1_000)
-    return f"---\n{front_matter}---\n\n{card.with_section(_section(facts)).lstrip()}"
+    metadata = CardData(**_metadata(facts, existing.metadata if existing is not None else {}))
+    return f"---\n{metadata.to_yaml()}\n---\n\n{card.with_section(_section(facts)).lstrip()}"
 
 
 def hub_id(value: Any) -> str | None:
@@ -346,6 +346,10 @@ def _ollama(facts: CardFacts) -> str:
 
 def _shell(title: str, *lines: str) -> str:
     return "\n".join((title, "", "```sh", *lines, "```"))
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _block(value: Mapping[str, Any] | None, key: str) -> Mapping[str, Any]:

@@ -97,6 +97,34 @@ class TestFrontMatter:
         odd = {"title": "a: b\n---\n# c", "n": [1, {"x": None}], "emoji": "한국어"}
         assert front_matter(write_card(facts, Card(odd, ""))).items() >= odd.items()
 
+    def test_what_we_do_not_know_is_kept_as_it_was(self, facts: CardFacts) -> None:
+        known = (
+            "model-index:\n- name: x\n  results: []\n  note: ours\n"
+            "zebra: 1\napple:\n  deep: [1, null]\nwidget:\n- text: 한국어\n"
+        )
+        once = write_card(facts, Card.parse(f"---\n{known}---\nWords.\n"))
+        metadata = front_matter(once)
+        assert metadata.items() >= yaml.safe_load(known).items()
+        assert [key for key in metadata if key in known] == [
+            "model-index", "zebra", "apple", "widget",
+        ]  # fmt: skip
+        assert write_card(facts, Card.parse(once)) == once
+
+    @pytest.mark.parametrize(
+        ("front", "message"),
+        [
+            (": [", "not valid YAML"),
+            ("[" * 5000, "not valid YAML"),
+            ("- 1", "must be a mapping of names to values"),
+            ("2024: x", "must be a mapping of names to values"),
+            ("date: 2024-13-45", "must be a mapping of names to values .month must be"),
+        ],
+    )
+    def test_one_that_cannot_be_read(self, front: str, message: str) -> None:
+        with pytest.raises(CheckpointError, match=f"^here/README.md: its front .*{message}") as e:
+            Card.parse(f"---\n{front}\n---\n", "here/README.md")
+        assert "\n" not in str(e.value)
+
 
 class TestText:
     def test_a_new_card_has_a_title(self, facts: CardFacts) -> None:
