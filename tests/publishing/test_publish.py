@@ -190,6 +190,15 @@ class TestCards:
         assert "language:\n- ko\n- en\n" in report.card
         assert publish(fused, REPO, licence="mit").licence == "mit"
 
+    def test_what_the_hub_says_of_a_card_is_told_once(self, hub: UploadHub, fused: Path) -> None:
+        remarks = {"errors": [], "warnings": [{"message": f"odd,\nby {TOKEN}"}]}
+        hub.faults = [Fault("POST", "/validate-yaml", 200, body=remarks, times=99)]
+        warnings = publish(fused, REPO).warnings
+        assert [line.partition("README.md: ")[2] for line in warnings if "odd" in line] == [
+            "- odd, by hf_…"
+        ]
+        assert not any("content=" in line for line in warnings)
+
     def test_a_licence_that_is_not_known_is_said(self, hub: UploadHub, fused: Path) -> None:
         report = publish(fused, REPO)
         assert report.licence is None
@@ -487,6 +496,7 @@ class TestFaults:
             ("POST", "/preupload/", 403, "may not write there"),
             ("POST", "objects/batch", 403, "may not write there"),
             ("PUT", "/storage/", 403, "may not write there"),
+            ("POST", "/validate-yaml", 400, "the Hub answered 400"),
             ("GET", "/whoami", 500, "try again later"),
         ],
     )
