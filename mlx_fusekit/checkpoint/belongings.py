@@ -81,7 +81,7 @@ KINDS = (
         Step.ALL,
     ),
     Kind("images and sound", ("*processor_config.json",), Step.ALL),
-    Kind("licence", ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"), Step.ALL),
+    Kind("license", ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"), Step.ALL),
     Kind("code", ("*.py",), Step.ALL, trusted=True),
     Kind("model card", (CARD_NAME,), Step.DOWNLOAD),
     Kind("Ollama", (MODELFILE_NAME,), Step.PUBLISH),

@@ -25,7 +25,7 @@ from mlx_fusekit.publishing.card_tables import (
 )
 from mlx_fusekit.publishing.evidence import Evidence
 from mlx_fusekit.publishing.files import PublishedModel
-from mlx_fusekit.publishing.licences import Licence
+from mlx_fusekit.publishing.licenses import License
 
 _BEGIN = "<!-- mlx-fusekit: from here on, `mlx-fusekit publish` writes and replaces -->"
 _END = "<!-- mlx-fusekit: until here -->"
@@ -115,7 +115,7 @@ class CardFacts:
     Attributes:
         repo: where the model is published: ``owner/name``, or ``name``.
         evidence: what was measured of it.
-        licence: None where it is not known.
+        license: None where it is not known.
         languages: codes, as "en".
         trust_remote_code: whether the model's own code is published with it.
     """
@@ -123,7 +123,7 @@ class CardFacts:
     repo: str
     model: PublishedModel
     evidence: Evidence
-    licence: Licence | None = None
+    license: License | None = None
     languages: tuple[str, ...] = ()
     trust_remote_code: bool = False
 
@@ -166,14 +166,10 @@ def _metadata(facts: CardFacts, existing: Mapping[str, Any]) -> dict[str, Any]:
         "tags": _tags(facts, existing.get("tags")),
     }
     # One that the card names already keeps its own name and link.
-    if facts.licence is not None and facts.licence.identifier != existing.get("license"):
-        licence = {
-            "license": facts.licence.identifier,
-            "license_name": facts.licence.name,
-            "license_link": facts.licence.link,
-        }
-        found = {key: value for key, value in found.items() if key not in licence}
-        found |= {key: value for key, value in licence.items() if value}
+    if facts.license is not None and facts.license.identifier != existing.get("license"):
+        ours = facts.license.metadata
+        found = {key: value for key, value in found.items() if key not in ours}
+        found |= {key: value for key, value in ours.items() if value}
     if facts.languages:
         found["language"] = list(facts.languages)
     if bases := _base_models(facts, existing.get("base_model")):
@@ -288,14 +284,14 @@ def _file_rows(facts: CardFacts) -> Iterator[tuple[str, str]]:
         yield "size", size(weights)
     for gguf in model.ggufs:
         yield code(gguf.name), f"GGUF, {gguf.type}, {size(gguf.bytes)}"
-    yield "licence", _licence(facts.licence)
+    yield "license", _license(facts.license)
 
 
-def _licence(licence: Licence | None) -> str:
-    if licence is None:
+def _license(known: License | None) -> str:
+    if known is None:
         return "not known; see the base's"
-    shown = plain(licence.name or licence.identifier)
-    return f"[{shown}](<{licence.link}>)" if _is_plain_link(licence.link) else shown
+    shown = plain(known.name or known.identifier)
+    return f"[{shown}](<{known.link}>)" if _is_plain_link(known.link) else shown
 
 
 def _parity(facts: CardFacts) -> Iterator[str]:

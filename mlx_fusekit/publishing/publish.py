@@ -22,7 +22,7 @@ from mlx_fusekit.publishing.card import Card, CardFacts, write_card
 from mlx_fusekit.publishing.card_tables import public_source
 from mlx_fusekit.publishing.evidence import Evidence, read_evidence
 from mlx_fusekit.publishing.files import LeftOut, PublishedFile, PublishedModel
-from mlx_fusekit.publishing.licences import Licence, languages_of
+from mlx_fusekit.publishing.licenses import License, languages_of
 
 _MAIN = "main"
 
@@ -39,7 +39,7 @@ class PublishReport:
         removed: weight files of another model that were in the repository.
         bytes: of all files; the Hub does not take again what it has.
         card: the text of ``README.md``.
-        licence: identifier; None where it is not known.
+        license: identifier; None where it is not known.
         verified: whether a report was given in which the model passed ``verify``.
         commit: its id; None in a dry run, as ``commit_url`` and ``pull_request_url``.
     """
@@ -52,7 +52,7 @@ class PublishReport:
     removed: tuple[str, ...]
     bytes: int
     card: str
-    licence: str | None
+    license: str | None
     verified: bool
     commit: str | None
     commit_url: str | None
@@ -76,7 +76,7 @@ class _Prepared:
 
     model: PublishedModel
     evidence: Evidence
-    asked_licence: Licence | None
+    asked_license: License | None
     own_card: Card | None
     recipe: str | None
     trust_remote_code: bool
@@ -103,7 +103,7 @@ def publish(
     commit_message: str | None = None,
     verify_report: str | Path | None = None,
     bench_report: str | Path | None = None,
-    licence: str | None = None,
+    license: str | None = None,  # noqa: A002 - the Hub's word for it
     trust_remote_code: bool = False,
     dry_run: bool = False,
     progress: StepProgress | None = None,
@@ -122,7 +122,7 @@ def publish(
         commit_message: of the commit, and title of the pull request.
         verify_report: file with the output of ``verify --json``, for the card.
         bench_report: file that ``bench --json`` wrote, for the card.
-        licence: the Hub's identifier of the model's licence; by default that of the card that is
+        license: the Hub's identifier of the model's license; by default that of the card that is
             there, of the base's card, or of a LICENSE file in the folder.
         trust_remote_code: upload the model's own ``*.py`` files too.
         dry_run: write the card and list the files; reads cards on the Hub, and uploads nothing.
@@ -137,10 +137,10 @@ def publish(
     start = time.perf_counter()
     prepared = _prepare(
         Path(path).expanduser(), repo, create_pr, revision, verify_report, bench_report,
-        licence, trust_remote_code,
+        license, trust_remote_code,
     )  # fmt: skip
     repo_id = repo if dry_run else hub_upload.check_access(repo, create_pr=create_pr)
-    card, found_licence, notes = _card(prepared, repo_id, revision, dry_run)
+    card, found_license, notes = _card(prepared, repo_id, revision, dry_run)
     files = (*prepared.model.files, PublishedFile(CARD_NAME, len(card.encode())))
     report = PublishReport(
         repo=repo_id,
@@ -151,7 +151,7 @@ def publish(
         removed=(),
         bytes=sum(file.bytes for file in files),
         card=card,
-        licence=found_licence.identifier if found_licence else None,
+        license=found_license.identifier if found_license else None,
         verified=prepared.evidence.verified,
         commit=None,
         commit_url=None,
@@ -173,7 +173,7 @@ def _prepare(
     revision: str | None,
     verify_report: str | Path | None,
     bench_report: str | Path | None,
-    licence: str | None,
+    asked_license: str | None,
     trust_remote_code: bool,
 ) -> _Prepared:
     """Refuse whatever can be refused without a network."""
@@ -183,7 +183,7 @@ def _prepare(
             f"--create-pr opens a pull request against {_MAIN}; drop --revision {revision}, or "
             "--create-pr"
         )
-    asked = None if licence is None else Licence.asked(licence)
+    asked = None if asked_license is None else License.asked(asked_license)
     model = PublishedModel.open(folder, trust_remote_code=trust_remote_code)
     evidence = read_evidence(model, repo, verify_report, bench_report)
     text = model.card
@@ -195,8 +195,8 @@ def _prepare(
 
 def _card(
     prepared: _Prepared, repo_id: str, revision: str | None, dry_run: bool
-) -> tuple[str, Licence | None, tuple[str, ...]]:
-    """The card, its licence, and what to tell of them."""
+) -> tuple[str, License | None, tuple[str, ...]]:
+    """The card, its license, and what to tell of them."""
     notes = []
     there = _card_there(repo_id, revision, needed=not dry_run)
     own_card = prepared.own_card
@@ -211,22 +211,22 @@ def _card(
     )
     base = _base_card(facts.base_id)
     own = existing.metadata if existing is not None else {}
-    licence = (
-        prepared.asked_licence
-        or Licence.of_card(own, CARD_NAME)
-        or Licence.of_card(base, "the base's card", facts.base_id)
-        or Licence.of_files(prepared.model.folder)
+    known = (
+        prepared.asked_license
+        or License.of_card(own)
+        or License.of_card(base, facts.base_id)
+        or License.of_files(prepared.model.folder)
     )
-    if licence is None:
-        notes.append("the licence is not known; name it with --licence, as the base's asks for")
+    if known is None:
+        notes.append("the license is not known; name it with --license, as the base's asks for")
     if facts.base_id is None and not any(key == "base_model" for key in own):
         notes.append(
             "the card names no base_model, since the base was no model on the Hub; write it into "
             f"the front matter of a {CARD_NAME} in the folder if there is one"
         )
     languages = tuple(languages_of(own) or languages_of(base))
-    facts = replace(facts, licence=licence, languages=languages)
-    return write_card(facts, existing), licence, tuple(notes)
+    facts = replace(facts, license=known, languages=languages)
+    return write_card(facts, existing), known, tuple(notes)
 
 
 def _card_there(repo_id: str, revision: str | None, needed: bool) -> Card | None:

@@ -13,7 +13,7 @@ from mlx_fusekit.publishing.card import Card, CardFacts, hub_id, write_card
 from mlx_fusekit.publishing.card_tables import code, plain, public_source, size
 from mlx_fusekit.publishing.evidence import Evidence
 from mlx_fusekit.publishing.files import PublishedModel
-from mlx_fusekit.publishing.licences import Licence
+from mlx_fusekit.publishing.licenses import License
 
 REPO = "me/sql-model"
 BASE = "mlx-community/sample-4bit"
@@ -39,7 +39,7 @@ def front_matter(card: str) -> dict[str, Any]:
 
 class TestFrontMatter:
     def test_of_a_new_card(self, facts: CardFacts) -> None:
-        known = replace(facts, licence=Licence("apache-2.0", "x"), languages=("en",))
+        known = replace(facts, license=License("apache-2.0"), languages=("en",))
         assert front_matter(write_card(known)) == {
             "library_name": "mlx",
             "pipeline_tag": "text-generation",
@@ -57,7 +57,7 @@ class TestFrontMatter:
             f"base_model: [{BASE}, me/adapter]\nlibrary_name: transformers\n"
             "pipeline_tag: text2text-generation\n---\nText.\n"
         )
-        own = replace(facts, licence=Licence("other", "README.md"))
+        own = replace(facts, license=License("other"))
         assert front_matter(write_card(own, existing)) == {
             "datasets": ["me/questions"],
             "tags": ["mlx", "mlx-fusekit", "sql"],
@@ -71,9 +71,9 @@ class TestFrontMatter:
             "pipeline_tag": "text2text-generation",
         }
 
-    def test_a_licence_that_is_asked_for_replaces_another(self, facts: CardFacts) -> None:
+    def test_a_license_that_is_asked_for_replaces_another(self, facts: CardFacts) -> None:
         existing = Card.parse("---\nlicense: other\nlicense_name: mine\n---\n")
-        card = write_card(replace(facts, licence=Licence("mit", "--licence")), existing)
+        card = write_card(replace(facts, license=License("mit")), existing)
         assert front_matter(card)["license"] == "mit"
         assert "license_name" not in front_matter(card)
 
@@ -186,7 +186,7 @@ class TestWhatItSays:
         assert "without a report of `mlx-fusekit verify`" in card
         assert f'mlx_lm.generate --model {REPO} --prompt "Hello"' in card
         assert "ollama" not in card.lower()
-        assert "| licence | not known" in card
+        assert "| license | not known" in card
 
     def test_of_a_calibrated_one(self, facts: CardFacts) -> None:
         calibration = {
@@ -233,10 +233,10 @@ class TestWhatItSays:
         assert "<" not in outside.replace("(<", "")
         assert "](http://b" not in outside
 
-    def test_a_licence_with_a_link(self, facts: CardFacts) -> None:
-        licence = Licence("other", "x", "gemma", "https://ai.google.dev/gemma/terms")
-        card = write_card(replace(facts, licence=licence))
-        assert "| licence | [gemma](<https://ai.google.dev/gemma/terms>) |" in card
+    def test_a_license_with_a_link(self, facts: CardFacts) -> None:
+        gemma = License("other", "gemma", "https://ai.google.dev/gemma/terms")
+        card = write_card(replace(facts, license=gemma))
+        assert "| license | [gemma](<https://ai.google.dev/gemma/terms>) |" in card
 
 
 @pytest.mark.parametrize(
@@ -249,16 +249,15 @@ class TestWhatItSays:
         ("All rights reserved.", None),
     ],
 )
-def test_a_licence_from_its_text(tmp_path: Path, text: str, found: str | None) -> None:
+def test_a_license_from_its_text(tmp_path: Path, text: str, found: str | None) -> None:
     (tmp_path / "LICENSE").write_text(text)
-    licence = Licence.of_files(tmp_path)
-    assert (licence.identifier if licence else None) == found
+    assert License.of_files(tmp_path) == (found and License(found))
 
 
 @pytest.mark.parametrize("asked", ["", "MIT", "a b", "-x", "../x", "x\ny"])
-def test_what_is_no_licence(asked: str) -> None:
-    with pytest.raises(ConfigurationError, match="--licence"):
-        Licence.asked(asked)
+def test_what_is_no_license(asked: str) -> None:
+    with pytest.raises(ConfigurationError, match="--license"):
+        License.asked(asked)
 
 
 def test_small_things() -> None:

@@ -177,18 +177,18 @@ class TestCards:
         assert any("takes the place" in line for line in report.warnings)
         assert (fused / "README.md").read_text() == "New words.\n"
 
-    def test_licence_and_languages_are_the_bases(self, hub: UploadHub, fused: Path) -> None:
-        licence = "license: other\nlicense_name: tiny\nlicense_link: LICENSE.md\n"
-        card = f"---\n{licence}language: [ko, en]\n---\n"
+    def test_license_and_languages_are_the_bases(self, hub: UploadHub, fused: Path) -> None:
+        named = "license: other\nlicense_name: tiny\nlicense_link: LICENSE.md\n"
+        card = f"---\n{named}language: [ko, en]\n---\n"
         hub.repositories["mlx-community/sample-4bit"] = Repository(
             False, {"main": {"README.md": card.encode()}}
         )
         report = publish(fused, REPO)
-        assert report.licence == "other"
+        assert report.license == "other"
         link = "https://huggingface.co/mlx-community/sample-4bit/blob/main/LICENSE.md"
         assert f"license: other\nlicense_name: tiny\nlicense_link: {link}\n" in report.card
         assert "language:\n- ko\n- en\n" in report.card
-        assert publish(fused, REPO, licence="mit").licence == "mit"
+        assert publish(fused, REPO, license="mit").license == "mit"
 
     def test_what_the_hub_says_of_a_card_is_told_once(self, hub: UploadHub, fused: Path) -> None:
         remarks = {"errors": [], "warnings": [{"message": f"odd,\nby {TOKEN}"}]}
@@ -199,10 +199,10 @@ class TestCards:
         ]
         assert not any("content=" in line for line in warnings)
 
-    def test_a_licence_that_is_not_known_is_said(self, hub: UploadHub, fused: Path) -> None:
+    def test_a_license_that_is_not_known_is_said(self, hub: UploadHub, fused: Path) -> None:
         report = publish(fused, REPO)
-        assert report.licence is None
-        assert any("licence is not known" in line for line in report.warnings)
+        assert report.license is None
+        assert any("license is not known" in line for line in report.warnings)
 
     def test_the_recipe_tells_no_folder(self, hub: UploadHub, fused: Path) -> None:
         recipe = json.loads((fused / "fusekit.json").read_text())
@@ -261,7 +261,7 @@ class TestPreflight:
     def test_flags(self, hub: UploadHub, fused: Path, tmp_path: Path) -> None:
         options: list[tuple[str, dict[str, Any]]] = [
             ("--create-pr opens", {"create_pr": True, "revision": "v2"}),
-            ("--licence ../x", {"licence": "../x"}),
+            ("--license ../x", {"license": "../x"}),
             ("the file is missing", {"verify_report": tmp_path / "none.json"}),
             ("the file is missing", {"bench_report": tmp_path / "none.json"}),
         ]
