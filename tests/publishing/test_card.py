@@ -2,26 +2,18 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from mlx_fusekit.errors import CheckpointError, ConfigurationError
+from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.publishing.card import Card, CardFacts, hub_id, write_card
-from mlx_fusekit.publishing.card_tables import code, plain, public_source, size
-from mlx_fusekit.publishing.evidence import Evidence
-from mlx_fusekit.publishing.files import PublishedModel
+from mlx_fusekit.publishing.card_tables import code, plain, public_source
 from mlx_fusekit.publishing.licenses import License
 
 REPO = "me/sql-model"
 BASE = "mlx-community/sample-4bit"
-
-
-@pytest.fixture(scope="session")
-def facts(sample_fused: Path) -> CardFacts:
-    return CardFacts(REPO, PublishedModel.open(sample_fused), Evidence())
 
 
 def with_recipe(facts: CardFacts, **changes: Any) -> CardFacts:
@@ -77,9 +69,7 @@ class TestFrontMatter:
         assert front_matter(card)["license"] == "mit"
         assert "license_name" not in front_matter(card)
 
-    @pytest.mark.parametrize(
-        "name", ["/home/me/llama", "./llama", "llama", "~/x/y", "C:\\x", "a/b/c", None, 3, "../x"]
-    )
+    @pytest.mark.parametrize("name", ["/home/me/llama", "llama", None])
     def test_a_base_that_is_no_hub_id_is_not_named(self, facts: CardFacts, name: Any) -> None:
         local = with_recipe(facts, base={"id": name})
         card = write_card(local, Card({"base_model": "/Users/me/llama"}, ""))
@@ -211,7 +201,7 @@ class TestWhatItSays:
         assert "This is not recorded" in card
         assert "base_model" not in card
 
-    @pytest.mark.parametrize("junk", [None, 3, "x", [], [1], {}, {"id": {}}, {"tokens": "many"}])
+    @pytest.mark.parametrize("junk", [None, "x", [1], {"id": {}}, {"tokens": "many"}])
     def test_a_recipe_of_another_shape(self, facts: CardFacts, junk: Any) -> None:
         keys = ("base", "adapters", "kind", "requantize", "calibration", "modules", "versions")
         assert "## Use" in write_card(with_recipe(facts, **dict.fromkeys(keys, junk)))
@@ -239,36 +229,10 @@ class TestWhatItSays:
         assert "| license | [gemma](<https://ai.google.dev/gemma/terms>) |" in card
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("Apache License\n   Version 2.0, January 2004", "apache-2.0"),
-        ("MIT License\n\nCopyright", "mit"),
-        ("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT", "llama3.2"),
-        ("Gemma Terms of Use", "gemma"),
-        ("All rights reserved.", None),
-    ],
-)
-def test_a_license_from_its_text(tmp_path: Path, text: str, found: str | None) -> None:
-    (tmp_path / "LICENSE").write_text(text)
-    assert License.of_files(tmp_path) == (found and License(found))
-
-
-@pytest.mark.parametrize("asked", ["", "MIT", "a b", "-x", "../x", "x\ny"])
-def test_what_is_no_license(asked: str) -> None:
-    with pytest.raises(ConfigurationError, match="--license"):
-        License.asked(asked)
-
-
 def test_small_things() -> None:
     assert hub_id("owner/name") == "owner/name"
-    assert hub_id("/owner/name") is None
+    for no_id in ("/home/me/x", "./x", "x", "~/x/y", "C:\\x", "a/b/c", "../x", None, 3):
+        assert hub_id(no_id) is None
     assert code("a`b|c\nd") == "`a b c d`"
     assert plain("a|b\n<c>*d*") == "a b c d"
     assert public_source("/home/me/x.txt") == "`x.txt`"
-    assert [size(n) for n in (999, 1000, 75_790_402, 4_500_000_000)] == [
-        "999 B",
-        "1.0 kB",
-        "75.8 MB",
-        "4.50 GB",
-    ]
