@@ -5,28 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_fusekit.checkpoint.belongings import download_patterns
 from mlx_fusekit.errors import HubError
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-#: What a model or adapter is made of; ``*.py`` comes along only for models whose code is trusted.
-_DATA_PATTERNS = (
-    "*.json",
-    "README.md",
-    "model*.safetensors",
-    "adapters.safetensors",
-    "tokenizer.model",
-    "*.tiktoken",
-    "tiktoken.model",
-    "*.txt",
-    "*.jsonl",
-    "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +84,7 @@ def _known_snapshot(path: Path) -> LocalFolder:
 def _download(repo_id: str, revision: str | None, what: str, code: bool) -> LocalFolder:
     from huggingface_hub import errors, snapshot_download
 
-    patterns = [*_DATA_PATTERNS, *(["*.py"] if code else [])]
+    patterns = download_patterns(trust_remote_code=code)
     at = f" at revision {revision}" if revision else ""
     try:
         path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))

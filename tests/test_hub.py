@@ -12,6 +12,7 @@ from support.hub_server import COMMIT, Hub
 from support.tiny import make_adapter, make_model
 
 from mlx_fusekit.hub import LocalFolder, resolve
+from mlx_fusekit.publishing.files import PublishedModel
 
 TOKEN = "hf_thisIsASecretToken"
 
@@ -73,6 +74,35 @@ def test_ids_are_downloaded_and_recorded(
     # The snapshot's files are links to blobs; the result has files of its own.
     assert not any(path.is_symlink() for path in (tmp_path / "fused").iterdir())
     assert (tmp_path / "fused" / "tokenizer.json").read_text() == "{}"
+
+
+def test_all_that_belongs_to_a_model_arrives_and_goes_on(hub: Hub, tmp_path: Path) -> None:
+    """Downloading, copying and publishing agree: a use policy is not lost on the way."""
+    base = make_model(tmp_path / "base")
+    names = {
+        "USE_POLICY.md",
+        "LICENCE",
+        "LICENSE.txt",
+        "NOTICE",
+        "spiece.model",
+        "source.vocab",
+        "chat_template.jinja",
+        "additional_chat_templates/tools.jinja",
+        "generation_config.json",
+    }
+    (base / "additional_chat_templates").mkdir()
+    for name in names:
+        (base / name).write_text("{}" if name.endswith("json") else f"text of {name}")
+    hub.repositories = {**hub.repositories, "owner/whole": base}
+    target = tmp_path / "fused"
+    result = run(
+        hub, tmp_path / "home", "fuse", "--model", "owner/whole", "--adapter-path",
+        "owner/tiny-lora", "--save-path", str(target),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for name in names:
+        assert (target / name).read_bytes() == (base / name).read_bytes(), name
+    assert names <= set(PublishedModel.open(target).names)
 
 
 def hashed(path: Path) -> str:

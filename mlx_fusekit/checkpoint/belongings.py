@@ -1,29 +1,124 @@
-"""The files of a model folder that are not weights: what comes along, what stays, and why."""
+"""Which files belong to a model: the one list that downloading, copying and publishing read.
 
+The rule: what lies in a base's folder was put there by its owner, so all text data of it is taken
+along, under whatever name a tokenizer's class looks for it; code is only where it is trusted, and
+pickles and hidden files never. In a folder on this machine a training set or a secret may lie as
+well, so from there only files are published that have the names of a model's files.
+"""
+
+import enum
 import fnmatch
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_fusekit.checkpoint.folder import INDEX_NAME, resolve_inside
+from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 
-#: Data that a tokenizer, a chat template, a generation or a licence needs.
-_DATA = (
-    "*.json",
-    "*.jsonl",
-    "*.txt",
-    "*.jinja",
-    "*.model",
-    "*.tiktoken",
-    "*.vocab",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "additional_chat_templates/*.jinja",
+CARD_NAME = "README.md"
+MODELFILE_NAME = "Modelfile"
+#: Where mlx-lm's tokenizers look for chat templates besides the first.
+TEMPLATES_FOLDER = "additional_chat_templates"
+
+
+class Step(enum.Flag):
+    """What is done with files of a kind."""
+
+    DOWNLOAD = enum.auto()  #: from the base's repository on the Hub
+    COPY = enum.auto()  #: unchanged from the base's folder into the fused model's
+    PUBLISH = enum.auto()  #: from the fused model's folder to the Hub
+    ALL = DOWNLOAD | COPY | PUBLISH
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Files that serve one purpose.
+
+    Attributes:
+        purpose: in a few words.
+        patterns: of their names, relative to the folder.
+        steps: what is done with them.
+        expected: that they are not copied goes without saying: the fused model has its own.
+        trusted: all of this is done only where the model's code is trusted.
+    """
+
+    purpose: str
+    patterns: tuple[str, ...]
+    steps: Step
+    expected: bool = False
+    trusted: bool = False
+
+
+#: A file is of the first kind that has a pattern for its name.
+KINDS = (
+    Kind("settings", ("config.json", INDEX_NAME), Step.DOWNLOAD | Step.PUBLISH, expected=True),
+    # Which of them are published, their index or names say: see `Checkpoint.open`.
+    Kind("weights", ("model*.safetensors",), Step.DOWNLOAD, expected=True),
+    Kind("how it was fused", (RECIPE_NAME,), Step.DOWNLOAD | Step.PUBLISH, expected=True),
+    Kind("generation", ("generation_config.json",), Step.ALL),
+    Kind(
+        "tokenizer",
+        (
+            "tokenizer*.json",
+            "tokenizer*.model",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "vocab.json",
+            "vocab.txt",
+            "*.vocab",
+            "merges.txt",
+            "tekken.json",
+            "spiece.model",
+            "sentencepiece*.model",
+            "*.tiktoken",
+            "tiktoken.model",
+        ),
+        Step.ALL,
+    ),
+    Kind(
+        "chat template",
+        ("chat_template*.json", "chat_template*.jinja", f"{TEMPLATES_FOLDER}/*.jinja"),
+        Step.ALL,
+    ),
+    Kind("images and sound", ("*processor_config.json",), Step.ALL),
+    Kind("license", ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"), Step.ALL),
+    Kind("code", ("*.py",), Step.ALL, trusted=True),
+    Kind("model card", (CARD_NAME,), Step.DOWNLOAD),
+    Kind("Ollama", (MODELFILE_NAME,), Step.PUBLISH),
+    Kind("an adapter's settings", ("adapter_config.json",), Step.DOWNLOAD, expected=True),
+    Kind("an adapter's weights", ("adapters.safetensors",), Step.DOWNLOAD),
+    Kind(
+        "other data",
+        ("*.json", "*.jsonl", "*.txt", "*.jinja", "*.model"),
+        Step.DOWNLOAD | Step.COPY,
+    ),
 )
-#: Written afresh, or describing another model than the fused one.
-_OURS = ("config.json", INDEX_NAME, "fusekit.json", "adapter_config.json")
-_SILENT = (".*", "model*.safetensors", *_OURS)
+
+
+def belongs(name: str, step: Step, *, trust_remote_code: bool = False) -> bool:
+    """Whether a step takes a file of this name, relative to its folder."""
+    kind = _kind(name)
+    return kind is not None and step in kind.steps and (trust_remote_code or not kind.trusted)
+
+
+def download_patterns(*, trust_remote_code: bool = False) -> list[str]:
+    """What to take of a repository on the Hub, as huggingface_hub is told it."""
+    return [
+        pattern
+        for kind in KINDS
+        if Step.DOWNLOAD in kind.steps and (trust_remote_code or not kind.trusted)
+        for pattern in kind.patterns
+    ]
+
+
+def data_files(folder: Path) -> list[Path]:
+    """What lies in a model's folder and among its chat templates, folders too, sorted."""
+    return sorted([*folder.iterdir(), *folder.glob(f"{TEMPLATES_FOLDER}/*")])
+
+
+def matches(name: str, patterns: Collection[str]) -> bool:
+    """Whether a name is of one of the patterns, large and small letters told apart."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +133,6 @@ class Companions:
     copied: tuple[str, ...]
     left_out: tuple[str, ...]
 
-    @property
-    def code(self) -> tuple[str, ...]:
-        """Python files that were left out."""
-        return tuple(name for name in self.left_out if name.endswith(".py"))
-
 
 def find_companions(folder: Path, *, trust_remote_code: bool = False) -> Companions:
     """Decide which files of a model folder come along.
@@ -53,19 +143,19 @@ def find_companions(folder: Path, *, trust_remote_code: bool = False) -> Compani
     Raises:
         CheckpointError: for a data file that is a link out of the folder.
     """
-    patterns = (*_DATA, *(("*.py",) if trust_remote_code else ()))
     copied, left_out = [], []
-    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+    for path in data_files(folder):
         name = path.relative_to(folder).as_posix()
-        if _matches(name, _SILENT) or path.is_dir():
+        if name.startswith(".") or path.is_dir():
             continue
-        if _matches(name, patterns):
+        kind = _kind(name)
+        if belongs(name, Step.COPY, trust_remote_code=trust_remote_code):
             resolve_inside(folder, name)
             copied.append(name)
-        else:
+        elif kind is None or not kind.expected:
             left_out.append(name)
     return Companions(tuple(copied), tuple(left_out))
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+def _kind(name: str) -> Kind | None:
+    return next((kind for kind in KINDS if matches(name, kind.patterns)), None)

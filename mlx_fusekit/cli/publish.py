@@ -40,11 +40,11 @@ if TYPE_CHECKING:
     help="What `mlx-fusekit bench --json FILE` wrote: the card shows how fast the model is.",
 )
 @click.option(
-    "--licence",
     "--license",
-    "licence",
+    "--licence",
+    "license",
     metavar="ID",
-    help="The model's licence, as apache-2.0.  [default: that of the base]",
+    help="The model's license, as apache-2.0.  [default: that of the base]",
 )
 @options.dry_run("Print the card and the files; upload nothing.")
 @options.as_json()
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 def command(as_json: bool, path: str, repo: str, **options: Any) -> int:
     """Upload a fused model to the Hugging Face Hub, with a model card.
 
-    Uploads what belongs to a model (weights, tokenizer, settings, licence, GGUF files) and lists
+    Uploads what belongs to a model (weights, tokenizer, settings, license, GGUF files) and lists
     what stays. The card says what was fused into what, how close and how fast it is, and how to
     run it; text that you wrote into it is kept. Log in with `hf auth login`, or set HF_TOKEN.
     An upload that was interrupted goes on when the same command is run again.
@@ -92,7 +92,7 @@ def show(report: "PublishReport") -> None:
     facts = [
         ("size", figures.size(report.bytes)),
         ("visible to", "people with access (private)" if report.private else "everybody"),
-        ("licence", report.licence or "not known"),
+        ("license", report.license or "not known"),
         ("verified", "yes" if report.verified else "no"),
     ]
     if report.removed:

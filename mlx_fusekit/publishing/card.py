@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_fusekit.checkpoint.belongings import CARD_NAME, MODELFILE_NAME
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.figures import count, nats, setting, size
 from mlx_fusekit.publishing.evidence import Evidence
-from mlx_fusekit.publishing.files import CARD_NAME, MODELFILE_NAME, PublishedModel
+from mlx_fusekit.publishing.files import PublishedModel
 from mlx_fusekit.publishing.foreign_text import code, plain, public_source
-from mlx_fusekit.publishing.licences import Licence
+from mlx_fusekit.publishing.licenses import License
 from mlx_fusekit.publishing.measured import latency_section, parity_section
 from mlx_fusekit.requantize.strategy import in_words
 from mlx_fusekit.tables import Table
@@ -25,9 +26,6 @@ _BEGIN = "<!-- mlx-fusekit: from here on, `mlx-fusekit publish` writes and repla
 _END = "<!-- mlx-fusekit: until here -->"
 _HUB = "https://huggingface.co/"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_FRONT_MATTER = re.compile(
-    r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE
-)
 _REVISION = re.compile(r"[0-9a-f]{40}")
 _SHORT = 12
 
@@ -55,19 +53,23 @@ class Card:
         Raises:
             CheckpointError: when its front matter is not YAML, or is no mapping.
         """
-        import yaml  # type: ignore[import-untyped]
+        from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
+        from yaml import YAMLError  # type: ignore[import-untyped]
 
-        found = _FRONT_MATTER.match(content)
-        if found is None:
+        if REGEX_YAML_BLOCK.match(content) is None:
             return cls({}, content)
         try:
-            metadata = yaml.safe_load(found[1])
-        except (yaml.YAMLError, RecursionError) as error:
-            line = " ".join(str(error).split())
-            raise CheckpointError(f"{name}: its front matter is not valid YAML ({line})") from error
-        if metadata is not None and not isinstance(metadata, dict):
-            raise CheckpointError(f"{name}: its front matter must be a mapping of names to values")
-        return cls(metadata or {}, content[found.end() :])
+            # Not ModelCard: it writes evaluation results anew, and loses what it does not know.
+            card = RepoCard(content)
+        except (YAMLError, RecursionError) as error:
+            raise CheckpointError(
+                f"{name}: its front matter is not valid YAML ({_line(error)})"
+            ) from error
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{name}: its front matter must be a mapping of names to values ({_line(error)})"
+            ) from error
+        return cls(card.data.to_dict(), card.text)  # type: ignore[no-untyped-call]
 
     @property
     def own_text(self) -> str:
@@ -108,7 +110,7 @@ class CardFacts:
     Attributes:
         repo: where the model is published: ``owner/name``, or ``name``.
         evidence: what was measured of it.
-        licence: None where it is not known.
+        license: None where it is not known.
         languages: codes, as "en".
         trust_remote_code: whether the model's own code is published with it.
     """
@@ -116,7 +118,7 @@ class CardFacts:
     repo: str
     model: PublishedModel
     evidence: Evidence
-    licence: Licence | None = None
+    license: License | None = None
     languages: tuple[str, ...] = ()
     trust_remote_code: bool = False
 
@@ -136,13 +138,12 @@ def write_card(facts: CardFacts, existing: Card | None = None) -> str:
     Raises:
         CheckpointError: when the markers of our part are damaged in the existing one.
     """
-    import yaml
+    from huggingface_hub import CardData
 
     title = Card(text=f"# {facts.repo.rpartition('/')[2]}\n")
     card = existing if existing is not None and existing.own_text else title
-    metadata = _metadata(facts, existing.metadata if existing is not None else {})
-    front_matter = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1_000)
-    return f"---\n{front_matter}---\n\n{card.with_section(_section(facts)).lstrip()}"
+    metadata = CardData(**_metadata(facts, existing.metadata if existing is not None else {}))
+    return f"---\n{metadata.to_yaml()}\n---\n\n{card.with_section(_section(facts)).lstrip()}"
 
 
 def hub_id(value: Any) -> str | None:
@@ -160,14 +161,10 @@ def _metadata(facts: CardFacts, existing: Mapping[str, Any]) -> dict[str, Any]:
         "tags": _tags(facts, existing.get("tags")),
     }
     # One that the card names already keeps its own name and link.
-    if facts.licence is not None and facts.licence.identifier != existing.get("license"):
-        licence = {
-            "license": facts.licence.identifier,
-            "license_name": facts.licence.name,
-            "license_link": facts.licence.link,
-        }
-        found = {key: value for key, value in found.items() if key not in licence}
-        found |= {key: value for key, value in licence.items() if value}
+    if facts.license is not None and facts.license.identifier != existing.get("license"):
+        ours = facts.license.metadata
+        found = {key: value for key, value in found.items() if key not in ours}
+        found |= {key: value for key, value in ours.items() if value}
     if facts.languages:
         found["language"] = list(facts.languages)
     if bases := _base_models(facts, existing.get("base_model")):
@@ -280,14 +277,14 @@ def _file_rows(facts: CardFacts) -> Iterator[tuple[str, str]]:
         yield "size", size(weights)
     for gguf in model.ggufs:
         yield code(gguf.name), f"GGUF, {gguf.type}, {size(gguf.bytes)}"
-    yield "licence", _licence(facts.licence)
+    yield "license", _license(facts.license)
 
 
-def _licence(licence: Licence | None) -> str:
-    if licence is None:
+def _license(known: License | None) -> str:
+    if known is None:
         return "not known; see the base's"
-    shown = plain(licence.name or licence.identifier)
-    return f"[{shown}](<{licence.link}>)" if _is_plain_link(licence.link) else shown
+    shown = plain(known.name or known.identifier)
+    return f"[{shown}](<{known.link}>)" if _is_plain_link(known.link) else shown
 
 
 def _parity(facts: CardFacts) -> Iterator[str]:
@@ -338,6 +335,10 @@ def _ollama(facts: CardFacts) -> str:
 
 def _shell(title: str, *lines: str) -> str:
     return "\n".join((title, "", "```sh", *lines, "```"))
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _block(value: Mapping[str, Any] | None, key: str) -> Mapping[str, Any]:

@@ -1,10 +1,9 @@
 """Which files of a model folder are published, and which stay.
 
-By a list of what belongs to a model, so that a checkpoint, a training set or a secret that lies
+By the list of what belongs to a model, so that a checkpoint, a training set or a secret that lies
 beside it is never uploaded by mistake.
 """
 
-import fnmatch
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -12,41 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_fusekit.checkpoint.folder import INDEX_NAME, Checkpoint, read_json, resolve_inside
+from mlx_fusekit.checkpoint.belongings import (
+    CARD_NAME,
+    MODELFILE_NAME,
+    TEMPLATES_FOLDER,
+    Step,
+    belongs,
+    data_files,
+    matches,
+)
+from mlx_fusekit.checkpoint.folder import Checkpoint, read_json, resolve_inside
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError
 
-CARD_NAME = "README.md"
-MODELFILE_NAME = "Modelfile"
-#: What there is of a model beside its weights, GGUF files and card.
-_BELONGS = (
-    "config.json",
-    "generation_config.json",
-    INDEX_NAME,
-    RECIPE_NAME,
-    "tokenizer*.json",
-    "tokenizer*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*.json",
-    "chat_template*.jinja",
-    "additional_chat_templates/*.jinja",
-    "vocab.json",
-    "vocab.txt",
-    "*.vocab",
-    "merges.txt",
-    "tekken.json",
-    "spiece.model",
-    "sentencepiece*.model",
-    "*.tiktoken",
-    "tiktoken.model",
-    "*processor_config.json",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
-    MODELFILE_NAME,
-)
 #: Why a file stays, by the first pattern that its name matches.
 _REASONS = {
     ".*": "hidden",
@@ -138,10 +115,11 @@ class PublishedModel:
             for path in folder.iterdir()
         )
         checkpoint = None if only_gguf else _open_fused(folder)
-        weights = () if checkpoint is None else tuple(checkpoint.headers)
-        wanted = (*_BELONGS, *(["*.py"] if trust_remote_code else []))
-        belongs = {*weights, *(gguf.name for gguf in ggufs)}
-        files, left_out = _sort(folder, wanted, belongs)
+        weights = {
+            *(() if checkpoint is None else checkpoint.headers),
+            *(gguf.name for gguf in ggufs),
+        }
+        files, left_out = _sort(folder, weights, trust_remote_code)
         model = cls(
             folder=folder,
             files=files,
@@ -178,7 +156,7 @@ class PublishedModel:
         for name in (*self.names, CARD_NAME):
             path = self.folder / name
             # The recipe is cleaned instead: nobody should have to edit it by hand.
-            if name == RECIPE_NAME or not _matches(name, _TEXTS) or not path.is_file():
+            if name == RECIPE_NAME or not matches(name, _TEXTS) or not path.is_file():
                 continue
             told = next(_paths_of_this_machine(path, self.folder), None)
             if told is not None:
@@ -211,25 +189,25 @@ def _warnings(checkpoint: Checkpoint | None, files: Collection[PublishedFile]) -
     names = [file.name for file in files]
     if RECIPE_NAME not in names:
         yield f"there is no {RECIPE_NAME}: the card cannot say what was fused, and how"
-    if checkpoint is not None and not any(_matches(name, _TOKENIZERS) for name in names):
+    if checkpoint is not None and not any(matches(name, _TOKENIZERS) for name in names):
         yield "there is no tokenizer, without which mlx_lm.load does not load the model"
 
 
 def _sort(
-    folder: Path, wanted: tuple[str, ...], belongs: Collection[str]
+    folder: Path, weights: Collection[str], trust_remote_code: bool
 ) -> tuple[tuple[PublishedFile, ...], tuple[LeftOut, ...]]:
     """What goes, and what stays; the card is neither."""
     files, left_out = [], []
-    templates = [p for p in folder.glob("additional_chat_templates/*") if p.is_file()]
-    for path in sorted([*folder.iterdir(), *templates]):
+    for path in data_files(folder):
         name = path.relative_to(folder).as_posix()
-        if name == CARD_NAME or (path.is_dir() and name == "additional_chat_templates"):
+        goes = name in weights or belongs(name, Step.PUBLISH, trust_remote_code=trust_remote_code)
+        if name == CARD_NAME or (path.is_dir() and name == TEMPLATES_FOLDER):
             continue
         if path.is_dir():
             left_out.append(LeftOut(f"{name}/", "a folder"))
-        elif not path.is_file() or not (name in belongs or _matches(name, wanted)):
+        elif not path.is_file() or not goes:
             left_out.append(LeftOut(name, _reason(name)))
-        elif name == MODELFILE_NAME and (reason := _modelfile_fault(path, belongs)):
+        elif name == MODELFILE_NAME and (reason := _modelfile_fault(path, weights)):
             left_out.append(LeftOut(name, reason))
         else:
             files.append(PublishedFile(name, resolve_inside(folder, name).stat().st_size))
@@ -237,17 +215,17 @@ def _sort(
 
 
 def _reason(name: str) -> str:
-    found = (reason for pattern, reason in _REASONS.items() if _matches(name, (pattern,)))
+    found = (reason for pattern, reason in _REASONS.items() if matches(name, (pattern,)))
     return next(found, _OTHER_REASON)
 
 
-def _modelfile_fault(path: Path, belongs: Collection[str]) -> str | None:
+def _modelfile_fault(path: Path, weights: Collection[str]) -> str | None:
     """Why Ollama could not use a Modelfile once it lies in the repository."""
     found = _FROM.search(_read_text(path))
     if found is None:
         return "has no FROM"
     name = found[1].removeprefix("./")
-    return None if name in belongs else "its FROM names no GGUF file beside it"
+    return None if name in weights else "its FROM names no GGUF file beside it"
 
 
 def _read_ggufs(folder: Path) -> tuple[GgufFile, ...]:
@@ -297,7 +275,3 @@ def _read_text(path: Path) -> str:
         return path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read as text ({error})") from error
-
-
-def _matches(name: str, patterns: Collection[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

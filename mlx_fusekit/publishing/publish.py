@@ -8,20 +8,21 @@ uploaded is laid out beside it, as links to its files.
 import contextlib
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_fusekit.checkpoint.belongings import CARD_NAME
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME, as_text
 from mlx_fusekit.errors import CheckpointError, ConfigurationError, HubError
 from mlx_fusekit.progress import StepProgress
 from mlx_fusekit.publishing import upload as hub_upload
 from mlx_fusekit.publishing.card import Card, CardFacts, write_card
-from mlx_fusekit.publishing.evidence import Evidence, read_evidence
-from mlx_fusekit.publishing.files import CARD_NAME, LeftOut, PublishedFile, PublishedModel
+from mlx_fusekit.publishing.evidence import read_evidence
+from mlx_fusekit.publishing.files import LeftOut, PublishedFile, PublishedModel
 from mlx_fusekit.publishing.foreign_text import public_source
-from mlx_fusekit.publishing.licences import Licence, languages_of
+from mlx_fusekit.publishing.licenses import License, languages_of
 
 _MAIN = "main"
 
@@ -38,7 +39,7 @@ class PublishReport:
         removed: weight files of another model that were in the repository.
         bytes: of all files; the Hub does not take again what it has.
         card: the text of ``README.md``.
-        licence: identifier; None where it is not known.
+        license: identifier; None where it is not known.
         verified: whether a report was given in which the model passed ``verify``.
         commit: its id; None in a dry run, as ``commit_url`` and ``pull_request_url``.
     """
@@ -51,45 +52,18 @@ class PublishReport:
     removed: tuple[str, ...]
     bytes: int
     card: str
-    licence: str | None
+    license: str | None
     verified: bool
-    commit: str | None
-    commit_url: str | None
-    pull_request_url: str | None
-    dry_run: bool
-    seconds: float
-    warnings: tuple[str, ...]
+    commit: str | None = None
+    commit_url: str | None = None
+    pull_request_url: str | None = None
+    dry_run: bool = False
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The report as a JSON object."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A model found fit to be published; nothing was asked of the Hub.
-
-    Attributes:
-        recipe: the text of ``fusekit.json``, where it must be another than the folder's.
-    """
-
-    model: PublishedModel
-    evidence: Evidence
-    asked_licence: Licence | None
-    own_card: Card | None
-    recipe: str | None
-    trust_remote_code: bool
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        cleaned = (
-            f"{RECIPE_NAME} is published without the folder of the calibration text"
-            if self.recipe is not None
-            else ""
-        )
-        return tuple(
-            line for line in (*self.model.warnings, *self.evidence.warnings, cleaned) if line
-        )
 
 
 def publish(
@@ -102,7 +76,7 @@ def publish(
     commit_message: str | None = None,
     verify_report: str | Path | None = None,
     bench_report: str | Path | None = None,
-    licence: str | None = None,
+    license: str | None = None,  # noqa: A002 - the Hub's word for it
     trust_remote_code: bool = False,
     dry_run: bool = False,
     progress: StepProgress | None = None,
@@ -121,7 +95,7 @@ def publish(
         commit_message: of the commit, and title of the pull request.
         verify_report: file with the output of ``verify --json``, for the card.
         bench_report: file that ``bench --json`` wrote, for the card.
-        licence: the Hub's identifier of the model's licence; by default that of the card that is
+        license: the Hub's identifier of the model's license; by default that of the card that is
             there, of the base's card, or of a LICENSE file in the folder.
         trust_remote_code: upload the model's own ``*.py`` files too.
         dry_run: write the card and list the files; reads cards on the Hub, and uploads nothing.
@@ -134,98 +108,95 @@ def publish(
         HubError: when the Hub refuses or cannot be reached.
     """
     start = time.perf_counter()
-    prepared = _prepare(
-        Path(path).expanduser(), repo, create_pr, revision, verify_report, bench_report,
-        licence, trust_remote_code,
-    )  # fmt: skip
+    hub_upload.check_name(repo)
+    _check_branch(revision, create_pr)
+    asked = None if license is None else License.asked(license)
+    model = PublishedModel.open(Path(path).expanduser(), trust_remote_code=trust_remote_code)
+    evidence = read_evidence(model, repo, verify_report, bench_report)
+    own_card = _own_card(model)
+    # Nothing was asked of the Hub so far.
     repo_id = repo if dry_run else hub_upload.check_access(repo, create_pr=create_pr)
-    card, found_licence, notes = _card(prepared, repo_id, revision, dry_run)
-    files = (*prepared.model.files, PublishedFile(CARD_NAME, len(card.encode())))
-    report = PublishReport(
-        repo=repo_id,
-        revision=revision,
-        private=not public,
-        files=tuple(sorted(files, key=lambda file: file.name)),
-        left_out=prepared.model.left_out,
-        removed=(),
-        bytes=sum(file.bytes for file in files),
-        card=card,
-        licence=found_licence.identifier if found_licence else None,
-        verified=prepared.evidence.verified,
-        commit=None,
-        commit_url=None,
-        pull_request_url=None,
-        dry_run=dry_run,
-        seconds=0.0,
-        warnings=(*prepared.warnings, *notes),
+    there = _card_there(repo_id, revision, needed=not dry_run)
+    card = there if own_card is None else own_card
+    facts = _with_origin(
+        CardFacts(repo_id, model, evidence, asked, trust_remote_code=trust_remote_code), card
     )
+    warnings = (*_warnings(facts, card), *_replaced(own_card, there))
+    report = _planned(facts, write_card(facts, card), revision, public, warnings)
     if not dry_run:
-        message = commit_message or f"Upload {prepared.model.folder.resolve().name}"
-        report = _upload(prepared, report, public, create_pr, message, progress)
+        report = _upload(model, report, public, create_pr, commit_message, progress)
     return replace(report, seconds=time.perf_counter() - start)
 
 
-def _prepare(
-    folder: Path,
-    repo: str,
-    create_pr: bool,
-    revision: str | None,
-    verify_report: str | Path | None,
-    bench_report: str | Path | None,
-    licence: str | None,
-    trust_remote_code: bool,
-) -> _Prepared:
-    """Refuse whatever can be refused without a network."""
-    hub_upload.check_name(repo)
+def _check_branch(revision: str | None, create_pr: bool) -> None:
     if create_pr and revision not in (None, _MAIN):
         raise ConfigurationError(
             f"--create-pr opens a pull request against {_MAIN}; drop --revision {revision}, or "
             "--create-pr"
         )
-    asked = None if licence is None else Licence.asked(licence)
-    model = PublishedModel.open(folder, trust_remote_code=trust_remote_code)
-    evidence = read_evidence(model, repo, verify_report, bench_report)
-    text = model.card
-    own_card = None if text is None else Card.parse(text, str(folder / CARD_NAME))
-    if own_card is not None:
-        own_card.with_section("")
-    return _Prepared(model, evidence, asked, own_card, _public_recipe(model), trust_remote_code)
 
 
-def _card(
-    prepared: _Prepared, repo_id: str, revision: str | None, dry_run: bool
-) -> tuple[str, Licence | None, tuple[str, ...]]:
-    """The card, its licence, and what to tell of them."""
-    notes = []
-    there = _card_there(repo_id, revision, needed=not dry_run)
-    own_card = prepared.own_card
-    existing = there if own_card is None else own_card
-    if own_card is not None and there is not None and there.own_text != own_card.own_text:
-        notes.append(f"the text of {CARD_NAME} in the folder takes the place of the one on the Hub")
-    facts = CardFacts(
-        repo=repo_id,
-        model=prepared.model,
-        evidence=prepared.evidence,
-        trust_remote_code=prepared.trust_remote_code,
-    )
+def _own_card(model: PublishedModel) -> Card | None:
+    """The card in the folder, found fit to be written into."""
+    if (text := model.card) is None:
+        return None
+    card = Card.parse(text, str(model.folder / CARD_NAME))
+    card.with_section("")
+    return card
+
+
+def _with_origin(facts: CardFacts, card: Card | None) -> CardFacts:
+    """The facts with license and languages: those asked for, of the card, or of the base."""
+    own = card.metadata if card is not None else {}
     base = _base_card(facts.base_id)
-    own = existing.metadata if existing is not None else {}
-    licence = (
-        prepared.asked_licence
-        or Licence.of_card(own, CARD_NAME)
-        or Licence.of_card(base, "the base's card", facts.base_id)
-        or Licence.of_files(prepared.model.folder)
+    known = (
+        facts.license
+        or License.of_card(own)
+        or License.of_card(base, facts.base_id)
+        or License.of_files(facts.model.folder)
     )
-    if licence is None:
-        notes.append("the licence is not known; name it with --licence, as the base's asks for")
-    if facts.base_id is None and not any(key == "base_model" for key in own):
-        notes.append(
+    languages = tuple(languages_of(own) or languages_of(base))
+    return replace(facts, license=known, languages=languages)
+
+
+def _planned(
+    facts: CardFacts, card: str, revision: str | None, public: bool, warnings: tuple[str, ...]
+) -> PublishReport:
+    """The report of a dry run."""
+    files = (*facts.model.files, PublishedFile(CARD_NAME, len(card.encode())))
+    return PublishReport(
+        repo=facts.repo,
+        revision=revision,
+        private=not public,
+        files=tuple(sorted(files, key=lambda file: file.name)),
+        left_out=facts.model.left_out,
+        removed=(),
+        bytes=sum(file.bytes for file in files),
+        card=card,
+        license=facts.license.identifier if facts.license else None,
+        verified=facts.evidence.verified,
+        dry_run=True,
+        warnings=warnings,
+    )
+
+
+def _warnings(facts: CardFacts, card: Card | None) -> Iterator[str]:
+    yield from facts.model.warnings
+    yield from facts.evidence.warnings
+    if _public_recipe(facts.model) is not None:
+        yield f"{RECIPE_NAME} is published without the folder of the calibration text"
+    if facts.license is None:
+        yield "the license is not known; name it with --license, as the base's asks for"
+    if facts.base_id is None and (card is None or "base_model" not in card.metadata):
+        yield (
             "the card names no base_model, since the base was no model on the Hub; write it into "
             f"the front matter of a {CARD_NAME} in the folder if there is one"
         )
-    languages = tuple(languages_of(own) or languages_of(base))
-    facts = replace(facts, licence=licence, languages=languages)
-    return write_card(facts, existing), licence, tuple(notes)
+
+
+def _replaced(own: Card | None, there: Card | None) -> Iterator[str]:
+    if own is not None and there is not None and there.own_text != own.own_text:
+        yield f"the text of {CARD_NAME} in the folder takes the place of the one on the Hub"
 
 
 def _card_there(repo_id: str, revision: str | None, needed: bool) -> Card | None:
@@ -262,13 +233,14 @@ def _public_recipe(model: PublishedModel) -> str | None:
 
 
 def _upload(
-    prepared: _Prepared,
+    model: PublishedModel,
     report: PublishReport,
     public: bool,
     create_pr: bool,
-    commit_message: str,
+    commit_message: str | None,
     progress: StepProgress | None,
 ) -> PublishReport:
+    """Do what the report plans, and report it."""
     private = hub_upload.open_repository(report.repo, public=public, revision=report.revision)
     notes = []
     if public and private:
@@ -276,11 +248,11 @@ def _upload(
     if progress is not None:
         progress("uploading", 0, report.bytes)
     with tempfile.TemporaryDirectory(prefix="fusekit-publish-") as staging:
-        _lay_out(prepared, report.card, Path(staging))
+        _lay_out(model, report.card, Path(staging))
         made = hub_upload.upload(
             Path(staging),
             report.repo,
-            commit_message=commit_message,
+            commit_message=commit_message or f"Upload {model.folder.resolve().name}",
             create_pr=create_pr,
             revision=report.revision,
         )
@@ -293,17 +265,19 @@ def _upload(
         commit=made.commit,
         commit_url=made.commit_url,
         pull_request_url=made.pull_request_url,
+        dry_run=False,
         warnings=(*report.warnings, *notes, *made.warnings),
     )
 
 
-def _lay_out(prepared: _Prepared, card: str, staging: Path) -> None:
+def _lay_out(model: PublishedModel, card: str, staging: Path) -> None:
     """What is uploaded, and nothing else: links to the files, and what is written for the Hub."""
-    for name in prepared.model.names:
+    recipe = _public_recipe(model)
+    for name in model.names:
         target = staging / name
         target.parent.mkdir(exist_ok=True)
-        if name == RECIPE_NAME and prepared.recipe is not None:
-            target.write_text(prepared.recipe, "utf-8")
+        if name == RECIPE_NAME and recipe is not None:
+            target.write_text(recipe, "utf-8")
         else:
-            target.symlink_to((prepared.model.folder / name).resolve())
+            target.symlink_to((model.folder / name).resolve())
     (staging / CARD_NAME).write_text(card, "utf-8")

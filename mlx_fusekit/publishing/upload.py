@@ -6,7 +6,6 @@ What it raises becomes a :class:`HubError` of one line without a token in it.
 
 import contextlib
 import glob
-import json
 import logging
 import re
 import warnings
@@ -15,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_fusekit.checkpoint.belongings import CARD_NAME
 from mlx_fusekit.errors import ConfigurationError, HubError
-from mlx_fusekit.publishing.files import CARD_NAME
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -195,7 +194,13 @@ def upload(
     Raises:
         HubError: with the cure; what has arrived is not sent again by another run.
     """
-    with _as_hub_errors(repo_id, _AGAIN), _without_addresses(), _caught_warnings() as caught:
+    with (
+        _as_hub_errors(repo_id, _AGAIN),
+        _without_addresses(),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
         api = _api()
         ours = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
         removed = _foreign_weights(api.list_repo_files(repo_id, revision=revision), ours)
@@ -207,7 +212,8 @@ def upload(
             revision=revision,
             delete_patterns=[glob.escape(name) for name in removed] or None,
         )
-    return Uploaded(made.oid, made.commit_url, made.pr_url, removed, tuple(caught))
+    said = dict.fromkeys(_readable(str(warning.message)) for warning in caught)
+    return Uploaded(made.oid, made.commit_url, made.pr_url, removed, tuple(said))
 
 
 def _api() -> "HfApi":
@@ -234,12 +240,10 @@ def _foreign_weights(there: Collection[str], ours: Collection[str]) -> tuple[str
 
 
 @contextlib.contextmanager
-def _as_hub_errors(repo: str, cure: str = "") -> Iterator[None]:
-    """Turn what huggingface_hub raises into one line."""
+def _as_hub_errors(repo: str, again: str = "") -> Iterator[None]:
+    """Turn what huggingface_hub raises into one line, with ``again`` where trying again helps."""
     from huggingface_hub import errors
 
-    after = f"; {cure}" if cure else ""
-    expected: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, *_network_errors())
     try:
         yield
     except HubError:
@@ -248,44 +252,24 @@ def _as_hub_errors(repo: str, cure: str = "") -> Iterator[None]:
         raise HubError(f"{repo}: HF_HUB_OFFLINE is set; unset it to publish") from error
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{repo}: has no such revision; check --revision") from error
-    except expected as error:
-        answer = _answer(error)
-        if answer is not None:
-            raise HubError(f"{repo}: {_refusal(answer, cure)}") from error
-        if isinstance(error, json.JSONDecodeError):
-            raise HubError(f"{repo}: the Hub's answer cannot be read; try again later") from error
-        cause = _deepest(error)
-        if isinstance(cause, _local_errors()):
-            raise HubError(f"{repo}: {_readable(str(cause))}") from error
-        said = _readable(str(cause)) or type(cause).__name__
-        raise HubError(f"{repo}: the connection to the Hub failed ({said}){after}") from error
+    # The bases are the HTTP library's error, which is no OSError, and OSError.
+    except (*errors.HfHubHTTPError.__bases__, RuntimeError, ValueError) as error:  # type: ignore[misc]
+        raise HubError(f"{repo}: {_explained(error, again)}") from error
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
-    """What the HTTP library beneath huggingface_hub raises (its errors are no OSErrors)."""
+def _explained(error: BaseException, again: str) -> str:
+    """The Hub's answer, a file of ours, or the connection: what an error comes from."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return tuple(
-        base
-        for base in HfHubHTTPError.__mro__[1:]
-        if issubclass(base, Exception) and base.__module__.partition(".")[0].startswith("http")
-    )
-
-
-def _local_errors() -> tuple[type[Exception], ...]:
-    """Errors whose own message helps: a file of ours, a card that the Hub does not take."""
-    return (FileNotFoundError, PermissionError, ValueError)
-
-
-def _answer(error: BaseException | None) -> "HfHubHTTPError | None":
-    """The Hub's answer that an error comes from."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    while error is not None:
-        if isinstance(error, HfHubHTTPError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+    bottom, cause = error, error.__cause__ or error.__context__
+    while not isinstance(bottom, HfHubHTTPError) and cause is not None:
+        bottom, cause = cause, cause.__cause__ or cause.__context__
+    if isinstance(bottom, HfHubHTTPError):
+        return _refusal(bottom, again)
+    said = _readable(str(bottom)) or type(bottom).__name__
+    if isinstance(bottom, FileNotFoundError | PermissionError):
+        return said
+    return "; ".join(filter(None, (f"the connection to the Hub failed ({said})", again)))
 
 
 def _refusal(error: "HfHubHTTPError", again: str) -> str:
@@ -296,15 +280,8 @@ def _refusal(error: "HfHubHTTPError", again: str) -> str:
         cure = f"too many requests; wait {seconds} seconds, and try again"
     elif status >= 500 and again:
         cure = again
-    parts = [f"the Hub answered {status}" + (f" ({said})" if said else ""), cure]
-    return "; ".join(part for part in parts if part)
-
-
-def _deepest(error: BaseException) -> BaseException:
-    """What lies at the bottom of an error."""
-    while (cause := error.__cause__) is not None:
-        error = cause
-    return error
+    answer = f"the Hub answered {status}" + (f" ({said})" if said else "")
+    return "; ".join(filter(None, (answer, cure)))
 
 
 def _readable(text: str) -> str:
@@ -313,31 +290,17 @@ def _readable(text: str) -> str:
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
 
 
+def _clean(record: logging.LogRecord) -> bool:
+    record.msg, record.args = _readable(record.getMessage()), ()
+    return True
+
+
 @contextlib.contextmanager
 def _without_addresses() -> Iterator[None]:
     """Let huggingface_hub's log tell what it retries, without the signatures in its addresses."""
-
-    def clean(record: logging.LogRecord) -> bool:
-        record.msg, record.args = _readable(record.getMessage()), ()
-        return True
-
-    handlers = list(logging.getLogger("huggingface_hub").handlers)
-    for handler in handlers:
-        handler.addFilter(clean)
-    try:
+    with contextlib.ExitStack() as stack:
+        # A filter of the logger would not see what its children log.
+        for handler in logging.getLogger("huggingface_hub").handlers:
+            handler.addFilter(_clean)
+            stack.callback(handler.removeFilter, _clean)
         yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(clean)
-
-
-@contextlib.contextmanager
-def _caught_warnings() -> Iterator[list[str]]:
-    """What is warned of, as lines."""
-    lines: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        try:
-            yield lines
-        finally:
-            lines += [_readable(str(warning.message)) for warning in caught]

@@ -1,64 +1,85 @@
-"""Which files of a model folder come along, and which stay."""
+"""Which files belong to a model, and what is done with them."""
 
 from pathlib import Path
 
 import pytest
 
-from mlx_fusekit.checkpoint.belongings import find_companions
+from mlx_fusekit.checkpoint.belongings import (
+    KINDS,
+    Companions,
+    Step,
+    belongs,
+    download_patterns,
+    find_companions,
+    matches,
+)
 from mlx_fusekit.errors import CheckpointError
 
-COPIED = (
-    "LICENSE",
-    "NOTICE.txt",
-    "USE_POLICY.md",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "merges.txt",
-    "qwen.tiktoken",
-    "tokenizer.model",
-)
-LEFT_OUT = ("README.md", "modeling_x.py", "training.pt", "weights.safetensors")
-#: Weights, what is written afresh, and what is hidden: nobody need know.
-SILENT = (
-    ".gitattributes",
-    "adapter_config.json",
-    "config.json",
-    "fusekit.json",
-    "model-00001-of-00002.safetensors",
-    "model.safetensors.index.json",
-)
+DOWNLOADED, COPIED, PUBLISHED = Step.DOWNLOAD, Step.COPY, Step.PUBLISH
+NOTHING = Step(0)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("config.json", DOWNLOADED | PUBLISHED),
+        ("model.safetensors.index.json", DOWNLOADED | PUBLISHED),
+        ("fusekit.json", DOWNLOADED | PUBLISHED),
+        ("tokenizer.json", Step.ALL),
+        ("spiece.model", Step.ALL),
+        ("source.vocab", Step.ALL),
+        ("additional_chat_templates/tools.jinja", Step.ALL),
+        ("USE_POLICY.md", Step.ALL),
+        ("LICENCE", Step.ALL),
+        ("README.md", DOWNLOADED),
+        ("adapter_config.json", DOWNLOADED),
+        ("adapters.safetensors", DOWNLOADED),
+        ("Modelfile", PUBLISHED),
+        # Some tokenizer may read them; a training set or a secret may be called so.
+        ("secrets.json", DOWNLOADED | COPIED),
+        ("train.jsonl", DOWNLOADED | COPIED),
+        ("notes.txt", DOWNLOADED | COPIED),
+        ("letters.model", DOWNLOADED | COPIED),
+        ("modeling_tiny.py", NOTHING),
+        ("pytorch_model.bin", NOTHING),
+        (".env", NOTHING),
+        ("figure.png", NOTHING),
+    ],
+)
+def test_what_is_done_with_a_file(name: str, steps: Step) -> None:
+    assert {step for step in Step if belongs(name, step)} == set(steps)
+    assert matches(name, download_patterns()) == (DOWNLOADED in steps)
+
+
+def test_code_is_taken_where_it_is_trusted() -> None:
+    assert all(belongs("modeling_x.py", step, trust_remote_code=True) for step in Step)
+    assert matches("modeling_x.py", download_patterns(trust_remote_code=True))
+
+
+def test_nothing_is_lost_on_the_way() -> None:
+    """What is published came along with the base, or is made for the fused model."""
+    made = ("settings", "how it was fused", "Ollama")
+    for kind in KINDS:
+        if kind.purpose not in made and PUBLISHED in kind.steps:
+            assert kind.steps == Step.ALL, kind.purpose
+
+
+def test_the_user_hears_what_stays_and_is_not_made_anew(tmp_path: Path) -> None:
+    names = ["config.json", "model.safetensors", "fusekit.json", "adapter_config.json", ".env"]
+    told = ["README.md", "adapters.safetensors", "code.py", "weights.bin"]
+    for name in [*names, *told, "tokenizer.json"]:
+        (tmp_path / name).touch()
+    (tmp_path / "folder").mkdir()
+    assert find_companions(tmp_path) == Companions(("tokenizer.json",), tuple(told))
+
+
+def test_a_link_may_not_lead_out(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    (folder / "assets").mkdir(parents=True)
-    (folder / "assets" / "picture.json").touch()
-    (folder / "additional_chat_templates").mkdir()
-    for name in (*COPIED, *LEFT_OUT, *SILENT, "additional_chat_templates/tools.jinja"):
-        (folder / name).write_text(name)
-    return folder
-
-
-def test_what_a_tokenizer_or_a_licence_needs_comes_along(folder: Path) -> None:
-    found = find_companions(folder)
-    assert set(found.copied) == {*COPIED, "additional_chat_templates/tools.jinja"}
-    assert found.left_out == LEFT_OUT
-    assert found.code == ("modeling_x.py",)
-
-
-def test_code_comes_along_if_it_is_trusted(folder: Path) -> None:
-    found = find_companions(folder, trust_remote_code=True)
-    assert "modeling_x.py" in found.copied
-    assert "modeling_x.py" not in found.left_out
-    assert found.code == ()
-
-
-def test_a_link_may_not_lead_out(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "added_tokens.json").touch()
     (folder / "vocab.json").symlink_to(folder / "added_tokens.json")
     assert "vocab.json" in find_companions(folder).copied
-    (folder.parent / "secret.json").write_text("{}")
-    (folder / "more.json").symlink_to(folder.parent / "secret.json")
+    (tmp_path / "secret.json").write_text("{}")
+    (folder / "more.json").symlink_to(tmp_path / "secret.json")
     with pytest.raises(CheckpointError, match=r"more\.json: a link that leads out"):
         find_companions(folder)

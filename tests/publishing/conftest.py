@@ -10,10 +10,13 @@ from typing import Any
 import huggingface_hub.constants
 import huggingface_hub.utils._http
 import pytest
-from support.hub_upload_server import TOKEN, UploadHub
+from support.hub_upload_server import TOKEN, USER, UploadHub
 
 from mlx_fusekit import benchmark, fuse, samples, verify
 from mlx_fusekit.bench.options import Workload
+from mlx_fusekit.publishing.card import CardFacts
+from mlx_fusekit.publishing.evidence import Evidence
+from mlx_fusekit.publishing.files import PublishedModel
 
 BASE = "mlx-community/sample-4bit"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -34,6 +37,12 @@ def sample_fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fused(sample_fused: Path, tmp_path: Path) -> Path:
     """A copy that a test may change."""
     return Path(shutil.copytree(sample_fused, tmp_path / "models" / "sql-model"))
+
+
+@pytest.fixture(scope="session")
+def facts(sample_fused: Path) -> CardFacts:
+    """What its card is written from, where nothing else is known of it."""
+    return CardFacts(f"{USER}/sql-model", PublishedModel.open(sample_fused), Evidence())
 
 
 @pytest.fixture(scope="session")

@@ -2,26 +2,18 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from mlx_fusekit.errors import CheckpointError, ConfigurationError
+from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.publishing.card import Card, CardFacts, hub_id, write_card
-from mlx_fusekit.publishing.evidence import Evidence
-from mlx_fusekit.publishing.files import PublishedModel
 from mlx_fusekit.publishing.foreign_text import code, plain, public_source
-from mlx_fusekit.publishing.licences import Licence
+from mlx_fusekit.publishing.licenses import License
 
 REPO = "me/sql-model"
 BASE = "mlx-community/sample-4bit"
-
-
-@pytest.fixture(scope="session")
-def facts(sample_fused: Path) -> CardFacts:
-    return CardFacts(REPO, PublishedModel.open(sample_fused), Evidence())
 
 
 def with_recipe(facts: CardFacts, **changes: Any) -> CardFacts:
@@ -39,7 +31,7 @@ def front_matter(card: str) -> dict[str, Any]:
 
 class TestFrontMatter:
     def test_of_a_new_card(self, facts: CardFacts) -> None:
-        known = replace(facts, licence=Licence("apache-2.0", "x"), languages=("en",))
+        known = replace(facts, license=License("apache-2.0"), languages=("en",))
         assert front_matter(write_card(known)) == {
             "library_name": "mlx",
             "pipeline_tag": "text-generation",
@@ -57,7 +49,7 @@ class TestFrontMatter:
             f"base_model: [{BASE}, me/adapter]\nlibrary_name: transformers\n"
             "pipeline_tag: text2text-generation\n---\nText.\n"
         )
-        own = replace(facts, licence=Licence("other", "README.md"))
+        own = replace(facts, license=License("other"))
         assert front_matter(write_card(own, existing)) == {
             "datasets": ["me/questions"],
             "tags": ["mlx", "mlx-fusekit", "sql"],
@@ -71,15 +63,13 @@ class TestFrontMatter:
             "pipeline_tag": "text2text-generation",
         }
 
-    def test_a_licence_that_is_asked_for_replaces_another(self, facts: CardFacts) -> None:
+    def test_a_license_that_is_asked_for_replaces_another(self, facts: CardFacts) -> None:
         existing = Card.parse("---\nlicense: other\nlicense_name: mine\n---\n")
-        card = write_card(replace(facts, licence=Licence("mit", "--licence")), existing)
+        card = write_card(replace(facts, license=License("mit")), existing)
         assert front_matter(card)["license"] == "mit"
         assert "license_name" not in front_matter(card)
 
-    @pytest.mark.parametrize(
-        "name", ["/home/me/llama", "./llama", "llama", "~/x/y", "C:\\x", "a/b/c", None, 3, "../x"]
-    )
+    @pytest.mark.parametrize("name", ["/home/me/llama", "llama", None])
     def test_a_base_that_is_no_hub_id_is_not_named(self, facts: CardFacts, name: Any) -> None:
         local = with_recipe(facts, base={"id": name})
         card = write_card(local, Card({"base_model": "/Users/me/llama"}, ""))
@@ -96,6 +86,34 @@ class TestFrontMatter:
     def test_yaml_cannot_be_broken_out_of(self, facts: CardFacts) -> None:
         odd = {"title": "a: b\n---\n# c", "n": [1, {"x": None}], "emoji": "한국어"}
         assert front_matter(write_card(facts, Card(odd, ""))).items() >= odd.items()
+
+    def test_what_we_do_not_know_is_kept_as_it_was(self, facts: CardFacts) -> None:
+        known = (
+            "model-index:\n- name: x\n  results: []\n  note: ours\n"
+            "zebra: 1\napple:\n  deep: [1, null]\nwidget:\n- text: 한국어\n"
+        )
+        once = write_card(facts, Card.parse(f"---\n{known}---\nWords.\n"))
+        metadata = front_matter(once)
+        assert metadata.items() >= yaml.safe_load(known).items()
+        assert [key for key in metadata if key in known] == [
+            "model-index", "zebra", "apple", "widget",
+        ]  # fmt: skip
+        assert write_card(facts, Card.parse(once)) == once
+
+    @pytest.mark.parametrize(
+        ("front", "message"),
+        [
+            (": [", "not valid YAML"),
+            ("[" * 5000, "not valid YAML"),
+            ("- 1", "must be a mapping of names to values"),
+            ("2024: x", "must be a mapping of names to values"),
+            ("date: 2024-13-45", "must be a mapping of names to values .month must be"),
+        ],
+    )
+    def test_one_that_cannot_be_read(self, front: str, message: str) -> None:
+        with pytest.raises(CheckpointError, match=f"^here/README.md: its front .*{message}") as e:
+            Card.parse(f"---\n{front}\n---\n", "here/README.md")
+        assert "\n" not in str(e.value)
 
 
 class TestText:
@@ -158,7 +176,7 @@ class TestWhatItSays:
         assert "without a report of `mlx-fusekit verify`" in card
         assert f'mlx_lm.generate --model {REPO} --prompt "Hello"' in card
         assert "ollama" not in card.lower()
-        assert "| licence | not known" in card
+        assert "| license | not known" in card
 
     def test_of_a_calibrated_one(self, facts: CardFacts) -> None:
         calibration = {
@@ -183,7 +201,7 @@ class TestWhatItSays:
         assert "This is not recorded" in card
         assert "base_model" not in card
 
-    @pytest.mark.parametrize("junk", [None, 3, "x", [], [1], {}, {"id": {}}, {"tokens": "many"}])
+    @pytest.mark.parametrize("junk", [None, "x", [1], {"id": {}}, {"tokens": "many"}])
     def test_a_recipe_of_another_shape(self, facts: CardFacts, junk: Any) -> None:
         keys = ("base", "adapters", "kind", "requantize", "calibration", "modules", "versions")
         assert "## Use" in write_card(with_recipe(facts, **dict.fromkeys(keys, junk)))
@@ -205,37 +223,16 @@ class TestWhatItSays:
         assert "<" not in outside.replace("(<", "")
         assert "](http://b" not in outside
 
-    def test_a_licence_with_a_link(self, facts: CardFacts) -> None:
-        licence = Licence("other", "x", "gemma", "https://ai.google.dev/gemma/terms")
-        card = write_card(replace(facts, licence=licence))
-        assert "| licence | [gemma](<https://ai.google.dev/gemma/terms>) |" in card
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("Apache License\n   Version 2.0, January 2004", "apache-2.0"),
-        ("MIT License\n\nCopyright", "mit"),
-        ("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT", "llama3.2"),
-        ("Gemma Terms of Use", "gemma"),
-        ("All rights reserved.", None),
-    ],
-)
-def test_a_licence_from_its_text(tmp_path: Path, text: str, found: str | None) -> None:
-    (tmp_path / "LICENSE").write_text(text)
-    licence = Licence.of_files(tmp_path)
-    assert (licence.identifier if licence else None) == found
-
-
-@pytest.mark.parametrize("asked", ["", "MIT", "a b", "-x", "../x", "x\ny"])
-def test_what_is_no_licence(asked: str) -> None:
-    with pytest.raises(ConfigurationError, match="--licence"):
-        Licence.asked(asked)
+    def test_a_license_with_a_link(self, facts: CardFacts) -> None:
+        gemma = License("other", "gemma", "https://ai.google.dev/gemma/terms")
+        card = write_card(replace(facts, license=gemma))
+        assert "| license | [gemma](<https://ai.google.dev/gemma/terms>) |" in card
 
 
 def test_small_things() -> None:
     assert hub_id("owner/name") == "owner/name"
-    assert hub_id("/owner/name") is None
+    for no_id in ("/home/me/x", "./x", "x", "~/x/y", "C:\\x", "a/b/c", "../x", None, 3):
+        assert hub_id(no_id) is None
     assert code("a`b|c\nd") == "`a b c d`"
     assert plain("a|b\n<c>*d*") == "a b c d"
     assert public_source("/home/me/x.txt") == "`x.txt`"

@@ -50,14 +50,15 @@ def test_publish(hub: UploadHub, fused: Path, tmp_path: Path) -> None:
     assert "Would upload" in dry.stdout
     assert hub.writes == []
     hub.faults = [Fault("PUT", "/storage/", 503)]
-    result = run(hub, tmp_path, *arguments, "--licence", "mit")
+    result = run(hub, tmp_path, *arguments, "--license", "mit")
     assert result.returncode == 0, result.stderr
     assert "HTTP Error 503" in result.stderr
     assert f"Uploaded to {REPO}" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
     assert ".env" in result.stdout
-    again = run(hub, tmp_path, *arguments, "--json")
+    again = run(hub, tmp_path, *arguments, "--licence", "apache-2.0", "--json")
     report = json.loads(again.stdout)
+    assert report["license"] == "apache-2.0"
     assert report["commit"] == hub.repositories[REPO].sha("main")
     assert report["private"] is True
     for shown in (dry, result, again):

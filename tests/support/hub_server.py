@@ -54,7 +54,9 @@ class Hub:
         elif rest[0] == "revision":
             send_json(request, {"id": repo, "sha": COMMIT, "siblings": []})
         elif rest[0] == "tree":
-            send_json(request, [entry(path) for path in sorted(self.repositories[repo].iterdir())])
+            folder = self.repositories[repo]
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            send_json(request, [entry(path, path.relative_to(folder).as_posix()) for path in files])
         elif rest[0] == "resolve":
             self.send_file(request, self.repositories[repo] / "/".join(rest[2:]))
         else:
@@ -64,15 +66,16 @@ class Hub:
         if not path.is_file():
             send(request, 404, b"", {"X-Error-Code": "EntryNotFound"})
             return
-        etag = entry(path).get("lfs", {}).get("oid") or entry(path)["oid"]
+        found = entry(path, path.name)
+        etag = found.get("lfs", {}).get("oid") or found["oid"]
         send(request, 200, path.read_bytes(), {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
 
 
-def entry(path: Path) -> dict[str, Any]:
+def entry(path: Path, name: str) -> dict[str, Any]:
     """A file as the tree listing shows it; safetensors are large files, named by their SHA-256."""
     data = path.read_bytes()
     blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    found: dict[str, Any] = {"type": "file", "path": path.name, "size": len(data), "oid": blob}
+    found: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": blob}
     if path.suffix == ".safetensors":
         found["lfs"] = {
             "oid": hashlib.sha256(data).hexdigest(),

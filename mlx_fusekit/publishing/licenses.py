@@ -1,4 +1,4 @@
-"""Under which licence and in which languages a model is, from what lies about it."""
+"""Under which license and in which languages a model is, from what lies about it."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from mlx_fusekit.errors import ConfigurationError
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _HUB = "https://huggingface.co/"
 _READ = 4_000
-#: What the beginning of a licence's text says, and the Hub's identifier of it.
+#: What the beginning of a license's text says, and the Hub's identifier of it.
 _TEXTS = (
     (r"Apache License\s+Version 2\.0", "apache-2.0"),
     (r"\bMIT License\b", "mit"),
@@ -21,23 +21,21 @@ _LLAMA = re.compile(r"\bLLAMA (\d(?:\.\d)?) COMMUNITY LICENSE", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
-class Licence:
-    """A licence as model cards name it.
+class License:
+    """A license as model cards name it.
 
     Attributes:
         identifier: the Hub's, as "apache-2.0" or "other".
-        source: where it is known from.
         name: where the identifier is "other".
         link: to its text.
     """
 
     identifier: str
-    source: str
     name: str | None = None
     link: str | None = None
 
     @classmethod
-    def asked(cls, identifier: str) -> "Licence":
+    def asked(cls, identifier: str) -> "License":
         """The one the user names.
 
         Raises:
@@ -45,20 +43,17 @@ class Licence:
         """
         if not _IDENTIFIER.fullmatch(identifier):
             raise ConfigurationError(
-                f"--licence {identifier}: give an identifier as the Hub has them, such as "
+                f"--license {identifier}: give an identifier as the Hub has them, such as "
                 "apache-2.0, mit, llama3.2 or other"
             )
-        return cls(identifier, "--licence")
+        return cls(identifier)
 
     @classmethod
-    def of_card(
-        cls, card: Mapping[str, Any], source: str, base_id: str | None = None
-    ) -> "Licence | None":
+    def of_card(cls, card: Mapping[str, Any], base_id: str | None = None) -> "License | None":
         """The one in a card's front matter; None where there is none.
 
         Args:
             card: the front matter.
-            source: whose it is.
             base_id: the repository that a link to a file of it leads to.
         """
         identifier = card.get("license")
@@ -69,13 +64,12 @@ class Licence:
         name, link = card.get("license_name"), card.get("license_link")
         return cls(
             identifier,
-            source,
             name if isinstance(name, str) else None,
             _absolute(link, base_id) if isinstance(link, str) else None,
         )
 
     @classmethod
-    def of_files(cls, folder: Path) -> "Licence | None":
+    def of_files(cls, folder: Path) -> "License | None":
         """The one whose text lies in a model's folder; None where there is none that is known."""
         for path in sorted([*folder.glob("LICENSE*"), *folder.glob("LICENCE*")]):
             if not path.is_file():
@@ -83,8 +77,17 @@ class Licence:
             with open(path, encoding="utf-8", errors="replace") as file:
                 text = file.read(_READ)
             if found := _identified(text):
-                return cls(found, path.name)
+                return cls(found)
         return None
+
+    @property
+    def metadata(self) -> dict[str, str | None]:
+        """What a card's front matter says of it."""
+        return {
+            "license": self.identifier,
+            "license_name": self.name,
+            "license_link": self.link,
+        }
 
 
 def _identified(text: str) -> str | None:
