@@ -25,15 +25,16 @@ from mlx_fusekit.gguf.models.tensors import GgufTensor
 from mlx_fusekit.gguf.outtypes import OUTTYPES
 
 FORMATS: dict[str, dict[str, Any]] = {
-    **{
-        f"{bits}-bit-{group}-{dtype}": {"bits": bits, "group_size": group, "dtype": kind}
-        for bits, group in ((2, 32), (3, 64), (4, 64), (5, 128), (6, 64), (8, 32))
-        for dtype, kind in (("BF16", mx.bfloat16), ("F16", mx.float16), ("F32", mx.float32))
-    },
-    **{
-        mode: {"bits": bits, "group_size": group, "mode": mode}
-        for mode, bits, group in (("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16))
-    },
+    "2-bit-32-BF16": {"bits": 2, "group_size": 32, "dtype": mx.bfloat16},
+    "3-bit-64-F32": {"bits": 3, "group_size": 64, "dtype": mx.float32},
+    "4-bit-64-BF16": {"bits": 4, "group_size": 64, "dtype": mx.bfloat16},
+    "5-bit-128-F16": {"bits": 5, "group_size": 128, "dtype": mx.float16},
+    "6-bit-64-F16": {"bits": 6, "group_size": 64, "dtype": mx.float16},
+    "8-bit-32-BF16": {"bits": 8, "group_size": 32, "dtype": mx.bfloat16},
+    "8-bit-32-F32": {"bits": 8, "group_size": 32, "dtype": mx.float32},
+    "mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
+    "mxfp8": {"bits": 8, "group_size": 32, "mode": "mxfp8"},
+    "nvfp4": {"bits": 4, "group_size": 16, "mode": "nvfp4"},
     "BF16": {"bits": None},
     "F16": {"bits": None, "dtype": mx.float16},
     "F32": {"bits": None, "dtype": mx.float32},
@@ -179,7 +180,7 @@ def test_auto_round_trip(tmp_path: Path, models: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("outtype", OUTTYPES)
-@pytest.mark.parametrize("name", ["4-bit-64-BF16", "6-bit-64-F16", "BF16", "nvfp4"])
+@pytest.mark.parametrize("name", ["6-bit-64-F16", "BF16", "nvfp4"])
 def test_outtypes(tmp_path: Path, models: Any, name: str, outtype: str) -> None:
     written = export(models(name), tmp_path / "m.gguf", outtype)
     check_errors(written, true_values(models(name)))
@@ -351,16 +352,15 @@ def damaged(folder: Path, source: Path, name: str, value: float) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("value", [np.nan, -np.inf])
 @pytest.mark.parametrize(
-    ("name", "leaf"),
+    ("name", "leaf", "value"),
     [
-        ("4-bit-64-BF16", "mlp.up_proj.scales"),
-        ("8-bit-32-F32", "mlp.up_proj.biases"),
-        ("BF16", "mlp.up_proj.weight"),
-        ("F16", "mlp.up_proj.weight"),
-        ("F32", "mlp.up_proj.weight"),
-        ("BF16", "input_layernorm.weight"),
+        ("4-bit-64-BF16", "mlp.up_proj.scales", np.nan),
+        ("8-bit-32-F32", "mlp.up_proj.biases", -np.inf),
+        ("BF16", "mlp.up_proj.weight", np.nan),
+        ("F16", "mlp.up_proj.weight", -np.inf),
+        ("F32", "mlp.up_proj.weight", np.nan),
+        ("BF16", "input_layernorm.weight", -np.inf),
     ],
 )
 def test_values_that_are_not_finite_are_refused(
@@ -456,28 +456,3 @@ def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path, models: Any) -> N
         export(models("F16"), target, progress=lambda done, total: target.write_text("mine"))
     assert target.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [target]
-
-
-@pytest.mark.parametrize("kept", [0, 3, 20, 60, 200, 800, -1])
-def test_headers_of_cut_files_are_refused(tmp_path: Path, models: Any, kept: int) -> None:
-    path = export(models("F16"), tmp_path / "m.gguf").path
-    data = path.read_bytes()
-    assert len(read_gguf_header(path).tensors) > 10
-    path.write_bytes(data[: kept if kept >= 0 else len(data) - 64])
-    with pytest.raises(CheckpointError, match=r"m\.gguf"):
-        read_gguf_header(path)
-
-
-@given(place=st.integers(0, 600), value=st.integers(0, 255))
-@settings(max_examples=60, deadline=None)
-def test_headers_with_wrong_bytes_end_in_an_answer(
-    models: Any, tmp_path_factory: pytest.TempPathFactory, place: int, value: int
-) -> None:
-    path = tmp_path_factory.mktemp("fuzz") / "m.gguf"
-    data = bytearray(export(models("F16"), path).path.read_bytes())
-    data[place] = value
-    path.write_bytes(data)
-    try:
-        read_gguf_header(path)
-    except CheckpointError as error:
-        assert "m.gguf" in str(error)
