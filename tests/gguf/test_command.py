@@ -15,7 +15,6 @@ import pytest
 from gguf import GGUFReader
 from support.command import run
 from support.exportable import copy_sample, make_exportable
-from support.tiny import make_adapter
 
 from mlx_fusekit import samples
 from mlx_fusekit.gguf.exporting import export_gguf
@@ -137,11 +136,6 @@ def test_an_existing_file(work: Path) -> None:
     assert (work / "s.gguf").read_bytes() == b"GGUF, an older one"
 
 
-def truncate(work: Path) -> None:
-    path = work / "base" / "model.safetensors"
-    os.truncate(path, path.stat().st_size // 2)
-
-
 def damage_scale(work: Path) -> None:
     """Make a scale of the last tensor of scales a NaN."""
     path = work / "base" / "model.safetensors"
@@ -153,16 +147,11 @@ def damage_scale(work: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [(truncate, "model.safetensors: "), (damage_scale, "up_proj.weight has a scale or bias")],
-)
-def test_damaged_models_get_one_line_and_leave_no_file(
-    work: Path, damage: Callable[[Path], None], message: str
-) -> None:
-    damage(work)
+def test_a_damaged_model_gets_one_line_and_leaves_no_file(work: Path) -> None:
+    damage_scale(work)
     before = names_in(work)
-    assert message in assert_one_line(export(work, "--modelfile"))
+    line = assert_one_line(export(work, "--modelfile"))
+    assert "up_proj.weight has a scale or bias" in line
     assert names_in(work) == before
 
 
@@ -257,15 +246,6 @@ def test_fuse_refuses_what_it_cannot_export_before_it_fuses(
     before = names_in(work)
     assert message in assert_one_line(run(*NEAREST, *more, cwd=work))
     assert names_in(work) == before
-
-
-def test_fuse_exports_at_other_widths(tmp_path: Path) -> None:
-    base = make_exportable(tmp_path / "base")
-    make_adapter(tmp_path / "adapter", base)
-    result = run(*NEAREST, "--bits", "8", "--json", cwd=tmp_path)
-    report = json.loads(result.stdout)
-    assert report["gguf"]["types"] == {"Q8_0": 14, "F32": 13, "Q4_1": 1}
-    assert not report["gguf"]["exact"]
 
 
 def test_verify_says_at_once_how_to_get_llama_cpp(tmp_path: Path) -> None:

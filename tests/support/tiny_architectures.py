@@ -6,12 +6,16 @@ Epsilons are large, so that a wrong one shows.
 """
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes, quantize_model, save_config, save_model
+
+from mlx_fusekit.checkpoint.base import BaseModel
+from mlx_fusekit.checkpoint.sanitized import open_base
 
 VOCABULARY = 96
 
@@ -395,3 +399,16 @@ def _hard(path: str, value: mx.array) -> mx.array:
     if value.ndim == 1:
         return value if leaf == "A_log" else value + 0.3 * mx.random.normal(value.shape)
     return value if "embed" in path or value.ndim > 2 else 3 * value
+
+
+def make_changed(folder: Path, name: str, changes: dict[str, Any], **removed: None) -> BaseModel:
+    """A model of which the configuration was changed afterwards."""
+    make_model(folder, name)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    block = config.get("text_config", config)
+    block.update(changes)
+    for key in removed:
+        del block[key]
+    path.write_text(json.dumps(config))
+    return open_base(folder)

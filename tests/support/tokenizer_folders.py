@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer
 
@@ -16,6 +18,16 @@ from mlx_fusekit.gguf.tokenizer.vocabulary import Vocabulary
 SPACE = "\u2581"
 
 Json = dict[str, Any]
+
+#: What the tokenizers of the tests are trained on, and rows of the embedding beside them.
+TEXTS = [
+    "the cat and the dog",
+    "a hat, a mat; 12 bats!",
+    "then they sat there",
+    "été à la plage",
+    "whether weather",
+]
+ROWS = 320
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
@@ -108,6 +120,45 @@ def write_folder(folder: Path, tokenizer: Json | None = None, **files: Any) -> P
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False), "utf-8")
     return folder
+
+
+def byte_folder(tmp_path: Path, model: Json, pre: Json | None = None, **more: Any) -> Path:
+    """A folder with a byte-level tokenizer, by default of two added tokens."""
+    files = {k: more.pop(k) for k in list(more) if k.endswith(("config", "map"))}
+    more.setdefault("added_tokens", [added(0, "<s>"), added(300, "<|im_end|>")])
+    pre = pre or byte_level(use_regex=True)
+    return write_folder(tmp_path, tokenizer_json(model, pre, **more), **files)
+
+
+def piece_json(merges: list[list[str]], **more: Any) -> Json:
+    """A SentencePiece-like model: unknown token, bytes, letters, and what merges make."""
+    texts = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), SPACE, *"abc"]
+    texts += ["".join(merge) for merge in merges]
+    vocabulary = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    return bpe(vocabulary, merges, unk_token="<unk>", byte_fallback=True, **more)
+
+
+def piece_folder(folder: Path, model: Json, *more: Json) -> Path:
+    """A folder with a SentencePiece-like tokenizer.json."""
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    extra = [added(1, "<s>"), added(2, "</s>"), *more]
+    return write_folder(folder, tokenizer_json(model, None, normalizer=replace, added_tokens=extra))
+
+
+def train_pieces(path: Path, **more: Any) -> Path:
+    """A model file, trained by sentencepiece itself."""
+    out = io.BytesIO()
+    options = {"model_type": "bpe", "vocab_size": 310, "byte_fallback": True, **more}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 3), model_writer=out, minloglevel=2, **options
+    )
+    path.write_bytes(out.getvalue())
+    return path
+
+
+def kinds_of(vocabulary: Vocabulary) -> dict[str, int]:
+    """The type of each token."""
+    return {token.text: token.kind for token in vocabulary.tokens}
 
 
 def load(folder: Path) -> Tokenizer:

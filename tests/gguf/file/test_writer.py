@@ -18,22 +18,22 @@ from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.sanitized import LazyTensor, SanitizedModel, open_base
 from mlx_fusekit.errors import CheckpointError, OutputError
 from mlx_fusekit.formats.quantization import QuantSpec
-from mlx_fusekit.gguf.file.header import read_gguf_header
 from mlx_fusekit.gguf.file.plan import plan_gguf
 from mlx_fusekit.gguf.file.writer import WrittenFile, write_gguf
 from mlx_fusekit.gguf.models.tensors import GgufTensor
 from mlx_fusekit.gguf.outtypes import OUTTYPES
 
 FORMATS: dict[str, dict[str, Any]] = {
-    **{
-        f"{bits}-bit-{group}-{dtype}": {"bits": bits, "group_size": group, "dtype": kind}
-        for bits, group in ((2, 32), (3, 64), (4, 64), (5, 128), (6, 64), (8, 32))
-        for dtype, kind in (("BF16", mx.bfloat16), ("F16", mx.float16), ("F32", mx.float32))
-    },
-    **{
-        mode: {"bits": bits, "group_size": group, "mode": mode}
-        for mode, bits, group in (("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16))
-    },
+    "2-bit-32-BF16": {"bits": 2, "group_size": 32, "dtype": mx.bfloat16},
+    "3-bit-64-F32": {"bits": 3, "group_size": 64, "dtype": mx.float32},
+    "4-bit-64-BF16": {"bits": 4, "group_size": 64, "dtype": mx.bfloat16},
+    "5-bit-128-F16": {"bits": 5, "group_size": 128, "dtype": mx.float16},
+    "6-bit-64-F16": {"bits": 6, "group_size": 64, "dtype": mx.float16},
+    "8-bit-32-BF16": {"bits": 8, "group_size": 32, "dtype": mx.bfloat16},
+    "8-bit-32-F32": {"bits": 8, "group_size": 32, "dtype": mx.float32},
+    "mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
+    "mxfp8": {"bits": 8, "group_size": 32, "mode": "mxfp8"},
+    "nvfp4": {"bits": 4, "group_size": 16, "mode": "nvfp4"},
     "BF16": {"bits": None},
     "F16": {"bits": None, "dtype": mx.float16},
     "F32": {"bits": None, "dtype": mx.float32},
@@ -179,7 +179,7 @@ def test_auto_round_trip(tmp_path: Path, models: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("outtype", OUTTYPES)
-@pytest.mark.parametrize("name", ["4-bit-64-BF16", "6-bit-64-F16", "BF16", "nvfp4"])
+@pytest.mark.parametrize("name", ["6-bit-64-F16", "BF16", "nvfp4"])
 def test_outtypes(tmp_path: Path, models: Any, name: str, outtype: str) -> None:
     written = export(models(name), tmp_path / "m.gguf", outtype)
     check_errors(written, true_values(models(name)))
@@ -211,22 +211,13 @@ def test_errors_are_true_out_of_float16s_range(
     check_errors(written, true_values(folder))
 
 
-def test_metadata_and_header(tmp_path: Path, models: Any) -> None:
+def test_metadata(tmp_path: Path, models: Any) -> None:
     written = export(models("4-bit-64-BF16"), tmp_path / "m.gguf")
     reader = gguf.GGUFReader(written.path)
     assert reader.get_field("general.name").contents() == "tiny"
     assert reader.get_field("tokenizer.ggml.tokens").contents() == ["a", "b", "ß"]
     assert reader.get_field("general.file_type").contents() == gguf.LlamaFileType.MOSTLY_Q4_1
     assert reader.get_field("general.quantization_version").contents() == gguf.GGML_QUANT_VERSION
-    ours = read_gguf_header(written.path)
-    assert set(ours.keys) == {name for name in reader.fields if not name.startswith("GGUF.")}
-    theirs = {
-        t.name: (t.tensor_type, t.shape.tolist()[::-1], t.data_offset, t.n_bytes)
-        for t in reader.tensors
-    }
-    assert theirs == {
-        t.name: (t.ggml_type, list(t.shape), t.start, t.nbytes) for t in ours.tensors.values()
-    }
 
 
 @pytest.mark.parametrize("name", ["4-bit-64-BF16", "5-bit-128-F16", "nvfp4", "8-bit-32-BF16"])
@@ -356,16 +347,15 @@ def damaged(folder: Path, source: Path, name: str, value: float) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("value", [np.nan, -np.inf])
 @pytest.mark.parametrize(
-    ("name", "leaf"),
+    ("name", "leaf", "value"),
     [
-        ("4-bit-64-BF16", "mlp.up_proj.scales"),
-        ("8-bit-32-F32", "mlp.up_proj.biases"),
-        ("BF16", "mlp.up_proj.weight"),
-        ("F16", "mlp.up_proj.weight"),
-        ("F32", "mlp.up_proj.weight"),
-        ("BF16", "input_layernorm.weight"),
+        ("4-bit-64-BF16", "mlp.up_proj.scales", np.nan),
+        ("8-bit-32-F32", "mlp.up_proj.biases", -np.inf),
+        ("BF16", "mlp.up_proj.weight", np.nan),
+        ("F16", "mlp.up_proj.weight", -np.inf),
+        ("F32", "mlp.up_proj.weight", np.nan),
+        ("BF16", "input_layernorm.weight", -np.inf),
     ],
 )
 def test_values_that_are_not_finite_are_refused(
@@ -461,28 +451,3 @@ def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path, models: Any) -> N
         export(models("F16"), target, progress=lambda done, total: target.write_text("mine"))
     assert target.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [target]
-
-
-@pytest.mark.parametrize("kept", [0, 3, 20, 60, 200, 800, -1])
-def test_headers_of_cut_files_are_refused(tmp_path: Path, models: Any, kept: int) -> None:
-    path = export(models("F16"), tmp_path / "m.gguf").path
-    data = path.read_bytes()
-    assert len(read_gguf_header(path).tensors) > 10
-    path.write_bytes(data[: kept if kept >= 0 else len(data) - 64])
-    with pytest.raises(CheckpointError, match=r"m\.gguf"):
-        read_gguf_header(path)
-
-
-@given(place=st.integers(0, 600), value=st.integers(0, 255))
-@settings(max_examples=60, deadline=None)
-def test_headers_with_wrong_bytes_end_in_an_answer(
-    models: Any, tmp_path_factory: pytest.TempPathFactory, place: int, value: int
-) -> None:
-    path = tmp_path_factory.mktemp("fuzz") / "m.gguf"
-    data = bytearray(export(models("F16"), path).path.read_bytes())
-    data[place] = value
-    path.write_bytes(data)
-    try:
-        read_gguf_header(path)
-    except CheckpointError as error:
-        assert "m.gguf" in str(error)

@@ -1,7 +1,6 @@
 """What a GGUF file of each architecture holds, as far as it can be told without llama.cpp."""
 
 import copy
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,24 +10,18 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from mlx_lm.models.rope_utils import Llama3RoPE, YarnRoPE
-from support.tiny_architectures import CONFIGS, LLAMA3, LONGROPE, YARN, make_model
+from support.tiny_architectures import CONFIGS, LLAMA3, LONGROPE, YARN, make_changed, make_model
 
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.sanitized import ArrayTensor, open_base
-from mlx_fusekit.errors import CheckpointError, ConfigurationError
-from mlx_fusekit.gguf.models import hyperparameters, linear_attention
+from mlx_fusekit.errors import CheckpointError
+from mlx_fusekit.gguf.models import hyperparameters
 from mlx_fusekit.gguf.models.architectures import Layout, lay_out, supported
-from mlx_fusekit.gguf.models.changes import interleaved_rows
 from mlx_fusekit.gguf.models.families import FAMILIES
 from mlx_fusekit.gguf.models.naming import in_file_order, leaf, needs_float32
 from mlx_fusekit.gguf.models.requirements import softmax_scale
-from mlx_fusekit.gguf.models.rope import FACTORS, Rope, RopeStyle, rope_of
 from mlx_fusekit.gguf.models.settings import Settings
 from mlx_fusekit.gguf.models.tensors import GgufTensor
-from mlx_fusekit.running import llamacpp
 
 Changes = dict[str, Any]
 
@@ -43,19 +36,6 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def layout(base: BaseModel) -> Layout:
     """What its file holds."""
     return lay_out(base)
-
-
-def changed(folder: Path, name: str, changes: Changes, **removed: None) -> BaseModel:
-    """A model of which the configuration was changed afterwards."""
-    make_model(folder, name)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    block = config.get("text_config", config)
-    block.update(changes)
-    for key in removed:
-        del block[key]
-    path.write_text(json.dumps(config))
-    return open_base(folder)
 
 
 def all_keys() -> set[str]:
@@ -117,16 +97,6 @@ class TestEveryArchitecture:
             if name != "":
                 assert size == math.prod(logical_shape(base, name))
 
-    def test_is_laid_out_the_same_when_it_is_not_quantized(
-        self, base: BaseModel, layout: Layout, tmp_path: Path
-    ) -> None:
-        name = next(n for n, c in CONFIGS.items() if same_model(c, base.config))
-        dense = lay_out(open_base(make_model(tmp_path, name)))
-        assert dense.hyperparameters == layout.hyperparameters
-        assert [(t.name, t.shape) for t in dense.tensors] == [
-            (t.name, t.shape) for t in layout.tensors
-        ]
-
     def test_norms_biases_and_routers_are_float32(self, layout: Layout) -> None:
         for tensor in layout.tensors:
             name = leaf(tensor.name)
@@ -140,11 +110,6 @@ class TestEveryArchitecture:
         for key, (value, kind) in layout.hyperparameters.items():
             assert written[key].type is kind
             assert written[key].value == value
-
-
-def same_model(config: Changes, saved: Any) -> bool:
-    saved = {key: value for key, value in saved.items() if not key.startswith("quantization")}
-    return bool(json.loads(json.dumps(config)) == json.loads(json.dumps(saved)))
 
 
 class TestRefusals:
@@ -213,7 +178,7 @@ class TestRefusals:
     def test_what_llama_cpp_cannot_run(
         self, tmp_path: Path, name: str, changes: Changes, said: str
     ) -> None:
-        changed_base = changed(tmp_path, name, changes)
+        changed_base = make_changed(tmp_path, name, changes)
         with pytest.raises(CheckpointError, match=said) as error:
             lay_out(changed_base)
         assert str(tmp_path) in str(error.value)
@@ -279,12 +244,12 @@ class TestRefusals:
             lay_out(with_tensors(found, tensors))
 
     def test_layers_that_are_not_stored(self, tmp_path: Path) -> None:
-        found = changed(tmp_path, "qwen3", {"num_hidden_layers": 3})
+        found = make_changed(tmp_path, "qwen3", {"num_hidden_layers": 3})
         with pytest.raises(CheckpointError, match=r"layers\.2\..* is missing"):
             lay_out(found)
 
     def test_configuration_that_mlx_lm_cannot_use(self, tmp_path: Path) -> None:
-        broken = changed(tmp_path, "qwen3", {}, head_dim=None)
+        broken = make_changed(tmp_path, "qwen3", {}, head_dim=None)
         with pytest.raises(CheckpointError, match=r"config\.json: mlx-lm cannot use it"):
             lay_out(broken)
 
@@ -309,186 +274,20 @@ def with_tensors(found: BaseModel, tensors: dict[str, Any]) -> Any:
     )
 
 
-class TestRows:
-    @given(heads=st.integers(1, 5), half=st.integers(1, 8), seed=st.integers(0, 99))
-    @settings(max_examples=25)
-    def test_interleaved_rows_turn_halves_into_pairs(
-        self, heads: int, half: int, seed: int
-    ) -> None:
-        random = np.random.default_rng(seed)
-        stored = random.normal(size=heads * 2 * half)
-        angles = random.normal(size=half)
-        split = stored.reshape(heads, 2, half)
-        turned = np.stack(
-            [
-                split[:, 0] * np.cos(angles) - split[:, 1] * np.sin(angles),
-                split[:, 0] * np.sin(angles) + split[:, 1] * np.cos(angles),
-            ],
-            axis=1,
-        ).reshape(-1)
-        rows = interleaved_rows(heads, 2 * half)
-        pairs = stored[rows].reshape(heads, half, 2)
-        turned_pairs = np.stack(
-            [
-                pairs[..., 0] * np.cos(angles) - pairs[..., 1] * np.sin(angles),
-                pairs[..., 0] * np.sin(angles) + pairs[..., 1] * np.cos(angles),
-            ],
-            axis=-1,
-        ).reshape(-1)
-        np.testing.assert_allclose(turned[rows], turned_pairs)
-
-    def test_biases_move_with_their_rows(self, tmp_path: Path) -> None:
-        layout = lay_out(open_base(make_model(tmp_path, "llama")))
-        for part, heads in (("q", 4), ("k", 2)):
-            weight = named(layout, f"blk.0.attn_{part}.weight")
-            bias = named(layout, f"blk.0.attn_{part}.bias")
-            assert weight.rows is not None
-            assert bias.columns is not None
-            np.testing.assert_array_equal(weight.rows, interleaved_rows(heads, 32))
-            np.testing.assert_array_equal(bias.columns, weight.rows)
-        assert named(layout, "blk.0.attn_v.weight").rows is None
-        assert named(layout, "blk.0.attn_v.bias").columns is None
-
-    @pytest.mark.parametrize(
-        "name", ["llama/linear,traditional", "qwen3", "cohere", "glm4", "ernie4_5", "deepseek_v3"]
-    )
-    def test_rows_stay_where_both_turn_the_same_pairs(self, tmp_path: Path, name: str) -> None:
-        layout = lay_out(open_base(make_model(tmp_path, name)))
-        assert all(tensor.rows is None for tensor in layout.tensors)
-
-    def test_split_of_linear_attention(self) -> None:
-        parts = linear_attention.split_qkvz(linear_settings(keys=2, values=4, dim=3))
-        stored = np.array([f"{part}{head}" for head in (0, 1) for part in "qqqkkkvvvvvvzzzzzz"])
-        assert list(stored[parts["attn_qkv.weight"]]) == [
-            f"{part}{head}"
-            for part, n in (("q", 3), ("k", 3), ("v", 6))
-            for head in (0, 1)
-            for _ in range(n)
-        ]
-        assert list(stored[parts["attn_gate.weight"]]) == ["z0"] * 6 + ["z1"] * 6
-
-    def test_tiled_value_heads(self) -> None:
-        four = linear_settings(keys=2, values=4, dim=2)
-        heads = linear_attention.tiled_heads(four)
-        values = linear_attention.tiled_values(four)
-        after = linear_attention.tiled_values_after_keys(four)
-        assert heads is not None
-        assert values is not None
-        assert after is not None
-        assert list(heads) == [0, 2, 1, 3]
-        assert list(values) == [0, 1, 4, 5, 2, 3, 6, 7]
-        assert list(after) == [*range(8), *(8 + values)]
-        assert linear_attention.tiled_heads(linear_settings(keys=4, values=4, dim=1)) is None
-
-
-def linear_settings(*, keys: int, values: int, dim: int) -> Settings:
-    used = {
-        "linear_num_key_heads": keys,
-        "linear_num_value_heads": values,
-        "linear_key_head_dim": dim,
-        "linear_value_head_dim": dim,
-    }
-    return Settings(Path("config.json"), {}, used)
-
-
-class TestRope:
-    @given(
-        dims=st.sampled_from([8, 64, 128]),
-        theta=st.floats(100, 1e6),
-        factor=st.floats(1.5, 64),
-        original=st.sampled_from([16, 512, 8192]),
-    )
-    @settings(max_examples=25, deadline=None)
-    def test_llama3_factors_are_those_of_mlx_lm(
-        self, dims: int, theta: float, factor: float, original: int
-    ) -> None:
-        block = {**LLAMA3, "factor": factor, "original_max_position_embeddings": original}
-        (tensor,) = rope_with(block, theta=theta, dims=dims, style=FACTORS).tensors
-        mine = tensor.values
-        theirs = np.array(Llama3RoPE(dims, base=theta, scaling_config=block)._freqs)
-        assert mine is not None
-        assert tensor.shape == mine.shape == (dims // 2,)
-        np.testing.assert_allclose(mine, theirs / theta ** (np.arange(0, dims, 2) / dims), 2e-4)
-
-    @given(
-        factor=st.floats(1.1, 64),
-        mscale=st.sampled_from([0.5, 0.707, 1.0]),
-        all_dim=st.sampled_from([0.0, 0.707, 1.0]),
-    )
-    @settings(max_examples=25, deadline=None)
-    def test_yarn_scales_queries_and_keys_as_mlx_lm_does(
-        self, factor: float, mscale: float, all_dim: float
-    ) -> None:
-        block = {**YARN, "factor": factor, "mscale": mscale, "mscale_all_dim": all_dim}
-        wanted = YarnRoPE(64, scaling_factor=factor, mscale=mscale, mscale_all_dim=all_dim).mscale
-        usual = 0.1 * math.log(factor) + 1
-        plain = rope_with(block).keys
-        assert "rope.scaling.yarn_log_multiplier" not in plain
-        assert plain.get("rope.scaling.attn_factor", (1.0,))[0] * usual == pytest.approx(wanted)
-        style = RopeStyle(frozenset({"yarn"}), yarn_multiplier=1)
-        keys = rope_with(block, style=style).keys
-        given_multiplier = keys.get("rope.scaling.yarn_log_multiplier", (0.0,))[0]
-        assert given_multiplier == all_dim
-        llama_cpp = usual / (0.1 * given_multiplier * math.log(factor) + 1)
-        attention = keys.get("rope.scaling.attn_factor", (1.0,))[0]
-        assert attention * llama_cpp == pytest.approx(wanted)
-
-    @pytest.mark.parametrize("name", ["llama", "llama/yarn", "llama/linear,traditional"])
-    def test_rope_parameters_say_the_same(self, tmp_path: Path, name: str) -> None:
-        old = changed(tmp_path / "old", name, {})
-        scaling = CONFIGS[name]["rope_scaling"]
-        new = changed(
-            tmp_path / "new",
-            name,
-            {"rope_parameters": {**scaling, "rope_theta": 5000.0}},
-            rope_scaling=None,
-            rope_theta=None,
-        )
-        assert lay_out(new).hyperparameters == lay_out(old).hyperparameters
-        notes = " ".join(lay_out(new).notes)
-        assert "mlx-lm runs this model with rope_theta 10000" in notes
-        assert "mlx-lm ignores the" in notes
-        assert not lay_out(old).notes
-
-    def test_layers_with_a_window_have_their_own_base(self, tmp_path: Path) -> None:
-        parameters = {
-            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 800.0},
-        }
-        new = changed(tmp_path, "gemma3_text", {"rope_parameters": parameters}, rope_scaling=None)
-        keys = lay_out(new).hyperparameters
-        assert keys["gemma3.rope.freq_base"][0] == 5000
-        assert keys["gemma3.rope.freq_base_swa"][0] == 800
-        assert keys["gemma3.rope.scaling.factor"][0] == 8
-
-    @pytest.mark.parametrize(
-        "parameters",
-        [
-            {**LLAMA3, "rope_theta": 4000.0},
-            {**YARN, "rope_theta": 5000.0},
-        ],
-    )
-    def test_contradictions_are_refused(self, tmp_path: Path, parameters: Changes) -> None:
-        found = changed(
-            tmp_path, "mistral", {"rope_parameters": parameters, "rope_scaling": LLAMA3}
-        )
-        with pytest.raises(CheckpointError, match=r"in rope_parameters|but rope_parameters yarn"):
-            lay_out(found)
-
-
-def rope_with(
-    block: Changes, *, theta: float = 10000.0, dims: int = 64, style: RopeStyle | None = None
-) -> Rope:
-    declared = {"rope_theta": theta, "rope_scaling": block}
-    return rope_of(Settings(Path("config.json"), declared, declared), style or FACTORS, dims)
-
-
 class TestLayout:
     def test_tied_embedding_is_written_where_there_is_no_fallback(self, tmp_path: Path) -> None:
         for name, written in (("olmo2", True), ("qwen2", False), ("gemma", False)):
             layout = lay_out(open_base(make_model(tmp_path / name, name)))
             heads = [t.source for t in layout.tensors if t.name == "output.weight"]
             assert heads == (["model.embed_tokens.weight"] if written else [])
+
+    @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "qwen3_next"])
+    def test_is_the_same_when_the_model_is_quantized(self, tmp_path: Path, name: str) -> None:
+        dense = lay_out(open_base(make_model(tmp_path / "dense", name)))
+        quantized = lay_out(open_base(make_model(tmp_path / "quantized", name, bits=4)))
+        assert dense.hyperparameters == quantized.hyperparameters
+        for one, other in zip(dense.tensors, quantized.tensors, strict=True):
+            assert (one.name, one.shape) == (other.name, other.shape)
 
     def test_tensors_of_a_module(self, tmp_path: Path) -> None:
         layout = lay_out(open_base(make_model(tmp_path, "qwen3_next")))
@@ -500,7 +299,7 @@ class TestLayout:
 
     def test_groups_of_experts_only_where_some_are_left_out(self, tmp_path: Path) -> None:
         some = lay_out(open_base(make_model(tmp_path / "some", "glm4_moe"))).hyperparameters
-        everything = changed(tmp_path / "all", "glm4_moe", {"topk_group": 2})
+        everything = make_changed(tmp_path / "all", "glm4_moe", {"topk_group": 2})
         assert some["glm4moe.expert_group_count"][0] == 2
         assert "glm4moe.expert_group_count" not in lay_out(everything).hyperparameters
 
@@ -512,7 +311,7 @@ class TestLayout:
         assert key not in usual
 
     def test_missing_context_is_noted(self, tmp_path: Path) -> None:
-        found = changed(tmp_path, "mistral", {}, max_position_embeddings=None)
+        found = make_changed(tmp_path, "mistral", {}, max_position_embeddings=None)
         layout = lay_out(found)
         assert layout.hyperparameters["llama.context_length"][0] == 2048
         assert any("max_position_embeddings" in note for note in layout.notes)
@@ -542,13 +341,3 @@ class TestLayout:
         before = copy.deepcopy(dict(found.config))
         lay_out(found)
         assert found.config == before
-
-
-def test_llama_cpp_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "llama_cpp", None)
-    llamacpp._llama_cpp.cache_clear()
-    try:
-        with pytest.raises(ConfigurationError, match=r"pip install 'mlx-fusekit\[llamacpp\]'"):
-            llamacpp.LlamaCpp(tmp_path / "model.gguf")
-    finally:
-        llamacpp._llama_cpp.cache_clear()
