@@ -38,7 +38,7 @@ def _wrong_names(names: list[str]) -> list[str]:
     problems = [f"{name} is missing" for name in sorted(expected - found)]
     problems += [f"{name} does not belong there" for name in sorted(found - expected)]
     if not any(name.endswith("licenses/LICENSE") for name in metadata):
-        problems.append("the licence is missing")
+        problems.append("the license is missing")
     return problems
 
 

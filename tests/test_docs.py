@@ -17,6 +17,15 @@ def test_every_file_that_is_named_exists(document: Path) -> None:
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_module_that_is_named_exists(document: Path) -> None:
+    """Also where only its room is named with it, or nothing else."""
+    modules = [path.relative_to(ROOT).as_posix() for path in (ROOT / "mlx_fusekit").rglob("*.py")]
+    named = set(re.findall(r"`([a-z_]+(?:/[a-z_]+)*\.py)`", document.read_text("utf-8")))
+    there = [name for name in named if any(f"/{m}".endswith(f"/{name}") for m in modules)]
+    assert sorted(n for n in named - set(there) if not (ROOT / n).exists()) == []
+
+
 def test_some_documents_name_files() -> None:
     named = [name for d in DOCUMENTS for name in _NAMED.findall(d.read_text("utf-8"))]
     assert len(named) > 20

@@ -147,17 +147,6 @@ class MlxLmAdapter:
         return {f"{module}.weight" for module in self.modules}
 
     def bind(self, base: BaseModel, base_id: str | None = None, *, scaled: bool = True) -> Adapter:
-        """Check every tensor against the base and read the adapter into its neutral form.
-
-        Args:
-            base: the model it will be merged into.
-            base_id: the Hub id or path the user gave for it; compared with the one the adapter
-                was trained on, a difference is a warning.
-            scaled: whether updates have :attr:`scale` multiplied in.
-
-        Raises:
-            AdapterError: naming the first tensor that does not fit, and the cure.
-        """
         warnings = _base_warnings(self.config.get("model"), base_id)
         if self.kind == "full":
             weights, parameters = self._bind_full(base)

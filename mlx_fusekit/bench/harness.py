@@ -71,7 +71,7 @@ def benchmark(
 
     Args:
         model: base, folder or Hub id.
-        adapter_path: adapter for it, likewise; without one, the fused models are compared with the
+        adapter_path: its adapter, folder or Hub id; without one, fused models are compared with the
             base.
         fused: fused models by name; of a single one the name is ``fused``.
         workload: what to do; mlx_lm.benchmark's prompt of 512 tokens by default.
@@ -106,7 +106,7 @@ def benchmark_arms(
         workload: what to do.
         reference: the arm that others are compared with: base+adapter, else the first.
         fuse_seconds: as for :func:`benchmark`.
-        progress: likewise.
+        progress: called between trials only.
     """
     names = [source.name for source in sources]
     chosen = reference or (ADAPTED if ADAPTED in names else names[0])

@@ -30,7 +30,7 @@ class Isolated:
         adapter_load_seconds: the adapter's share; None without one.
         peak_memory_bytes: most that MLX held at once, loading and generating; None if it only
             loaded.
-        peak_rss_bytes: most that the process held of main memory; likewise.
+        peak_rss_bytes: most that the process held of main memory; None if it only loaded.
     """
 
     load_seconds: float

@@ -156,7 +156,7 @@ class ArmReport:
 
     Attributes:
         model: Hub id, or the path the user gave.
-        adapter: likewise, of the adapter it ran with.
+        adapter: Hub id or path of the adapter it ran with.
         adapter_kind: ``lora``, ``dora`` or ``full``.
         disk_bytes: of its weight files, the adapter's included.
         adapter_disk_bytes: the adapter's.

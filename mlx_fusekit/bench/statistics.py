@@ -90,7 +90,7 @@ def speedup(
 
     Args:
         reference_seconds: one a round, positive.
-        arm_seconds: likewise, of the same rounds in the same order.
+        arm_seconds: one a round, positive, of the same rounds in the same order.
         seed: of the resampling.
 
     Raises:

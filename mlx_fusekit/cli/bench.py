@@ -45,9 +45,7 @@ _plot = click.option(
     "Tokens to generate. Repeat for more lengths.  [default: 128]", multiple=True
 )
 @click.option("--prompt", metavar="TEXT", help="Prompt to time, put into the chat template.")
-@click.option(
-    "--prompt-file", type=PATH, metavar="FILE", help="Process what this file holds, likewise."
-)
+@click.option("--prompt-file", type=PATH, metavar="FILE", help="Prompt to time, from a text file.")
 @options.trials("Timed generations of each model.", default=Workload.trials)
 @options.number(
     "-b",

@@ -61,7 +61,7 @@ class Findings:
         adapter: Hub id or folder name of the adapter.
         kind: "lora", "dora" or "full".
         rank: of LoRA and DoRA, None otherwise.
-        scale: likewise, the ``s`` of ``W + s*B*A``.
+        scale: the ``s`` of ``W + s*B*A``; None of a full fine-tune.
         formats: how many modules were merged, by the format they were written in.
         quantized: whether they had to be brought back to few bits.
         adapters: how many adapters the learner uses.

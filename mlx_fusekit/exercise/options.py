@@ -9,7 +9,7 @@ class Settings:
 
     Attributes:
         model: folder or Hub id of the base; the embedded sample's without one.
-        adapter_path: likewise, of the adapter.
+        adapter_path: folder or Hub id of the adapter, None for the sample's.
         data: text for the parity; by default the sample's, or what base and adapter write.
         adapters: how many adapters the learner uses.
         prompt_tokens: length of the prompt that is timed.

@@ -28,7 +28,7 @@ def draw(folder: Path, parity: Mapping[str, Closeness], bench: BenchReport) -> t
     Args:
         folder: to write to.
         parity: as :class:`Findings` has it.
-        bench: likewise.
+        bench: the benchmark's report.
 
     Returns:
         Their names, none without matplotlib.

@@ -1,4 +1,4 @@
-"""What a GGUF file tells people of its model: names, origin, licence, languages, tags.
+"""What a GGUF file tells people of its model: names, origin, license, languages, tags.
 
 gguf's own ``Metadata`` holds the facts and writes them. Its ``load()`` is not used: it takes over
 paths of this machine, capitalizes names, and fails at a damaged card.

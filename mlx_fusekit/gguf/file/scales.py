@@ -38,7 +38,8 @@ class ScaleFacts:
         largest: no value is larger in magnitude; NaN where one may be.
         count: number of values.
         squares: sum of squares to be expected of the values when all codes are equally frequent.
-        squared_error: likewise, of what rounding scales and biases to float16 changes.
+        squared_error: sum of squares to be expected of what rounding scales and biases to float16
+            changes.
     """
 
     exact: bool = True

@@ -24,7 +24,7 @@ class GgufTensor:
         rows: which rows of the source it takes, and in which order; None for all as they are. Rows
             are all dimensions but the last, flattened (an expert stack ``[experts, rows, columns]``
             has ``experts * rows``).
-        columns: likewise, of columns.
+        columns: which of the stored columns, and in which order; None for all as they are.
         transform: of the whole tensor's values as float32 into others, after ``columns``.
         float32: whether llama.cpp needs it as F32 whatever the type of the others.
         values: float32 ``shape``, of a tensor that is not stored.
