@@ -27,7 +27,7 @@ from mlx_fusekit.bench.environment import Environment
 from mlx_fusekit.bench.equivalence import equivalence
 from mlx_fusekit.bench.isolated import measure_isolated
 from mlx_fusekit.bench.options import Workload
-from mlx_fusekit.bench.report import ArmReport, BenchReport, Run, Trial
+from mlx_fusekit.bench.report import DRIFT_TO_WARN, ArmReport, BenchReport, Run, Trial
 from mlx_fusekit.bench.schedule import balanced_rounds
 from mlx_fusekit.bench.timing import Timing, time_generation
 from mlx_fusekit.bench.workload import (
@@ -48,8 +48,6 @@ from mlx_fusekit.verifying.structure import check_same_model
 
 #: The share of memory that all arms may take together; the rest is for what they compute.
 _MEMORY_SHARE = 0.85
-#: Drift that is worth a warning, as a share of the time.
-_DRIFT = 0.05
 
 
 def benchmark(
@@ -407,7 +405,7 @@ def _warnings(report: BenchReport) -> list[str]:
         lines.append(f"the machine was busy when this began (load average {figures.number(load)})")
     for run in report.runs:
         change = run.drift
-        if change is not None and abs(change) > _DRIFT:
+        if change is not None and abs(change) > DRIFT_TO_WARN:
             way = "slower" if change > 0 else "faster"
             lines.append(
                 f"{run.shape}: trials became {figures.share(abs(change), 0)} {way} while the "

@@ -14,6 +14,8 @@ from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.texts.sequences import derived_seed
 
 FORMAT = "mlx-fusekit bench 1"
+#: Drift that is worth a warning, as a share of the time.
+DRIFT_TO_WARN = 0.05
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from mlx_fusekit.bench.report import BenchReport
+from mlx_fusekit.bench.report import DRIFT_TO_WARN, BenchReport
 from mlx_fusekit.bench.tables import median_load, medians
 from mlx_fusekit.exercise.findings import (
     ADAPTED,
@@ -19,8 +19,6 @@ from mlx_fusekit.exercise.trade_off import TradeOff
 from mlx_fusekit.figures import UNKNOWN, count, in_seconds, nats, number, setting, share, size
 from mlx_fusekit.tables import Table
 
-#: A benchmark whose trials changed by more than this share is worth a caution.
-_DRIFT = 0.05
 _ROWS = {BASE: "row_base", ADAPTED: "row_adapted", FUSED: "row_fused"}
 
 
@@ -130,7 +128,7 @@ def cautions(bench: BenchReport, language: str) -> list[str]:
     if bench.environment.busy:
         load = number(bench.environment.load_average)
         lines.append(text(language, "caution_busy", load=load))
-    if run.drift is not None and abs(run.drift) > _DRIFT:
+    if run.drift is not None and abs(run.drift) > DRIFT_TO_WARN:
         lines.append(text(language, "caution_drift", share=share(abs(run.drift), 0)))
     if unsteady := [arm for arm, same in run.deterministic.items() if not same]:
         names = ", ".join(text(language, _ROWS[arm]) for arm in unsteady)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_fusekit.checkpoint.belongings import MODELFILE_NAME
 from mlx_fusekit.errors import CheckpointError, ConfigurationError, OutputError
 
 #: Ollama's parameters, and what ``generation_config.json`` calls them.
@@ -45,7 +46,7 @@ class Modelfile:
     @property
     def path(self) -> Path:
         """The file."""
-        return self.gguf_path.with_name("Modelfile")
+        return self.gguf_path.with_name(MODELFILE_NAME)
 
     @property
     def ollama_command(self) -> str:

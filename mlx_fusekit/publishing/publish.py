@@ -80,6 +80,7 @@ def publish(
     trust_remote_code: bool = False,
     dry_run: bool = False,
     progress: StepProgress | None = None,
+    licence: str | None = None,
 ) -> PublishReport:
     """Upload a fused model, and its GGUF files if there are any, with a model card.
 
@@ -101,6 +102,7 @@ def publish(
         dry_run: write the card and list the files; reads cards on the Hub, and uploads nothing.
         progress: called with the step, and how many bytes of it are done and there are in all.
             huggingface_hub draws bars of its own on a terminal.
+        licence: ``license``, as it was spelt before.
 
     Raises:
         ConfigurationError: for a flag or report that does not fit.
@@ -110,7 +112,8 @@ def publish(
     start = time.perf_counter()
     hub_upload.check_name(repo)
     _check_branch(revision, create_pr)
-    asked = None if license is None else License.asked(license)
+    identifier = licence if license is None else license
+    asked = None if identifier is None else License.asked(identifier)
     model = PublishedModel.open(Path(path).expanduser(), trust_remote_code=trust_remote_code)
     evidence = read_evidence(model, repo, verify_report, bench_report)
     own_card = _own_card(model)

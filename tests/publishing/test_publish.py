@@ -126,6 +126,7 @@ class TestCards:
         assert f"license: other\nlicense_name: tiny\nlicense_link: {link}\n" in report.card
         assert "language:\n- ko\n- en\n" in report.card
         assert publish(fused, REPO, license="mit").license == "mit"
+        assert publish(fused, REPO, licence="apache-2.0").license == "apache-2.0"
 
     def test_a_license_that_is_not_known_is_said(self, hub: UploadHub, fused: Path) -> None:
         report = publish(fused, REPO)
