@@ -48,6 +48,10 @@ class FuseOptions:
         self._check_calibration()
         if self.dtype is not None and self.dtype not in DTYPE_NAMES:
             raise ConfigurationError(f"--dtype {self.dtype}: choose {', '.join(DTYPE_NAMES)}")
+        if self.outtype != "auto" and not self.export_gguf:
+            raise ConfigurationError(
+                f"--outtype {self.outtype} is for the file of --export-gguf; add that, or drop it"
+            )
         _ = self.formats
 
     def _check_calibration(self) -> None:

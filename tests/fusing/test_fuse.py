@@ -379,6 +379,7 @@ def test_the_recipe_has_no_path_of_this_machine(tmp_path: Path) -> None:
         ({"dtype": "int8", "dequantize": True}, "--dtype int8"),
         ({"requantize": "calibrated"}, "--requantize calibrated: .* has no tokenizer"),
         ({"requantize": "nearset"}, "--requantize nearset: choose auto"),
+        ({"outtype": "q8_0"}, "--outtype q8_0 is for the file of --export-gguf"),
         ({"max_kl": 0.1}, "has no tokenizer"),
         ({"max_kl": 0.1, "requantize": "nearest"}, "--max-kl goes with"),
         ({"max_kl": -1.0}, "--max-kl -1.0"),
