@@ -192,22 +192,6 @@ class LlamaCpp:
             size = -found
         raise AssertionError("llama.cpp said how many tokens there are, and there were more")
 
-    def text_of(self, tokens: Sequence[int], *, special: bool = True) -> str:
-        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(self._piece(token, special) for token in tokens).decode(errors="replace")
-
-    def _piece(self, token: int, special: bool) -> bytes:
-        size = 64
-        for _ in range(2):
-            buffer = ctypes.create_string_buffer(size)
-            found = self._library.llama_token_to_piece(
-                self._vocabulary, token, buffer, size, 0, special
-            )
-            if found >= 0:
-                return buffer.raw[:found]
-            size = -found
-        raise AssertionError("llama.cpp said how long a token is, and it was longer")
-
     def _begin(self, tokens: int) -> None:
         """Empty the memory of what was run before; llama.cpp ends the process if it overflows."""
         if self._context is None:

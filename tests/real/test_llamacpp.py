@@ -88,8 +88,7 @@ def test_tokenizes(path: Path) -> None:
         assert model.vocabulary_size == VOCABULARY
         assert model.tokenize("ABA<|end|>") == [END - 1, 32, END]
         assert len(model.tokenize("ABA<|end|>", parse_special=False)) == 9
-        long = "ABC" * 500
-        assert model.text_of(model.tokenize(long)) == long
+        assert model.tokenize("ABA<|end|>" * 200) == [END - 1, 32, END] * 200
 
 
 def test_too_long_a_text_is_an_error(path: Path) -> None:
