@@ -232,9 +232,9 @@ def conclude(results: dict[Contender, Result]) -> None:
         console.print(f"- {contender.name} {verdict}, at {size:.2f} times the base's size.")
     closer = results[PEER].kl / max(results[OURS].kl, 1e-12)
     console.print(
-        f"At the same size, mlx-fusekit's model is {closer:.0f} times closer to base + adapter\n"
-        "than mlx_lm.fuse's (KL, nats a token). This adapter changes the weights by more than\n"
-        "a quantization step, so that rounding costs it little. Most change them by less, and\n"
+        f"At the same size, mlx-fusekit's model is {closer:.0f} times closer to base + adapter "
+        "than mlx_lm.fuse's (KL, nats a token). This adapter changes the weights by more than "
+        "a quantization step, so that rounding costs it little. Most change them by less, and "
         "then rounding costs most of the fine-tune: docs/requantization.md has real models."
     )
     console.print(f"\nThe fused models are in {OUT.name}/.")
