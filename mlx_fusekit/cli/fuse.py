@@ -10,7 +10,7 @@ from mlx_fusekit.cli import export_gguf, options, output, publish
 from mlx_fusekit.cli.failures import BELOW_THRESHOLD
 from mlx_fusekit.cli.options import PATH
 from mlx_fusekit.requantize.options import CALIBRATION_TOKENS
-from mlx_fusekit.requantize.strategy import STRATEGIES, in_words
+from mlx_fusekit.requantize.strategy import STRATEGIES, in_words, reported
 
 if TYPE_CHECKING:
     from mlx_fusekit.fusing.report import FuseReport
@@ -155,7 +155,8 @@ def _print(report: "FuseReport") -> None:
 
 
 def _memory(report: "FuseReport") -> str:
-    running = ", and what running the base takes" * (report.requantize == "calibrated")
+    strategy = reported(report.requantize)
+    running = ", and what running the base takes" if strategy and strategy.calibrates else ""
     return f"about {figures.size(report.memory_bytes)}{running}"
 
 

@@ -61,6 +61,12 @@ STRATEGIES = {
 }
 
 
+def reported(name: str | None) -> Strategy | None:
+    """The strategy that a report names; None for one that is not known."""
+    return next((s for s in STRATEGIES.values() if s.name == name), None)
+
+
 def in_words(name: str | None) -> str | None:
-    """What the strategy of a report did, for people; None of one that is not known."""
-    return next((s.words for s in STRATEGIES.values() if s.name == name), None)
+    """What the strategy of a report did, for people; None for one that is not known."""
+    strategy = reported(name)
+    return strategy.words if strategy else None

@@ -9,6 +9,7 @@ import pytest
 from support.command import run
 from support.tiny import make_adapter, make_model
 
+from mlx_fusekit import samples
 from mlx_fusekit.inspecting import inspect
 
 
@@ -84,7 +85,14 @@ def test_a_dry_run_shows_the_plan(folder: Path, tmp_path: Path) -> None:
     result = run("fuse", "--save-path", str(tmp_path / "new"), "--dry-run", cwd=folder)
     assert "nothing was written" in result.stdout
     assert "disk free" in result.stdout
+    assert "what running the base takes" not in result.stdout
     assert not (tmp_path / "new").exists()
+
+
+def test_the_plan_of_a_calibration_says_that_the_base_is_run(tmp_path: Path) -> None:
+    paths = ["--model", str(samples.model_path()), "--adapter-path", str(samples.adapter_path())]
+    result = run("fuse", *paths, "--save-path", str(tmp_path / "new"), "--dry-run")
+    assert "and what running the base takes" in result.stdout
 
 
 @pytest.mark.parametrize(
