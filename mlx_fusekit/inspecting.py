@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from mlx_fusekit import hub
-from mlx_fusekit.adapters.mlx_lm import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from mlx_fusekit.adapters.opening import open_adapter
 from mlx_fusekit.adapters.sources import open_model
 from mlx_fusekit.adapters.updates import AdapterFolder, FullUpdate, LowRankUpdate, Update
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
-from mlx_fusekit.checkpoint.folder import Checkpoint, read_json
+from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME, Checkpoint, read_json
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats import codebooks

@@ -17,12 +17,12 @@ import numpy as np
 
 from mlx_fusekit.adapters.updates import Adapter, FullUpdate, LowRankUpdate, Update
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
+from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME as CONFIG_NAME
 from mlx_fusekit.checkpoint.folder import read_json
 from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
 from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.floats import FLOAT_DTYPES, Float32, to_float32
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapters.safetensors"
 
 _LORA_LEAVES = ("lora_a", "lora_b")

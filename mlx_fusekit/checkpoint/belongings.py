@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_fusekit.checkpoint.folder import INDEX_NAME, resolve_inside
+from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME, INDEX_NAME, resolve_inside
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 
 CARD_NAME = "README.md"
@@ -85,7 +85,7 @@ KINDS = (
     Kind("code", ("*.py",), Step.ALL, trusted=True),
     Kind("model card", (CARD_NAME,), Step.DOWNLOAD),
     Kind("Ollama", (MODELFILE_NAME,), Step.PUBLISH),
-    Kind("an adapter's settings", ("adapter_config.json",), Step.DOWNLOAD, expected=True),
+    Kind("an adapter's settings", (ADAPTER_CONFIG_NAME,), Step.DOWNLOAD, expected=True),
     Kind("an adapter's weights", ("adapters.safetensors",), Step.DOWNLOAD),
     Kind(
         "other data",

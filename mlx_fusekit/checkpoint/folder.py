@@ -14,6 +14,8 @@ from mlx_fusekit.checkpoint.mlx_lm import logical_columns
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.formats.quantization import CODEBOOK_MODES, QuantSpec
 
+#: Of a folder that is an adapter, whatever trained it.
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 INDEX_NAME = "model.safetensors.index.json"
 _WEIGHT_FILE = re.compile(r"model[^/\\:\0]*\.safetensors")
 
@@ -44,7 +46,7 @@ class Checkpoint:
         """
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: there is no such model folder")
-        if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        if not (folder / "config.json").exists() and (folder / ADAPTER_CONFIG_NAME).exists():
             raise CheckpointError(
                 f"{folder}: is an adapter, not a model; give it as --adapter-path, and the model "
                 "that it was trained on as --model"

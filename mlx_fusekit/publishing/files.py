@@ -20,7 +20,12 @@ from mlx_fusekit.checkpoint.belongings import (
     data_files,
     matches,
 )
-from mlx_fusekit.checkpoint.folder import Checkpoint, read_json, resolve_inside
+from mlx_fusekit.checkpoint.folder import (
+    ADAPTER_CONFIG_NAME,
+    Checkpoint,
+    read_json,
+    resolve_inside,
+)
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError
 
@@ -28,7 +33,7 @@ from mlx_fusekit.errors import CheckpointError
 _REASONS = {
     ".*": "hidden",
     "*.py": "code; it goes along with --trust-remote-code",
-    "adapter_config.json": "of an adapter",
+    ADAPTER_CONFIG_NAME: "of an adapter",
     "*adapters.safetensors": "of an adapter",
     "adapter_model.*": "of an adapter",
     "*optimizer*": "a state of training",
