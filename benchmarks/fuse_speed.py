@@ -25,7 +25,9 @@ from typing import Any
 
 import llama_checkpoints as checkpoints
 import speed
-from processes import Cost, apart, markdown, measure, median, program
+from processes import Cost, apart, measure, median, program
+
+from mlx_fusekit.tables import Table
 
 OURS, PEER, COPY = "mlx-fusekit", "mlx_lm.fuse", "cp -r"
 PACKAGES = ("mlx-fusekit", "mlx", "mlx-lm", "numpy")
@@ -141,8 +143,8 @@ def _weight(tensors: dict[str, Any], module: str) -> Any:
     return mx.dequantize(codes, scales, biases, checkpoints.GROUP_SIZE, checkpoints.BITS)
 
 
-def _table(size: str, samples: Sequence[Sample]) -> str:
-    """Medians of each contender, and their ratios, as a Markdown table."""
+def _table(size: str, samples: Sequence[Sample]) -> Table:
+    """Medians of each contender, and their ratios."""
     header = ("adapter", "contender", "wall s", "CPU s", "sync after s", "peak MB", "ours : this")
     rows = []
     for adapter in checkpoints.ADAPTERS:
@@ -166,7 +168,7 @@ def _table(size: str, samples: Sequence[Sample]) -> str:
                     )
                 )
     repeats = len(samples) // len({(s.adapter, s.contender) for s in samples})
-    return f"{speed.title(size, repeats)}\n\n{markdown(header, rows, text_columns=2)}"
+    return Table(speed.title(size, repeats), header, rows, text_columns=2)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ from pathlib import Path
 
 import llama_checkpoints as checkpoints
 import speed
-from processes import Cost, apart, markdown, measure, median, program
+from processes import Cost, apart, measure, median, program
+
+from mlx_fusekit.tables import Table
 
 OURS, OURS_F16 = "mlx-fusekit export-gguf", "the same, --outtype f16"
 COPY, PEER = "cp of its file", "mlx_lm.fuse --export-gguf"
@@ -163,8 +165,8 @@ def _check(base: Path, file: Path, tolerance: float | None) -> None:
             raise AssertionError(f"{file}: {name} has other values")
 
 
-def _table(size: str, samples: Sequence[Sample]) -> str:
-    """Medians of each contender, as a Markdown table."""
+def _table(size: str, samples: Sequence[Sample]) -> Table:
+    """Medians of each contender."""
     header = ("contender", "file GB", "wall s", "CPU s", "on disk s", "peak MB", "times cp")
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -183,7 +185,7 @@ def _table(size: str, samples: Sequence[Sample]) -> str:
         for name, group in groups.items()
     ]
     repeats = len(samples) // len(groups)
-    return f"{speed.title(size, repeats)}\n\n{markdown(header, rows, text_columns=1)}"
+    return Table(speed.title(size, repeats), header, rows, text_columns=1)
 
 
 def _seconds_per_byte(group: Sequence[Sample]) -> float:

@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -46,9 +46,11 @@ from processes import program
 import mlx_fusekit
 from mlx_fusekit import samples
 from mlx_fusekit.adapters.sources import NamedSources
+from mlx_fusekit.cli.output import print_blocks
 from mlx_fusekit.hub import LocalFolder
 from mlx_fusekit.running.adapted import run_adapted
 from mlx_fusekit.running.loading import run_model
+from mlx_fusekit.tables import Table
 from mlx_fusekit.texts.data import read_sequences
 from mlx_fusekit.texts.sequences import TokenSequence
 from mlx_fusekit.verifying.parity import (
@@ -160,6 +162,13 @@ class Text:
         return tokens, answers
 
 
+def _print(blocks: Iterable[Table | str], *, markdown: bool) -> None:
+    if markdown:
+        blocks = (b if isinstance(b, str) else f"\n{b.markdown()}" for b in blocks)
+    print_blocks(blocks)
+    print(flush=True)
+
+
 def main() -> None:
     parser = _parser()
     options = parser.parse_args()
@@ -173,7 +182,7 @@ def main() -> None:
         for name in dict.fromkeys(cases):
             case = _case(name, options, work)
             rows = list(_rows(case, options, work / name))
-            print(report(case, rows, markdown=options.markdown), flush=True)
+            _print(report(case, rows), markdown=options.markdown)
             results.append(
                 {
                     "case": case.name,

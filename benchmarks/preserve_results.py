@@ -1,12 +1,16 @@
 """What ``preserve.py`` measured, and its tables."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_fusekit.tables import Table
+
 TEACHER, BASE, PEER = "base + adapter", "base, no adapter", "mlx_lm.fuse"
+_ON_TASK = ("KL mean", "median", "p99", "closer", "top-1", "exact", "kept", "ppl")
+_COSTS = ("size", "seconds", "peak MB")
 
 
 @dataclass(frozen=True)
@@ -81,20 +85,16 @@ class Row:
     cost: Cost | None = None
 
 
-def report(case: Case, rows: Sequence[Row], *, markdown: bool) -> str:
-    """What was measured, as two tables: on the task, and off it with the costs."""
+def report(case: Case, rows: Sequence[Row]) -> Iterator[Table | str]:
+    """What was measured, in two tables: on the task, and off it with the costs."""
     by_name = {row.name: row for row in rows}
     teacher, peer = by_name[TEACHER], by_name[PEER]
-    on_task = [["", "KL mean", "median", "p99", "closer", "top-1", "exact", "kept", "ppl"]]
-    off_task = [[""]]
-    for name in case.off_task:
-        off_task[0] += [f"{name} KL", "closer"]
-    off_task[0] += ["size", "seconds", "peak MB"]
+    on_task, off_task = [], []
     for row in rows:
         name = row.name if row.cost is None or row.cost.reached else f"{row.name} *"
         task = row.measures["task"]
         on_task.append(
-            [
+            (
                 name,
                 *(_number(kl) for kl in (task.kl_mean, task.kl_median, task.kl_p99)),
                 _ratio(peer, row, "task"),
@@ -102,46 +102,32 @@ def report(case: Case, rows: Sequence[Row], *, markdown: bool) -> str:
                 _share(task.exact_match),
                 _share(_quotient(task.exact_match, teacher.measures["task"].exact_match)),
                 _number(task.perplexity),
-            ]
+            )
         )
-        off_task.append([name])
+        cells = [name]
         for text in case.off_task:
-            off_task[-1] += [_number(row.measures[text].kl_mean), _ratio(peer, row, text)]
-        off_task[-1].append(f"{row.size:.4f}")
-        if row.cost is None:
-            off_task[-1] += ["", ""]
-        else:
-            off_task[-1] += [f"{row.cost.wall_seconds:.1f}", f"{row.cost.peak_bytes / 1e6:.0f}"]
+            cells += [_number(row.measures[text].kl_mean), _ratio(peer, row, text)]
+        off_task.append((*cells, f"{row.size:.4f}", *_costs(row.cost)))
     missed = any(row.cost is not None and not row.cost.reached for row in rows)
     tokens = ", ".join(f"{name} {m.tokens}" for name, m in teacher.measures.items())
-    return "\n".join(
+    yield "\n".join(
         [
             f"{case.name}: {case.adapter.name} on {case.base.name}.",
             f"Scored tokens: {tokens}.",
             "KL(base+adapter || model) in nats a token; closer: KL(mlx_lm.fuse) / KL(this);",
             "kept: exact match relative to base+adapter's; size: weight files, the base's being 1.",
             *(["* did not reach --max-kl"] if missed else []),
-            "",
-            _table(on_task, markdown=markdown),
-            _table(off_task, markdown=markdown),
         ]
     )
+    yield Table("", ("", *_ON_TASK), on_task)
+    texts = [column for name in case.off_task for column in (f"{name} KL", "closer")]
+    yield Table("", ("", *texts, *_COSTS), off_task)
 
 
-def _table(rows: Sequence[Sequence[str]], *, markdown: bool) -> str:
-    """Rows, the first of them the header, with all but the first column to the right."""
-    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip())
-    if markdown:
-        rules = [f"{'-' * (width - 1)}{':' if n else '-'}" for n, width in enumerate(widths)]
-        lines.insert(1, f"| {' | '.join(rules)} |")
-    return "\n".join(lines) + "\n"
+def _costs(cost: Cost | None) -> tuple[str, str]:
+    if cost is None:
+        return "", ""
+    return f"{cost.wall_seconds:.1f}", f"{cost.peak_bytes / 1e6:.0f}"
 
 
 def _number(value: float) -> str:

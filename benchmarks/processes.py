@@ -135,20 +135,6 @@ def median(costs: Sequence[Cost], field: str) -> float:
     return float(statistics.median(getattr(cost, field) for cost in costs))
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int) -> str:
-    """A Markdown table whose first columns are text and whose others are numbers."""
-    lines = [header, ["-" * len(name) for name in header], *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    table = ""
-    for line in lines:
-        cells = [
-            cell.ljust(width) if column < text_columns else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        table += f"| {' | '.join(cells)} |\n"
-    return table
-
-
 def environment(*packages: str) -> dict[str, object]:
     """The machine and the versions of packages."""
     return {

@@ -11,6 +11,8 @@ from typing import TypeVar
 import llama_checkpoints as checkpoints
 from processes import Cost, apart, environment, work_folder
 
+from mlx_fusekit.tables import Table
+
 Sample = TypeVar("Sample", bound=Cost)
 
 
@@ -38,15 +40,15 @@ def run(
     chosen: argparse.Namespace,
     packages: Sequence[str],
     measure: Callable[[str, Path], Iterable[Sample]],
-    table: Callable[[str, Sequence[Sample]], str],
+    table: Callable[[str, Sequence[Sample]], Table],
 ) -> list[Sample]:
-    """Make the checkpoints of each size, measure, and print a table.
+    """Make the checkpoints of each size, measure, and print a table in Markdown.
 
     Args:
         chosen: as :func:`options` gives them.
         packages: whose versions are written into the JSON file.
         measure: from a size and the folder to work in to samples.
-        table: from a size and its samples to text.
+        table: from a size and its samples.
     """
     sizes = list(checkpoints.SHAPES) if chosen.size == "all" else [chosen.size]
     samples: list[Sample] = []
@@ -54,7 +56,8 @@ def run(
         for size in sizes:
             apart(checkpoints.make_all, size, work)
             of_size = list(measure(size, work))
-            print(table(size, of_size), flush=True)
+            drawn = table(size, of_size)
+            print(f"{drawn.title}\n\n{drawn.markdown()}\n", flush=True)
             samples += of_size
             if not chosen.keep and chosen.work is None:
                 shutil.rmtree(checkpoints.model_folder(work, size))
