@@ -1,5 +1,7 @@
 """Fusing tiny real models, against mlx-lm's own unfused forward pass."""
 
+import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from support.tiny import (
 from mlx_fusekit import fuse, prepare_fuse
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.errors import AdapterError, ConfigurationError, OutputError
+from mlx_fusekit.fusing.options import FuseOptions
 
 AFFINE: dict[str, dict[str, Any]] = {
     f"affine-{bits}-{group}": {"bits": bits, "group_size": group}
@@ -500,3 +503,11 @@ def test_values_are_merged_in_float32(tmp_path: Path) -> None:
     exact = np.array(before[f"{name}.weight"].astype(mx.float32)) + 2.0 * (a @ b).T
     nearest = mx.array(exact.astype(np.float32)).astype(mx.bfloat16)
     assert (after[f"{name}.weight"] != nearest).mean().item() < 1e-3
+
+
+def test_its_defaults_are_those_of_preparing() -> None:
+    given = inspect.signature(fuse).parameters
+    options = {field.name: field.default for field in dataclasses.fields(FuseOptions)}
+    assert {name: given[name].default for name in options} == options
+    shared = inspect.signature(prepare_fuse).parameters.keys() - {"options"}
+    assert given.keys() - options.keys() - shared == {"progress"}
