@@ -18,11 +18,9 @@ from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats import codebooks
 from mlx_fusekit.formats.floats import FLOAT_DTYPES, Float32, to_float32
-from mlx_fusekit.formats.quantization import QuantSpec
+from mlx_fusekit.formats.quantization import QuantSpec, parts_of
 from mlx_fusekit.merging.arithmetic import merge
 from mlx_fusekit.merging.blocks import WeightReader, row_blocks, weight_sources
-
-_QUANTIZATION_LEAVES = ("scales", "biases", "global_scale")
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def inspect(
 
 def _model_facts(path: str, checkpoint: Checkpoint) -> ModelFacts:
     specs = {m: _spec_or_none(checkpoint, m) for m in checkpoint.quantized_modules}
-    leaves = {f"{module}.{leaf}" for module in specs for leaf in _QUANTIZATION_LEAVES}
+    leaves = parts_of(checkpoint.tensors, specs)
     parameters, formats = 0, Counter[str]()
     for name, tensor in checkpoint.tensors.items():
         if name in leaves:

@@ -15,6 +15,7 @@ from mlx_lm.utils import sharded_load
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.mlx_lm import MLX_LM_ERRORS, first_line
 from mlx_fusekit.errors import AdapterError, CheckpointError
+from mlx_fusekit.formats.quantization import LEAVES
 from mlx_fusekit.hub import LocalFolder
 from mlx_fusekit.running.loading import run_model
 from mlx_fusekit.running.model import RunningModel
@@ -171,8 +172,7 @@ def weight_facts(model: nn.Module, config: Mapping[str, Any]) -> WeightFacts:
 def _logical_size(module: nn.Module, arrays: Mapping[str, mx.array]) -> int:
     if "scales" not in arrays:
         return sum(array.size for array in arrays.values())
-    packed = {"weight", "scales", "biases", "global_scale"}
-    others = sum(array.size for key, array in arrays.items() if key not in packed)
+    others = sum(array.size for key, array in arrays.items() if key not in LEAVES)
     return int(arrays["weight"].size * 32 // module.bits) + others
 
 

@@ -48,6 +48,10 @@ class Kind:
     expected: bool = False
     trusted: bool = False
 
+    def taken(self, step: Step, *, trust_remote_code: bool) -> bool:
+        """Whether a step takes them."""
+        return step in self.steps and (trust_remote_code or not self.trusted)
+
 
 #: A file is of the first kind that has a pattern for its name.
 KINDS = (
@@ -98,7 +102,7 @@ KINDS = (
 def belongs(name: str, step: Step, *, trust_remote_code: bool = False) -> bool:
     """Whether a step takes a file of this name, relative to its folder."""
     kind = _kind(name)
-    return kind is not None and step in kind.steps and (trust_remote_code or not kind.trusted)
+    return kind is not None and kind.taken(step, trust_remote_code=trust_remote_code)
 
 
 def download_patterns(*, trust_remote_code: bool = False) -> list[str]:
@@ -106,7 +110,7 @@ def download_patterns(*, trust_remote_code: bool = False) -> list[str]:
     return [
         pattern
         for kind in KINDS
-        if Step.DOWNLOAD in kind.steps and (trust_remote_code or not kind.trusted)
+        if kind.taken(Step.DOWNLOAD, trust_remote_code=trust_remote_code)
         for pattern in kind.patterns
     ]
 
@@ -149,7 +153,7 @@ def find_companions(folder: Path, *, trust_remote_code: bool = False) -> Compani
         if name.startswith(".") or path.is_dir():
             continue
         kind = _kind(name)
-        if belongs(name, Step.COPY, trust_remote_code=trust_remote_code):
+        if kind is not None and kind.taken(Step.COPY, trust_remote_code=trust_remote_code):
             resolve_inside(folder, name)
             copied.append(name)
         elif kind is None or not kind.expected:

@@ -53,7 +53,7 @@ def check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) ->
             raise OutputError(
                 f"{target}: is or holds what is read ({source}); choose another --save-path"
             )
-    if any(part.startswith(("models--", "datasets--")) for part in real.parts):
+    if in_hub_cache(real):
         raise OutputError(f"{target}: lies in the Hugging Face cache; choose another --save-path")
     if not target.parent.resolve().is_dir() and not can_make(target.parent):
         raise OutputError(f"{target.parent}: cannot be made; choose another --save-path")
@@ -69,6 +69,11 @@ def check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) ->
                 f"{target}: is not empty and no model folder, so --overwrite does not replace it; "
                 "choose another --save-path"
             )
+
+
+def in_hub_cache(path: Path) -> bool:
+    """Whether a resolved path lies in huggingface_hub's cache, which is not ours to write to."""
+    return any(part.startswith(("models--", "datasets--")) for part in path.parts)
 
 
 def can_make(folder: Path) -> bool:

@@ -13,7 +13,7 @@ Source: MLX's documentation of ``mlx.core.quantize`` and measured round trips (t
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
@@ -32,8 +32,10 @@ AFFINE_GROUPS = (32, 64, 128)
 #: The only (bits, group size) each non-affine mode has.
 CODEBOOK_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
-#: What a module's quantized weight is stored as, by the last part of the tensors' names.
-LEAVES = ("weight", "scales", "biases", "global_scale")
+#: What lies beside a module's quantized weight, by the last part of the tensors' names, and all of
+#: what the weight is stored as.
+SCALE_LEAVES = ("scales", "biases", "global_scale")
+LEAVES = ("weight", *SCALE_LEAVES)
 
 #: Planes of a block of a quantized format.
 PLANES = 32
@@ -149,6 +151,12 @@ class TargetFormat:
     spec: QuantSpec
     scale_dtype: str
     global_scale: float | None = None
+
+
+def parts_of(stored: Collection[str], quantized: Iterable[str]) -> set[str]:
+    """Names of stored tensors that lie beside the weights of quantized modules."""
+    names = (f"{module}.{leaf}" for module in quantized for leaf in SCALE_LEAVES)
+    return {name for name in names if name in stored}
 
 
 def to_block(matrix: npt.NDArray[Number], planes: int = PLANES) -> npt.NDArray[Number]:

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from mlx_fusekit.formats.quantization import LEAVES
 from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.running.model import place
 
@@ -43,8 +44,7 @@ def _float32_bytes(model: nn.Module) -> int:
     for _, module in model.named_modules():
         if is_quantized(module):
             count += module.weight.size * 32 // module.bits
-            packed = ("weight", "scales", "biases", "global_scale")
-            count -= sum(module[leaf].size for leaf in packed if leaf in module)
+            count -= sum(module[leaf].size for leaf in LEAVES if leaf in module)
     return 4 * int(count)
 
 

@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
-from mlx_fusekit.checkpoint.staging import can_make, staged_file
+from mlx_fusekit.checkpoint.staging import can_make, in_hub_cache, staged_file
 from mlx_fusekit.errors import OutputError
 from mlx_fusekit.gguf.file.header import MAGIC
 
@@ -31,7 +31,7 @@ def check_gguf_target(target: Path, *, overwrite: bool) -> None:
     if target.is_symlink():
         raise OutputError(f"{target}: is a link; give the file itself as --gguf-path")
     real = target.resolve()
-    if any(part.startswith(("models--", "datasets--")) for part in real.parts):
+    if in_hub_cache(real):
         raise OutputError(f"{target}: lies in the Hugging Face cache; choose another --gguf-path")
     if real.is_dir():
         raise OutputError(f"{target}: is a folder; give a file name in it as --gguf-path")

@@ -9,6 +9,7 @@ import numpy as np
 
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.errors import CheckpointError
+from mlx_fusekit.formats.quantization import parts_of
 from mlx_fusekit.gguf.models.changes import INTERLEAVED, Change, Indices, Order
 from mlx_fusekit.gguf.models.families import FAMILIES
 from mlx_fusekit.gguf.models.family import Family
@@ -18,7 +19,6 @@ from mlx_fusekit.gguf.models.naming import (
     in_file_order,
     leaf,
     needs_float32,
-    parts_of,
 )
 from mlx_fusekit.gguf.models.rope import Rope, rope_of
 from mlx_fusekit.gguf.models.settings import Settings, parameter_shapes

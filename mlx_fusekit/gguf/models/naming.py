@@ -1,8 +1,7 @@
 """From the names that mlx-lm's classes give parameters to GGUF's."""
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import gguf
 
@@ -89,9 +88,3 @@ def leaf(name: str) -> str:
     """A GGUF name without its block, as ``attn_q.weight``."""
     block = _BLOCK.fullmatch(name)
     return name if block is None else block[2]
-
-
-def parts_of(stored: Mapping[str, Any], quantized: Iterable[str]) -> set[str]:
-    """Stored tensors that belong to a quantized weight beside them: scales and biases."""
-    names = (f"{m}.{part}" for m in quantized for part in ("scales", "biases", "global_scale"))
-    return {name for name in names if name in stored}
