@@ -103,6 +103,7 @@ def inspect(
     path: str | Path,
     *,
     model: str | Path | None = None,
+    scale: float | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> ModelFacts | AdapterFacts:
@@ -111,6 +112,7 @@ def inspect(
     Args:
         path: folder or Hub id.
         model: an adapter's base, to compare its update with the base's quantization step.
+        scale: of an adapter's update, taken instead of the recorded one.
         revision: of a Hub id.
         trust_remote_code: let model code that lies in the base's folder run.
 
@@ -123,7 +125,7 @@ def inspect(
         base = None
         if model is not None:
             base = open_model(hub.resolve(model, revision=revision, code=trust_remote_code))
-        return _adapter_facts(str(path), open_adapter(folder), base, str(model))
+        return _adapter_facts(str(path), open_adapter(folder, scale=scale), base, str(model))
     if not (folder / "config.json").exists():
         raise CheckpointError(
             f"{path}: neither a model (config.json) nor an adapter ({ADAPTER_CONFIG_NAME})"
@@ -185,23 +187,17 @@ def _adapter_facts(
     return AdapterFacts(
         path=path,
         fine_tune_type=adapter.kind,
-        trained_on=adapter.config.get("model"),
-        rank=None if full else _rank(adapter),
+        trained_on=adapter.trained_on,
+        rank=adapter.rank,
         scale=None if full else adapter.scale,
-        num_layers=adapter.config.get("num_layers"),
+        num_layers=adapter.num_layers,
         modules=len(modules),
         targets=dict(Counter(module.rpartition(".")[2] for module in modules).most_common()),
         parameters=sum(math.prod(t.shape) for t in adapter.tensors.values()),
         bytes=sum(tensor.nbytes for tensor in adapter.tensors.values()),
         deltas=tuple(deltas),
-        warnings=bound.warnings if bound else (),
+        warnings=bound.warnings if bound else adapter.notes,
     )
-
-
-def _rank(adapter: AdapterFolder) -> int | None:
-    declared = adapter.config.get("lora_parameters")
-    rank = declared.get("rank") if isinstance(declared, dict) else None
-    return rank if isinstance(rank, int) else None
 
 
 def _delta_facts(base: BaseModel, module: str, update: Update) -> DeltaFacts:

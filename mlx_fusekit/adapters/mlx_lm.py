@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from mlx_fusekit.adapters.fitting import check_targeted, fit_vocabulary
+from mlx_fusekit.adapters.mlx_lm_settings import AdapterSettings
 from mlx_fusekit.adapters.updates import Adapter, FullUpdate, LowRankUpdate, Update
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME as CONFIG_NAME
@@ -27,43 +29,51 @@ WEIGHTS_NAME = "adapters.safetensors"
 
 _LORA_LEAVES = ("lora_a", "lora_b")
 _DORA_LEAVES = ("lora_a", "lora_b", "m")
+#: What mlx-vlm's own layers, up to its version 0.4, called the same matrices.
+_MLX_VLM_LEAVES = {"A": "lora_a", "B": "lora_b"}
+_FUSED_PROJECTION = re.compile(r"\.lora_[ab]\.\d+$")
 _PICKLED = ("*.npz", "*.bin", "*.pt", "*.pth", "*.pkl")
 _FULL_READ_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class MlxLmAdapter:
-    """mlx-lm's kind of :class:`~mlx_fusekit.adapters.updates.AdapterFolder`.
-
-    Attributes:
-        kind: "lora", "dora" or "full".
-        config: ``adapter_config.json``.
-    """
+    """mlx-lm's kind of :class:`~mlx_fusekit.adapters.updates.AdapterFolder`."""
 
     folder: Path
-    kind: str
-    config: Mapping[str, Any]
+    settings: AdapterSettings
     header: Header
 
     @classmethod
-    def open(cls, folder: Path) -> "MlxLmAdapter":
+    def open(cls, folder: Path, *, scale: float | None = None) -> "MlxLmAdapter":
         """Open an adapter folder and check what can be checked without its base.
+
+        Args:
+            folder: the adapter's.
+            scale: taken instead of the recorded one.
 
         Raises:
             AdapterError: naming the file or tensor that is wrong, and the cure.
         """
         if not folder.is_dir():
             raise AdapterError(f"{folder}: there is no such adapter folder")
-        config = _read_config(folder)
-        header = _read_weights(folder)
-        kind = config.get("fine_tune_type", "lora")
-        if kind not in ("lora", "dora", "full"):
-            raise AdapterError(
-                f"{folder / CONFIG_NAME}: fine_tune_type is {kind!r}; lora, dora and full are known"
-            )
+        config = MappingProxyType(_read_config(folder))
+        header = _read_weights(folder, config)
         if not header.tensors:
             raise AdapterError(f"{header.file}: holds no tensors; train the adapter first")
-        return cls(folder, kind, MappingProxyType(config), header)
+        adapter = cls(folder, AdapterSettings(folder / CONFIG_NAME, config, scale), header)
+        _ = adapter.kind
+        return adapter
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """``adapter_config.json``."""
+        return self.settings.config
+
+    @property
+    def kind(self) -> str:
+        """``lora``, ``dora`` or ``full``."""
+        return self.settings.kind
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -84,35 +94,37 @@ class MlxLmAdapter:
 
     @property
     def scale(self) -> float:
-        """The factor of LoRA's and DoRA's update.
-
-        Raises:
-            AdapterError: when the configuration has none, or it is no finite number.
-        """
-        scale = self._lora_parameters.get("scale")
-        where = f"{self.folder / CONFIG_NAME}: lora_parameters"
-        if scale is None:
-            hint = ""
-            if "alpha" in self._lora_parameters:
-                hint = " (mlx-lm's scale is what others call alpha / rank)"
-            raise AdapterError(f"{where} has no 'scale'; add the one it was trained with{hint}")
-        if (
-            isinstance(scale, bool)
-            or not isinstance(scale, int | float)
-            or not math.isfinite(scale)
-        ):
-            raise AdapterError(f"{where}.scale is {scale!r}; it must be a finite number")
-        return float(scale)
+        """The factor of LoRA's and DoRA's update, of modules that have none of their own."""
+        return self.settings.scale
 
     @property
-    def _lora_parameters(self) -> Mapping[str, Any]:
-        parameters = self.config.get("lora_parameters")
-        if not isinstance(parameters, dict):
-            raise AdapterError(
-                f"{self.folder / CONFIG_NAME}: has no lora_parameters; "
-                "add rank and scale as trained"
-            )
-        return parameters
+    def rank(self) -> int | None:
+        """Of LoRA's and DoRA's matrices, where it is recorded."""
+        return None if self.kind == "full" else self.settings.rank
+
+    @property
+    def num_layers(self) -> int | None:
+        """How many of the last layers were adapted, where it is recorded."""
+        return self.settings.num_layers
+
+    @property
+    def trained_on(self) -> str | None:
+        """The base's name, where it is recorded."""
+        return self.settings.trained_on
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of how the settings were read, one line each."""
+        return self.settings.notes
+
+    @property
+    def mlx_lm_config(self) -> dict[str, Any]:
+        """``adapter_config.json`` as today's mlx-lm reads it, for the tensors that are there."""
+        if self.kind == "full":
+            return {"fine_tune_type": "full"}
+        rank = self.settings.rank
+        parameters = {"rank": rank, "scale": self.scale, "dropout": 0.0, "keys": [*self.modules]}
+        return {"fine_tune_type": self.kind, "num_layers": 1, "lora_parameters": parameters}
 
     @property
     def modules(self) -> Mapping[str, Mapping[str, TensorRef]]:
@@ -125,19 +137,36 @@ class MlxLmAdapter:
         modules: dict[str, dict[str, TensorRef]] = defaultdict(dict)
         for name, tensor in self.header.tensors.items():
             module, _, leaf = name.rpartition(".")
+            leaf = _MLX_VLM_LEAVES.get(leaf, leaf)
             if leaf not in leaves or not module:
+                raise AdapterError(f"{self.header.file}: {self._stranger(name)}")
+            if leaf in modules[module]:
                 raise AdapterError(
-                    f"{self.header.file}: tensor {name!r} is not one that a {self.kind} adapter "
-                    f"of mlx-lm has ({', '.join(leaves)}); check fine_tune_type in {CONFIG_NAME}"
+                    f"{self.header.file}: {module} has {leaf} twice, under mlx-lm's name and "
+                    "mlx-vlm's; remove one"
                 )
             modules[module][leaf] = tensor
         for module, tensors in modules.items():
             if missing := next((leaf for leaf in leaves if leaf not in tensors), None):
                 raise AdapterError(
                     f"{self.header.file}: {module}.{missing} is missing beside "
-                    f"{module}.{next(iter(tensors))}; the adapter was not saved whole"
+                    f"{next(iter(tensors.values())).name}; the adapter was not saved whole"
                 )
         return modules
+
+    def _stranger(self, name: str) -> str:
+        """Why a tensor cannot be in this adapter."""
+        if _FUSED_PROJECTION.search(name):
+            return (
+                f"{name!r} belongs to an adapter of projections that afm7 fuses into one, which "
+                "mlx-lm trains but does not load again; train with lora_parameters.keys that "
+                "leave them out"
+            )
+        leaves = _DORA_LEAVES if self.kind == "dora" else _LORA_LEAVES
+        return (
+            f"tensor {name!r} is not one that a {self.kind} adapter of mlx-lm has "
+            f"({', '.join(leaves)}); check fine_tune_type in {CONFIG_NAME}"
+        )
 
     @property
     def target_tensors(self) -> set[str]:
@@ -147,26 +176,27 @@ class MlxLmAdapter:
         return {f"{module}.weight" for module in self.modules}
 
     def bind(self, base: BaseModel, base_id: str | None = None, *, scaled: bool = True) -> Adapter:
-        warnings = _base_warnings(self.config.get("model"), base_id)
+        warnings = [*self.settings.notes, *_base_warnings(self.settings.trained_on, base_id)]
         if self.kind == "full":
             weights, parameters = self._bind_full(base)
-            return Adapter(self.kind, weights, parameters, warnings)
-        weights = {
-            module: self._bind_low_rank(base, module, tensors, scaled=scaled)
-            for module, tensors in self.modules.items()
-        }
-        return Adapter(self.kind, MappingProxyType(weights), MappingProxyType({}), warnings)
+            return Adapter(self.kind, weights, parameters, tuple(warnings))
+        check_targeted(self.settings, self.header.file, self.modules, base)
+        updates: dict[str, Update] = {}
+        for module, tensors in self.modules.items():
+            updates[module], note = self._bind_low_rank(base, module, tensors, scaled=scaled)
+            warnings += [note] if note else []
+        return Adapter(self.kind, MappingProxyType(updates), MappingProxyType({}), tuple(warnings))
 
     def _bind_low_rank(
         self, base: BaseModel, module: str, tensors: Mapping[str, TensorRef], *, scaled: bool
-    ) -> Update:
+    ) -> tuple[Update, str | None]:
+        """A module's update, and what the user should know of it."""
         weight = base.tensors.get(f"{module}.weight")
         if weight is None:
             raise AdapterError(
                 f"{self.header.file}: {module} is no module of the base model"
                 f"{_closest(module, base)}; fuse into the model the adapter was trained on"
             )
-        self._check_targeted(base, module)
         a, b = tensors["lora_a"], tensors["lora_b"]
         up_ref, down_ref = (a, b) if _is_embedding(module, weight, a, b) else (b, a)
         up, down = (_read_finite(ref) for ref in (up_ref, down_ref))
@@ -180,12 +210,22 @@ class MlxLmAdapter:
             raise AdapterError(
                 f"{self.header.file}: {b.name} has shape {list(b.shape)}; want 2 or 3 axes"
             )
+        magnitude = _read_finite(tensors["m"]) if "m" in tensors else None
+        note = None
+        if magnitude is None:
+            up, note = fit_vocabulary(self.header.file, base, module, weight, up)
         self._check_shapes(base, module, weight, up, down, tensors)
         with np.errstate(over="ignore"):
-            up = up * np.float32(self.scale if scaled else 1)
+            up = up * np.float32(self._factor(module, scaled=scaled))
         self._check_overflow(module, up, down)
-        magnitude = _read_finite(tensors["m"]) if "m" in tensors else None
-        return LowRankUpdate(np.ascontiguousarray(up), np.ascontiguousarray(down), magnitude)
+        update = LowRankUpdate(np.ascontiguousarray(up), np.ascontiguousarray(down), magnitude)
+        return update, note
+
+    def _factor(self, module: str, *, scaled: bool) -> float:
+        own, common = self.settings.scale_of(module), self.scale
+        if scaled:
+            return own
+        return 1.0 if own == common or not common else own / common
 
     def _check_shapes(
         self,
@@ -218,7 +258,7 @@ class MlxLmAdapter:
                 f"{weight.dtype} {list(weight.shape)}; "
                 "fuse into the model the adapter was trained on"
             )
-        declared = self._lora_parameters.get("rank")
+        declared = self.settings.rank_of(module)
         if declared is not None and declared != rank:
             raise AdapterError(
                 f"{self.header.file}: {module} has rank {rank}, but {CONFIG_NAME} says {declared}; "
@@ -229,7 +269,7 @@ class MlxLmAdapter:
         if not np.isfinite(up).all():
             raise AdapterError(
                 f"{self.header.file}: {module} overflows float32 when multiplied with scale "
-                f"{self.scale:g}; correct 'scale' in {CONFIG_NAME}"
+                f"{self.settings.scale_of(module):g}; correct 'scale' in {CONFIG_NAME}"
             )
         largest = (
             float(np.abs(up).max(initial=0)) * float(np.abs(down).max(initial=0)) * up.shape[-1]
@@ -241,29 +281,7 @@ class MlxLmAdapter:
         if not finite:
             raise AdapterError(
                 f"{self.header.file}: the update of {module} overflows float32 at scale "
-                f"{self.scale:g}; correct 'scale' in {CONFIG_NAME}"
-            )
-
-    def _check_targeted(self, base: BaseModel, module: str) -> None:
-        """Refuse what mlx-lm would refuse: a tensor outside the layers and keys of the config."""
-        layer = re.search(r"(?:^|\.)layers\.(\d+)\.(.+)$", module)
-        keys = self._lora_parameters.get("keys")
-        if keys is not None and module not in keys and (layer is None or layer[2] not in keys):
-            raise AdapterError(
-                f"{self.header.file}: {module} is not among lora_parameters.keys of {CONFIG_NAME}, "
-                "so mlx-lm would not load it; add its key there if it was trained"
-            )
-        if layer is None or (keys is not None and module in keys):
-            return
-        total, trained = base.layer_count, self.config.get("num_layers")
-        # mlx-lm takes 0 and negative numbers as all layers.
-        if total is None or not isinstance(trained, int) or trained <= 0:
-            return
-        if int(layer[1]) < total - trained:
-            raise AdapterError(
-                f"{self.header.file}: {module} is not among the last {trained} layers "
-                f"(num_layers in {CONFIG_NAME}) of {total}, so mlx-lm would not load it; "
-                "correct num_layers"
+                f"{self.settings.scale_of(module):g}; correct 'scale' in {CONFIG_NAME}"
             )
 
     def _bind_full(self, base: BaseModel) -> tuple[Mapping[str, Update], Mapping[str, FullUpdate]]:
@@ -313,17 +331,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = read_json(path)
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
-    if "peft_type" in config:
-        raise AdapterError(
-            f"{path}: this is a PEFT adapter ({config['peft_type']}); "
-            "this version reads the adapters of mlx-lm only"
-        )
     return config
 
 
-def _read_weights(folder: Path) -> Header:
+def _read_weights(folder: Path, config: Mapping[str, Any]) -> Header:
     path = folder / WEIGHTS_NAME
     if not path.exists():
+        if "peft_type" in config:
+            raise _peft(folder / CONFIG_NAME, config)
         pickled = next((p for s in _PICKLED for p in folder.glob(s)), None)
         if pickled is not None:
             raise AdapterError(
@@ -334,9 +349,20 @@ def _read_weights(folder: Path) -> Header:
         hint = f"; to fuse {checkpoint.name}, copy it to that name" if checkpoint else ""
         raise AdapterError(f"{path}: the file is missing{hint}")
     try:
-        return read_header(path)
+        header = read_header(path)
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
+    # Others write mlx-lm's tensors and PEFT's settings beside mlx-lm's: the tensors decide.
+    if "peft_type" in config and any(".lora_A." in name for name in header.tensors):
+        raise _peft(path, config)
+    return header
+
+
+def _peft(path: Path, config: Mapping[str, Any]) -> AdapterError:
+    return AdapterError(
+        f"{path}: this is a PEFT adapter ({config['peft_type']}); "
+        "this version reads the adapters of mlx-lm only"
+    )
 
 
 def _is_embedding(module: str, weight: TensorSource, a: TensorRef, b: TensorRef) -> bool:
@@ -395,8 +421,8 @@ def _closest(name: str, base: BaseModel) -> str:
     return f" (closest: {match[0]})" if match else ""
 
 
-def _base_warnings(trained_on: Any, base_id: str | None) -> tuple[str, ...]:
-    if not isinstance(trained_on, str) or not trained_on or base_id is None:
+def _base_warnings(trained_on: str | None, base_id: str | None) -> tuple[str, ...]:
+    if trained_on is None or base_id is None:
         return ()
     if _model_name(trained_on) == _model_name(base_id):
         return ()

@@ -1,5 +1,6 @@
 """What a user names, base and adapters: found, opened, and bound to each other, once."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,15 @@ class AdapterChoice:
 
 @dataclass(frozen=True, slots=True)
 class NamedSources:
-    """Base and adapters as folders of this machine; what is in them was not looked at."""
+    """Base and adapters as folders of this machine; what is in them was not looked at.
+
+    Attributes:
+        scale: of the only adapter's update, where the user says it.
+    """
 
     model: LocalFolder
     adapters: tuple[AdapterChoice, ...]
+    scale: float | None = None
 
     @classmethod
     def find(
@@ -41,6 +47,7 @@ class NamedSources:
         revision: str | None = None,
         trust_remote_code: bool = False,
         weighted: bool = True,
+        scale: float | None = None,
     ) -> "NamedSources":
         """Find what the user named; what is on the Hub is downloaded.
 
@@ -48,17 +55,24 @@ class NamedSources:
             model: folder or Hub id of the base.
             adapter_path: of the adapters.
             weighted: whether a name may end with ``:WEIGHT``.
+            scale: of the adapter's update, taken instead of the recorded one; of one adapter only.
             revision: of the base on the Hub.
             trust_remote_code: let model code that lies in the base's folder run.
 
         Raises:
             HubError: with the cure, when there is no such folder or repository.
+            ConfigurationError: for a scale or weight that makes no sense.
         """
         found = hub.resolve(model, revision=revision, code=trust_remote_code)
         named = [adapter_path] if isinstance(adapter_path, str | Path) else list(adapter_path)
         if not named:
             raise ConfigurationError("--adapter-path: give at least one adapter")
-        return cls(found, tuple(_chosen(str(name), weighted) for name in named))
+        if scale is not None and (len(named) > 1 or not math.isfinite(scale)):
+            raise ConfigurationError(
+                f"--scale {scale:g}: must be a finite number, and goes with one --adapter-path; "
+                "of several, correct 'scale' in each adapter_config.json"
+            )
+        return cls(found, tuple(_chosen(str(name), weighted) for name in named), scale)
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -71,7 +85,7 @@ class NamedSources:
         Raises:
             AdapterError: naming the file or tensor that is wrong, and the cure.
         """
-        return tuple(open_adapter(choice.folder.path) for choice in self.adapters)
+        return tuple(open_adapter(choice.folder.path, scale=self.scale) for choice in self.adapters)
 
     def open(self, opened: tuple[AdapterFolder, ...] | None = None) -> "Sources":
         """Open all, and bind the adapters to the base.
@@ -132,6 +146,9 @@ def _split_weight(name: str) -> tuple[str, float]:
     if not colon or Path(name).expanduser().exists():
         return name, 1.0
     try:
-        return path, float(weight)
+        number = float(weight)
     except ValueError:
         return name, 1.0
+    if not math.isfinite(number):
+        raise ConfigurationError(f"--adapter-path {name}: the weight must be a finite number")
+    return path, number

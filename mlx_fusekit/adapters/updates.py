@@ -109,8 +109,28 @@ class AdapterFolder(Protocol):
         """Names of the base's tensors that the adapter changes."""
 
     @property
+    def trained_on(self) -> str | None:
+        """The base's name, where it is recorded."""
+
+    @property
+    def num_layers(self) -> int | None:
+        """How many of the last layers were adapted, where it is recorded."""
+
+    @property
+    def rank(self) -> int | None:
+        """Of the matrices of LoRA and DoRA, where it is recorded."""
+
+    @property
     def scale(self) -> float:
-        """The factor of LoRA's and DoRA's update."""
+        """The factor of LoRA's and DoRA's update, of modules that have none of their own."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of how the settings were read, one line each."""
+
+    @property
+    def mlx_lm_config(self) -> Mapping[str, Any]:
+        """``adapter_config.json`` as today's mlx-lm reads it."""
 
     def bind(self, base: BaseModel, base_id: str | None = None, *, scaled: bool = True) -> Adapter:
         """Check every tensor against the base and read the adapter into its neutral form.

@@ -1,5 +1,7 @@
 """What is timed: a base, the base with its adapter as mlx-lm runs it, fused models."""
 
+import json
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +14,9 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import sharded_load
 
-from mlx_fusekit.checkpoint.folder import Checkpoint
+from mlx_fusekit.adapters.opening import open_adapter
+from mlx_fusekit.adapters.updates import AdapterFolder
+from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME, Checkpoint
 from mlx_fusekit.checkpoint.mlx_lm import MLX_LM_ERRORS, first_line
 from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.quantization import LEAVES
@@ -38,6 +42,7 @@ class ArmSource:
         folder: of the model.
         adapter: folder of the adapter that it runs with, unmerged.
         trust_remote_code: let model code that lies in the folder run.
+        scale: of the adapter's update, where the user says it.
     """
 
     name: str
@@ -45,6 +50,7 @@ class ArmSource:
     folder: Path
     adapter: Path | None = None
     trust_remote_code: bool = False
+    scale: float | None = None
 
     @property
     def local(self) -> LocalFolder:
@@ -101,17 +107,26 @@ def load_arm(source: ArmSource) -> LoadedArm:
     if source.adapter is None:
         return LoadedArm(running, loaded - start, None)
     try:
-        load_adapters(running.model, str(source.adapter))
+        _put_adapter(running.model, open_adapter(source.adapter, scale=source.scale))
     except MLX_LM_ERRORS as error:
         line = first_line(error)
         raise AdapterError(
             f"--adapter-path {source.adapter}: mlx-lm cannot run it on {source.public_name}, "
             f"so there is no unfused arm to time ({line.rstrip(':')})"
         ) from error
-    mx.eval(running.model.parameters())
     running.model.eval()
     end = time.perf_counter()
     return LoadedArm(running, end - start, end - loaded)
+
+
+def _put_adapter(model: nn.Module, adapter: AdapterFolder) -> None:
+    """Let mlx-lm load an adapter, its settings told as today's mlx-lm reads them."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / ADAPTER_CONFIG_NAME).write_text(json.dumps(adapter.mlx_lm_config), "utf-8")
+        weights = adapter.files[-1].resolve()
+        (Path(folder) / "adapters.safetensors").symlink_to(weights)
+        load_adapters(model, folder)
+        mx.eval(model.parameters())
 
 
 def _load_whole(source: ArmSource) -> RunningModel:

@@ -58,6 +58,7 @@ def benchmark(
     workload: Workload | None = None,
     skip_base: bool = False,
     fuse_seconds: float | None = None,
+    scale: float | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: StepProgress | None = None,
@@ -75,6 +76,7 @@ def benchmark(
         workload: what to do; mlx_lm.benchmark's prompt of 512 tokens by default.
         skip_base: leave out the base by itself.
         fuse_seconds: what fusing took, for the break-even.
+        scale: of the adapter's update, taken instead of the one in ``adapter_config.json``.
         revision: of a Hub base.
         trust_remote_code: let the models' own code run.
         progress: called between trials only.
@@ -83,7 +85,7 @@ def benchmark(
         FusekitError: before anything is timed, when models and adapter do not belong together, the
             prompt is too long or the memory too small.
     """
-    sources = _sources(model, adapter_path, fused, skip_base, revision, trust_remote_code)
+    sources = _sources(model, adapter_path, fused, skip_base, scale, revision, trust_remote_code)
     return benchmark_arms(
         sources, workload or Workload(), fuse_seconds=fuse_seconds, progress=progress
     )
@@ -318,6 +320,7 @@ def _sources(
     adapter_path: str | Path | None,
     fused: Mapping[str, str | Path] | str | Path | None,
     skip_base: bool,
+    scale: float | None,
     revision: str | None,
     trust_remote_code: bool,
 ) -> list[ArmSource]:
@@ -333,10 +336,11 @@ def _sources(
             revision=revision,
             trust_remote_code=trust_remote_code,
             weighted=False,
+            scale=scale,
         )
         base, opened, adapter = named.model, named.open().base, named.adapters[0].folder
         arms.append(
-            ArmSource(ADAPTED, base.public_name, base.path, adapter.path, trust_remote_code)
+            ArmSource(ADAPTED, base.public_name, base.path, adapter.path, trust_remote_code, scale)
         )
     if not skip_base or adapter_path is None:
         arms.insert(0, ArmSource(BASE, base.public_name, base.path, None, trust_remote_code))

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,49 @@ def logical_columns(config: Mapping[str, Any]) -> dict[str, int]:
     Returns:
         An empty mapping for a configuration that mlx-lm makes no model of.
     """
-    try:
-        model_class, arguments_class = model_classes(config)
-        model: Any = model_class(arguments_class.from_dict(dict(config)))  # type: ignore[attr-defined]
-    except MLX_LM_ERRORS:
+    model = _skeleton(config)
+    if model is None:
         return {}
     modules = [(path, module) for path, module in model.named_modules() if "weight" in module]
     return {path: module.weight.shape[-1] for path, module in modules if module.weight.ndim > 1}
+
+
+def adapted_modules(
+    config: Mapping[str, Any], num_layers: int, keys: Sequence[str] | None
+) -> frozenset[str] | None:
+    """Paths of the modules that mlx-lm would put adapter layers around; nothing is computed.
+
+    Args:
+        config: of the model.
+        num_layers: how many of the last layers; 0 and less mean all.
+        keys: modules, seen from a layer or from the model; None for all that mlx-lm can adapt.
+
+    Returns:
+        None for a configuration that mlx-lm makes no model of.
+
+    Raises:
+        CheckpointError: with mlx-lm's reason, when it can adapt none of the modules that a key
+            names.
+    """
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model = _skeleton(config)
+    if model is None:
+        return None
+    parameters = {"rank": 1, "scale": 1.0, "dropout": 0.0, "keys": keys}
+    try:
+        linear_to_lora_layers(model, num_layers, parameters)
+    except MLX_LM_ERRORS as error:
+        raise CheckpointError(
+            f"mlx-lm cannot adapt what lora_parameters.keys names ({first_line(error)})"
+        ) from error
+    return frozenset(path for path, module in model.named_modules() if "lora_a" in module)
+
+
+def _skeleton(config: Mapping[str, Any]) -> Any:
+    """mlx-lm's model of a configuration, with weights that are never computed; None without one."""
+    try:
+        model_class, arguments_class = model_classes(config)
+        return model_class(arguments_class.from_dict(dict(config)))  # type: ignore[attr-defined]
+    except MLX_LM_ERRORS:
+        return None

@@ -87,6 +87,7 @@ _plot = click.option(
 @_csv
 @_plot
 @options.overwrite("Replace these files where they exist.")
+@options.scale()
 @options.revision()
 @options.trust_remote_code("Run the models' own *.py files.")
 @click.pass_context

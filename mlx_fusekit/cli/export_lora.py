@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 @options.adapter_path("The LoRA adapter: folder or Hub id.", required=True)
 @options.gguf_path()
 @options.overwrite("Replace the file where it exists.")
+@options.scale()
 @options.revision("model")
 @options.as_json()
 @options.trust_remote_code()

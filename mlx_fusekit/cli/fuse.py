@@ -84,6 +84,8 @@ if TYPE_CHECKING:
     help="Upload the result to this repository on the Hub, which is made private; "
     "`mlx-fusekit publish` does the same, and more.",
 )
+@options.scale()
+@click.option("--again", is_flag=True, help="Fuse an adapter that the model holds already.")
 @options.revision()
 @options.overwrite("Replace an existing model folder.")
 @options.dry_run("Show the plan; read headers only, write nothing.")

@@ -16,16 +16,28 @@ if TYPE_CHECKING:
 @click.command("inspect")
 @click.argument("path", type=PATH)
 @options.model("An adapter's base: compare its update with the quantization step.")
+@options.scale()
 @options.revision("model")
 @options.as_json()
 @options.trust_remote_code()
 def command(
-    path: str, model: str | None, revision: str | None, as_json: bool, trust_remote_code: bool
+    path: str,
+    model: str | None,
+    scale: float | None,
+    revision: str | None,
+    as_json: bool,
+    trust_remote_code: bool,
 ) -> None:
     """Show the facts of a model or adapter folder."""
     from mlx_fusekit.inspecting import ModelFacts, inspect
 
-    facts = inspect(path, model=model, revision=revision, trust_remote_code=trust_remote_code)
+    facts = inspect(
+        path,
+        model=model,
+        scale=scale,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     if as_json:
         output.print_json(facts.as_json())
     elif isinstance(facts, ModelFacts):

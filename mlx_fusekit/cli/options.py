@@ -44,6 +44,16 @@ def adapter_path(words: str, **more: Any) -> Callable[[_Command], _Command]:
     return click.option("--adapter-path", type=PATH, help=words, **more)
 
 
+def scale() -> Callable[[_Command], _Command]:
+    """``--scale``, of an adapter's update."""
+    return click.option(
+        "--scale",
+        type=float,
+        metavar="X",
+        help="Factor of the adapter's update, instead of the one in its adapter_config.json.",
+    )
+
+
 def gguf_path() -> Callable[[_Command], _Command]:
     """``--gguf-path``, of the commands that write nothing else."""
     return click.option(

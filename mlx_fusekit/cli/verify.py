@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 @options.max_kl("Exit with code 3 when the mean KL is above X nats a token.")
 @options.seed("Seed of the text.")
 @options.number("--max-tokens", words="About how many tokens to run.", default=MAX_TOKENS, least=2)
+@options.scale()
 @options.revision("base or reference")
 @options.as_json()
 @options.trust_remote_code("Run the models' own *.py files.")

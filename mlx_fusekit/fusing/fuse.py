@@ -15,7 +15,7 @@ from mlx_fusekit.checkpoint import recipe
 from mlx_fusekit.checkpoint.belongings import Companions, find_companions
 from mlx_fusekit.checkpoint.staging import check_target, staging_folder
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
-from mlx_fusekit.fusing import destinations, folder
+from mlx_fusekit.fusing import destinations, folder, history
 from mlx_fusekit.fusing.execute import execute, working_memory
 from mlx_fusekit.fusing.options import FuseOptions
 from mlx_fusekit.fusing.report import (
@@ -186,9 +186,12 @@ class PreparedFuse:
                 "id": choice.folder.public_name,
                 "revision": choice.folder.revision,
                 "weight": choice.weight,
+                "scale": None if opened.kind == "full" else opened.scale,
                 "sha256": digests[f"adapter {place}"],
             }
-            for place, choice in enumerate(self.sources.choices)
+            for place, (choice, opened) in enumerate(
+                zip(self.sources.choices, self.sources.opened, strict=True)
+            )
         ]
         model, formats = self.sources.model, self.plan.options
         return {
@@ -198,6 +201,7 @@ class PreparedFuse:
                 "sha256": digests["base"],
             },
             "adapters": adapters,
+            "earlier_adapters": history.held_by(self.plan.base.folder),
             "kind": self.plan.adapter.kind,
             "requantize": self.strategy.name if self.strategy else None,
             "calibration": asdict(calibrated) if calibrated else None,
@@ -216,6 +220,7 @@ def prepare_fuse(
     adapter_path: AdapterNames,
     save_path: str | Path,
     *,
+    scale: float | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     **options: Any,
@@ -229,11 +234,13 @@ def prepare_fuse(
     """
     asked = FuseOptions(**options)
     named = NamedSources.find(
-        model, adapter_path, revision=revision, trust_remote_code=trust_remote_code
+        model, adapter_path, revision=revision, trust_remote_code=trust_remote_code, scale=scale
     )
     target = Path(save_path).expanduser()
     check_target(target, overwrite=asked.overwrite, sources=named.folders)
     sources = named.open()
+    if not asked.again:
+        history.refuse_twice(sources)
     plan = plan_fuse(sources.base, sources.adapter, asked.formats)
     strategy, notes = _chosen_strategy(plan, asked)
     notes += destinations.check(sources.base, target, asked)
@@ -262,6 +269,8 @@ def fuse(
     max_kl: float | None = None,
     max_growth: float | None = None,
     seed: int = 0,
+    scale: float | None = None,
+    again: bool = False,
     export_gguf: bool = False,
     gguf_path: str | Path = "model.gguf",
     outtype: str = "auto",
@@ -294,6 +303,8 @@ def fuse(
         max_growth: how much larger than the base wider bits may make the model, as a share; by
             default there is no cap where ``max_kl`` is given, and 0.1 otherwise.
         seed: of calibration text that is chosen or generated.
+        scale: of the adapter's update, taken instead of the one in ``adapter_config.json``.
+        again: fuse an adapter also into a model that holds it already.
         export_gguf: write the fused model as a GGUF file too.
         gguf_path: that file, seen from ``save_path``.
         outtype: its types, as :func:`mlx_fusekit.export_gguf` takes them.
@@ -324,6 +335,8 @@ def fuse(
         max_kl=max_kl,
         max_growth=max_growth,
         seed=seed,
+        scale=scale,
+        again=again,
         overwrite=overwrite,
         export_gguf=export_gguf,
         gguf_path=gguf_path,

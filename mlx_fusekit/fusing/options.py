@@ -34,6 +34,7 @@ class FuseOptions:
     max_kl: float | None = None
     max_growth: float | None = None
     seed: int = 0
+    again: bool = False
     overwrite: bool = False
     export_gguf: bool = False
     gguf_path: str | Path = "model.gguf"

@@ -104,6 +104,7 @@ def export_lora(
     adapter_path: str | Path,
     gguf_path: str | Path,
     *,
+    scale: float | None = None,
     revision: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -117,6 +118,7 @@ def export_lora(
         model: the base, folder or Hub id, quantized or not; only headers are read.
         adapter_path: folder or Hub id of the adapter.
         gguf_path: the file to write.
+        scale: of the adapter's update, taken instead of the one in ``adapter_config.json``.
         revision: of the base, where it is a Hub id.
         overwrite: replace an existing GGUF file.
         trust_remote_code: let model code that lies in the base's folder run.
@@ -136,6 +138,7 @@ def export_lora(
         revision=revision,
         trust_remote_code=trust_remote_code,
         weighted=False,
+        scale=scale,
     )
     (folder,) = opened = named.open_adapters()
     _check_lora(folder)

@@ -31,6 +31,7 @@ def verify(
     max_kl: float | None = None,
     seed: int = 0,
     max_tokens: int = MAX_TOKENS,
+    scale: float | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: StepProgress | None = None,
@@ -48,6 +49,7 @@ def verify(
         max_kl: bound on the mean KL in nats a token.
         seed: of the text, of which calibration draws other from the same number.
         max_tokens: about how many tokens to run.
+        scale: of the adapter's update, taken instead of the one in ``adapter_config.json``.
         revision: of the base or reference on the Hub.
         trust_remote_code: let model code that lies in the models' folders run.
         progress: called with the step, and how much of it is done and there is in all.
@@ -62,7 +64,11 @@ def verify(
     checkpoint = Checkpoint.open(found.path) if found is not None else None
     if model is not None and adapter_path is not None:
         named = NamedSources.find(
-            model, adapter_path, revision=revision, trust_remote_code=trust_remote_code
+            model,
+            adapter_path,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            scale=scale,
         )
         truth = teacher(named, checkpoint, progress)
     else:

@@ -133,7 +133,15 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "dora without magnitude": (lambda c: c.update(fine_tune_type="dora"), r"\.m is missing"),
     "full": (lambda c: c.update(fine_tune_type="full"), "is no parameter of the base"),
-    "peft": (lambda c: c.update(peft_type="LORA"), "PEFT adapter"),
+    "rank in quotes": (
+        lambda c: c["lora_parameters"].update(rank="4"),
+        "rank is '4', which is no number; write 4 without quotes",
+    ),
+    "keys in one": (
+        lambda c: c["lora_parameters"].update(keys="self_attn.q_proj"),
+        "must be a list of module names",
+    ),
+    "layers in quotes": (lambda c: c.update(num_layers="2"), "num_layers is '2'; it must be"),
 }
 
 

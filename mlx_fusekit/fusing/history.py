@@ -1,0 +1,50 @@
+"""Which adapters a base holds already, as its ``fusekit.json`` tells."""
+
+from pathlib import Path
+from typing import Any
+
+from mlx_fusekit.adapters.sources import Sources
+from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME, read_json
+from mlx_fusekit.checkpoint.recipe import RECIPE_NAME, sha256
+from mlx_fusekit.errors import CheckpointError, ConfigurationError
+
+
+def held_by(base: Path) -> list[dict[str, Any]]:
+    """The adapters fused into a base, the last ones first, as its recipe lists them.
+
+    A base without a recipe, or with one that is not ours, holds none as far as is known.
+    """
+    if not (base / RECIPE_NAME).is_file():
+        return []
+    try:
+        recipe = read_json(base / RECIPE_NAME)
+    except CheckpointError:
+        return []
+    lists = (recipe.get(key) for key in ("adapters", "earlier_adapters"))
+    entries = [entry for found in lists if isinstance(found, list) for entry in found]
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def refuse_twice(sources: Sources) -> None:
+    """Refuse an adapter that the base holds already; its update would count twice.
+
+    Raises:
+        ConfigurationError: naming the adapter.
+    """
+    held = {
+        digest
+        for entry in held_by(sources.base.folder)
+        if isinstance(digests := entry.get("sha256"), dict)
+        for name, digest in digests.items()
+        if name != ADAPTER_CONFIG_NAME
+    }
+    if not held:
+        return
+    for choice, opened in zip(sources.choices, sources.opened, strict=True):
+        weights = (file for file in opened.files if file.name != ADAPTER_CONFIG_NAME)
+        if all(sha256(file) in held for file in weights):
+            raise ConfigurationError(
+                f"--adapter-path {choice.folder.path}: {sources.model.path} holds this adapter "
+                f"already ({RECIPE_NAME}), and its update would count twice; give the base it was "
+                "trained on as --model, or say --again"
+            )
