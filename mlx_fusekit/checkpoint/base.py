@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlx_fusekit.checkpoint.header import Header
+from mlx_fusekit.checkpoint.header import Header, TensorRef
 from mlx_fusekit.formats.floats import Array
 from mlx_fusekit.formats.quantization import QuantSpec
 
@@ -52,6 +52,17 @@ class BaseModel(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorSource]: ...
+    @property
+    def beside(self) -> Mapping[str, TensorRef]:
+        """Of a converted base, stored tensors that are no part of the text model.
+
+        They are named as they are to be kept beside it.
+        """
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Names of such tensors that a converted model would not load with."""
+
     @property
     def quantized_modules(self) -> tuple[str, ...]: ...
     @property

@@ -53,6 +53,7 @@ class Kind:
         return step in self.steps and (trust_remote_code or not self.trusted)
 
 
+_BESIDE_TEXT = "images and sound"
 #: A file is of the first kind that has a pattern for its name.
 KINDS = (
     Kind("settings", ("config.json", INDEX_NAME), Step.DOWNLOAD | Step.PUBLISH, expected=True),
@@ -84,7 +85,7 @@ KINDS = (
         ("chat_template*.json", "chat_template*.jinja", f"{TEMPLATES_FOLDER}/*.jinja"),
         Step.ALL,
     ),
-    Kind("images and sound", ("*processor_config.json",), Step.ALL),
+    Kind(_BESIDE_TEXT, ("*processor_config.json",), Step.ALL),
     Kind("license", ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"), Step.ALL),
     Kind("code", ("*.py",), Step.ALL, trusted=True),
     Kind("model card", (CARD_NAME,), Step.DOWNLOAD),
@@ -138,11 +139,15 @@ class Companions:
     left_out: tuple[str, ...]
 
 
-def find_companions(folder: Path, *, trust_remote_code: bool = False) -> Companions:
+def find_companions(
+    folder: Path, *, trust_remote_code: bool = False, text_only: bool = False
+) -> Companions:
     """Decide which files of a model folder come along.
 
     Args:
+        folder: of the model.
         trust_remote_code: whether Python files do.
+        text_only: whether those for images and sound do not.
 
     Raises:
         CheckpointError: for a data file that is a link out of the folder.
@@ -153,7 +158,11 @@ def find_companions(folder: Path, *, trust_remote_code: bool = False) -> Compani
         if name.startswith(".") or path.is_dir():
             continue
         kind = _kind(name)
-        if kind is not None and kind.taken(Step.COPY, trust_remote_code=trust_remote_code):
+        if (
+            kind is not None
+            and kind.taken(Step.COPY, trust_remote_code=trust_remote_code)
+            and not (text_only and kind.purpose == _BESIDE_TEXT)
+        ):
             resolve_inside(folder, name)
             copied.append(name)
         elif kind is None or not kind.expected:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
 from mlx_fusekit.checkpoint.mlx_lm import logical_columns
@@ -36,6 +36,8 @@ class Checkpoint:
     headers: Mapping[str, Header]
     tensors: Mapping[str, TensorRef]
     converted = False
+    beside: ClassVar[Mapping[str, TensorRef]] = MappingProxyType({})
+    lost: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":

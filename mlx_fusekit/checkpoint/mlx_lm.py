@@ -91,6 +91,11 @@ def adapted_modules(
     return frozenset(path for path, module in model.named_modules() if "lora_a" in module)
 
 
+def builds(config: Mapping[str, Any]) -> bool:
+    """Whether mlx-lm makes a model of a configuration."""
+    return _skeleton(config) is not None
+
+
 def _skeleton(config: Mapping[str, Any]) -> Any:
     """mlx-lm's model of a configuration, with weights that are never computed; None without one."""
     try:

@@ -5,9 +5,9 @@ another quantization format. mlx-lm's ``sanitize`` methods know how to convert e
 let it, lazily: nothing is computed before a tensor is read, and a tensor may be read again.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import numpy as np
 
 from mlx_fusekit.checkpoint.base import BaseModel
+from mlx_fusekit.checkpoint.beside_text import dropped
 from mlx_fusekit.checkpoint.folder import Checkpoint, layer_count, quantization_block
-from mlx_fusekit.checkpoint.header import Header
+from mlx_fusekit.checkpoint.header import Header, TensorRef
 from mlx_fusekit.checkpoint.mlx_lm import checkpoint_errors, model_classes
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import STORAGE, Array
@@ -103,6 +104,8 @@ class SanitizedModel:
         config: ``config.json``, with MLX's quantization where mlx-lm converted another one.
         headers: of the weight files that it is made from.
         specs: quantization of each quantized module.
+        beside: stored tensors that mlx-lm's class drops, by the names to keep them under.
+        lost: names of those that no name can be found for.
     """
 
     folder: Path
@@ -110,6 +113,8 @@ class SanitizedModel:
     headers: Mapping[str, Header]
     tensors: Mapping[str, LazyTensor]
     specs: Mapping[str, QuantSpec]
+    beside: Mapping[str, TensorRef]
+    lost: tuple[str, ...]
     converted = True
 
     @property
@@ -173,6 +178,17 @@ def open_base(
         raise
 
 
+def beside_text(base: BaseModel, *, trust_remote_code: bool = False) -> frozenset[str]:
+    """Names of the base's stored tensors that mlx-lm drops when it loads the model.
+
+    Raises:
+        CheckpointError: with mlx-lm's reason, when it cannot load it.
+    """
+    if base.converted:
+        return frozenset(base.beside)
+    return _Conversion(base.folder, trust_remote_code).dropped()
+
+
 class _Conversion:
     """mlx-lm's conversion of a folder, begun again when a tensor is wanted once more.
 
@@ -186,10 +202,17 @@ class _Conversion:
         self._thread = ThreadPoolExecutor(1)
         self._arrays: dict[str, mx.array] = {}
         self._unchanged = False
+        self._dropped: dict[str, str | None] | None = None
 
     def of(self, checkpoint: Checkpoint) -> BaseModel:
         """The checkpoint, or the model where mlx-lm changes anything."""
         return self._thread.submit(self._open, checkpoint).result()
+
+    def dropped(self) -> frozenset[str]:
+        """Names of stored tensors that mlx-lm's class drops."""
+        self._thread.submit(self._load).result()
+        self._arrays.clear()
+        return frozenset(self._dropped or ())
 
     def compute(self, name: str) -> Array:
         """The stored bits of a parameter."""
@@ -201,7 +224,8 @@ class _Conversion:
         if self._unchanged and config.get("quantization") == stored:
             self._arrays.clear()
             return checkpoint
-        return _sanitized(checkpoint, model, config, self._arrays, self.compute)
+        beside, lost = _beside(checkpoint, self._dropped or {})
+        return _sanitized(checkpoint, model, config, self._arrays, self.compute, beside, lost)
 
     def _compute(self, name: str) -> Array:
         import mlx.core as mx
@@ -224,8 +248,10 @@ class _Conversion:
             class Recorded(model_class):  # type: ignore[misc,valid-type]
                 def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
                     before = dict(weights)
-                    parent = getattr(super(), "sanitize", None)
-                    after = dict(parent(weights) if parent else weights)
+                    parent = getattr(super(), "sanitize", dict)
+                    after = dict(parent(weights))
+                    if conversion._dropped is None:
+                        conversion._dropped = dropped(before, parent)
                     conversion._unchanged = all(before.get(n) is a for n, a in after.items())
                     return after
 
@@ -242,12 +268,26 @@ class _Conversion:
         return model, config
 
 
+def _beside(
+    checkpoint: Checkpoint, dropped: Mapping[str, str | None]
+) -> tuple[dict[str, TensorRef], list[str]]:
+    """What mlx-lm drops, by the names to keep it under, and the names of what cannot be kept."""
+    # mlx-lm gives other names to what it unpacks itself, before its classes see it.
+    stored = {name: kept for name, kept in sorted(dropped.items()) if name in checkpoint.tensors}
+    beside = {
+        kept: replace(checkpoint.tensors[name], name=kept) for name, kept in stored.items() if kept
+    }
+    return beside, [name for name, kept in stored.items() if kept is None]
+
+
 def _sanitized(
     checkpoint: Checkpoint,
     model: Any,
     config: Mapping[str, Any],
     arrays: "Mapping[str, mx.array]",
     compute: Callable[[str], Array],
+    beside: Mapping[str, TensorRef],
+    lost: Sequence[str],
 ) -> SanitizedModel:
     specs = {
         path: QuantSpec(module.bits, module.group_size, getattr(module, "mode", "affine"))
@@ -268,4 +308,6 @@ def _sanitized(
         checkpoint.headers,
         MappingProxyType(tensors),
         MappingProxyType(specs),
+        MappingProxyType(beside),
+        tuple(lost),
     )

@@ -85,6 +85,11 @@ if TYPE_CHECKING:
     "`mlx-fusekit publish` does the same, and more.",
 )
 @options.scale()
+@click.option(
+    "--text-only",
+    is_flag=True,
+    help="Leave out vision, sound and further heads, which mlx-lm does not run.",
+)
 @click.option("--again", is_flag=True, help="Fuse an adapter that the model holds already.")
 @options.revision()
 @options.overwrite("Replace an existing model folder.")

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
-from mlx_fusekit.checkpoint import recipe
+from mlx_fusekit.checkpoint import beside_text, recipe
 from mlx_fusekit.checkpoint.belongings import Companions
 from mlx_fusekit.checkpoint.clone import copy_file, reflink
 from mlx_fusekit.checkpoint.folder import INDEX_NAME, Checkpoint
@@ -72,13 +72,15 @@ def check_disk(plan: FusePlan, target: Path, staging: Path, *, clone: bool) -> N
         )
 
 
-def write_beside_weights(plan: FusePlan, companions: Companions, staging: Path) -> None:
+def write_beside_weights(
+    plan: FusePlan, companions: Companions, staging: Path, *, text_only: bool
+) -> None:
     """Write everything but the weights and the recipe, and bring it to the disk."""
     folder = plan.base.folder
     for name in companions.copied:
         (staging / name).parent.mkdir(exist_ok=True)
         copy_file(folder / name, staging / name)
-    config = _changed_config(plan)
+    config = _changed_config(plan, text_only=text_only)
     if config is None:
         copy_file(folder / "config.json", staging / "config.json")
     else:
@@ -107,11 +109,11 @@ def check_written(plan: FusePlan, staging: Path) -> None:
         raise AssertionError(f"written and planned tensors differ: {set(planned) ^ set(found)}")
 
 
-def _changed_config(plan: FusePlan) -> str | None:
+def _changed_config(plan: FusePlan, *, text_only: bool) -> str | None:
     """``config.json`` of the fused model, or None when the base's serves unchanged."""
-    if plan.quantization is None and plan.options.dtype is None:
+    if plan.quantization is None and plan.options.dtype is None and not text_only:
         return None
-    config = dict(plan.base.config)
+    config = beside_text.text_only(plan.base.config) if text_only else dict(plan.base.config)
     if plan.quantization:
         config["quantization"] = dict(plan.quantization)
         config["quantization_config"] = dict(plan.quantization)

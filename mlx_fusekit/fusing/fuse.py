@@ -5,14 +5,17 @@ in the staging folder is checked.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from mlx_fusekit.adapters.sources import AdapterNames, NamedSources, Sources
 from mlx_fusekit.checkpoint import recipe
+from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.belongings import Companions, find_companions
+from mlx_fusekit.checkpoint.beside_text import in_words
+from mlx_fusekit.checkpoint.sanitized import beside_text
 from mlx_fusekit.checkpoint.staging import check_target, staging_folder
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.fusing import destinations, folder, history
@@ -138,7 +141,9 @@ class PreparedFuse:
                 clone=clone,
                 progress=_counted(final.plan, progress),
             )
-            folder.write_beside_weights(final.plan, self.companions, staging)
+            folder.write_beside_weights(
+                final.plan, self.companions, staging, text_only=self.options.text_only
+            )
             folder.check_written(final.plan, staging)
             calibrated = ready.report if ready else None
             folder.write_recipe(staging, final.recipe(hashing.result(), calibrated))
@@ -207,6 +212,7 @@ class PreparedFuse:
             "calibration": asdict(calibrated) if calibrated else None,
             "bits": formats.bits,
             "dequantize": formats.dequantize,
+            "text_only": self.options.text_only,
             "dtype": dtype_name(formats.dtype) if formats.dtype else None,
             "seed": self.options.seed,
             "modules": [step.module for step in self.plan.merged],
@@ -241,14 +247,21 @@ def prepare_fuse(
     sources = named.open()
     if not asked.again:
         history.refuse_twice(sources)
-    plan = plan_fuse(sources.base, sources.adapter, asked.formats)
+    formats = asked.formats
+    if asked.text_only:
+        beside = beside_text(sources.base, trust_remote_code=trust_remote_code)
+        formats = replace(formats, left_out=beside)
+    plan = plan_fuse(sources.base, sources.adapter, formats)
     strategy, notes = _chosen_strategy(plan, asked)
     notes += destinations.check(sources.base, target, asked)
+    notes += () if asked.text_only else tuple(_beside_the_text(plan.base))
     return PreparedFuse(
         sources=sources,
         target=target,
         plan=plan,
-        companions=find_companions(named.model.path, trust_remote_code=trust_remote_code),
+        companions=find_companions(
+            named.model.path, trust_remote_code=trust_remote_code, text_only=asked.text_only
+        ),
         options=asked,
         strategy=strategy,
         notes=notes,
@@ -271,6 +284,7 @@ def fuse(
     seed: int = 0,
     scale: float | None = None,
     again: bool = False,
+    text_only: bool = False,
     export_gguf: bool = False,
     gguf_path: str | Path = "model.gguf",
     outtype: str = "auto",
@@ -305,6 +319,8 @@ def fuse(
         seed: of calibration text that is chosen or generated.
         scale: of the adapter's update, taken instead of the one in ``adapter_config.json``.
         again: fuse an adapter also into a model that holds it already.
+        text_only: leave out vision, sound and further heads, which mlx-lm does not run; by default
+            they come along unchanged.
         export_gguf: write the fused model as a GGUF file too.
         gguf_path: that file, seen from ``save_path``.
         outtype: its types, as :func:`mlx_fusekit.export_gguf` takes them.
@@ -337,6 +353,7 @@ def fuse(
         seed=seed,
         scale=scale,
         again=again,
+        text_only=text_only,
         overwrite=overwrite,
         export_gguf=export_gguf,
         gguf_path=gguf_path,
@@ -380,6 +397,20 @@ def _obstacle(plan: FusePlan) -> str | None:
             f"({memory_bytes() / 1e9:.1f} GB) is too small to run it"
         )
     return None
+
+
+def _beside_the_text(base: BaseModel) -> Iterator[str]:
+    """What to tell of tensors that mlx-lm does not run."""
+    if base.beside:
+        yield (
+            f"what mlx-lm does not run comes along as it is: {in_words(base.beside)}; "
+            "--text-only leaves it out"
+        )
+    if base.lost:
+        yield (
+            f"what mlx-lm does not run is left out: {in_words(base.lost)}; mlx-lm would not load "
+            "the fused model with it"
+        )
 
 
 def _nothing_to_requantize(step: Any) -> RequantizedWeight:

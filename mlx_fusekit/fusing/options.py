@@ -35,6 +35,7 @@ class FuseOptions:
     max_growth: float | None = None
     seed: int = 0
     again: bool = False
+    text_only: bool = False
     overwrite: bool = False
     export_gguf: bool = False
     gguf_path: str | Path = "model.gguf"

@@ -25,12 +25,14 @@ class FormatOptions:
         dequantize: write the whole model unquantized.
         dtype: safetensors dtype of a dequantized model; None keeps each module's own.
         widths: bits of single modules, by path, where they are to be wider than all that.
+        left_out: names of the base's tensors that are not written.
     """
 
     bits: int | None = None
     dequantize: bool = False
     dtype: str | None = None
     widths: Mapping[str, int] = field(default_factory=dict)
+    left_out: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.bits is not None and self.dequantize:
@@ -151,6 +153,7 @@ def plan_fuse(base: BaseModel, adapter: Adapter, options: FormatOptions) -> Fuse
             f"--bits {options.bits}: the base is not quantized; drop the flag, or quantize the "
             "result with mlx_lm.convert"
         )
+    _check_left_out(adapter, options)
     steps: list[Step] = []
     unchanged: list[str] = []
     for module, update in adapter.weights.items():
@@ -167,6 +170,14 @@ def plan_fuse(base: BaseModel, adapter: Adapter, options: FormatOptions) -> Fuse
     if options.dequantize:
         steps += _dequantize_steps(base, steps, options)
     return _lay_out(base, adapter, options, steps, tuple(unchanged))
+
+
+def _check_left_out(adapter: Adapter, options: FormatOptions) -> None:
+    touched = (*(f"{module}.weight" for module in adapter.weights), *adapter.parameters)
+    if lost := next((name for name in touched if name in options.left_out), None):
+        raise ConfigurationError(
+            f"--text-only: the adapter changes {lost}, which is beside the text; drop the flag"
+        )
 
 
 def _check_bits(options: FormatOptions, steps: Iterable[Step]) -> None:
@@ -274,11 +285,12 @@ def _dequantize_steps(
     quantized = set()
     for module in base.quantized_modules:
         quantized |= {f"{module}.{leaf}" for leaf in LEAVES}
-        if f"{module}.weight" not in done:
+        if f"{module}.weight" not in done | options.left_out:
             yield _weight_step(base, module, None, options)
     main = _main_float_dtype(base)
     for name, tensor in base.tensors.items():
-        if name in done or name in quantized or options.dtype in (None, tensor.dtype):
+        skipped = name in done | quantized | options.left_out
+        if skipped or options.dtype in (None, tensor.dtype):
             continue
         assert options.dtype is not None
         # What a 16-bit model keeps in float32 (a router's bias, say) is kept so on purpose.
@@ -300,7 +312,7 @@ def _lay_out(
         if isinstance(step, WeightStep)
         for leaf, source in step.sources.items()
         if leaf not in step.outputs
-    }
+    } | options.left_out
     added = _added_after(steps)
     steps = list(steps)
 
@@ -318,7 +330,8 @@ def _lay_out(
         yield from added.get(tensor.name, ())
 
     if base.converted:
-        files = _cut_into_files([o for t in base.tensors.values() for o in outputs_for(t)])
+        every = (*base.tensors.values(), *base.beside.values())
+        files = _cut_into_files([output for tensor in every for output in outputs_for(tensor)])
     else:
         files = _keep_files(base, outputs_for, frozenset(computed))
     order = {tensor.name: place for place, tensor in enumerate(t for f in files for t in f.tensors)}

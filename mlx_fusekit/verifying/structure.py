@@ -4,15 +4,17 @@ From headers and bytes alone, a few megabytes at a time; nothing is run.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mlx_fusekit.adapters.updates import Adapter
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
+from mlx_fusekit.checkpoint.beside_text import in_words, is_text_only
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.header import TensorRef
+from mlx_fusekit.checkpoint.sanitized import beside_text
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import FLOAT_DTYPES, STORAGE, to_float32
 from mlx_fusekit.formats.quantization import LEAVES, QuantSpec
@@ -90,6 +92,7 @@ class _Comparison:
         formats: "old -> new" of what was given another format, by module for its weight, by
             tensor name for others.
         same_layout: names of the tensors that have the same shape and type in both.
+        left_out: tensors of the base beside its text model, which the fused model does not promise.
     """
 
     missing: tuple[str, ...]
@@ -97,6 +100,7 @@ class _Comparison:
     misshapen: tuple[str, ...]
     formats: Mapping[str, str]
     same_layout: tuple[str, ...]
+    left_out: tuple[str, ...]
 
     @classmethod
     def of(cls, base: BaseModel, fused: Checkpoint) -> "_Comparison":
@@ -107,25 +111,29 @@ class _Comparison:
         """
         formats, misshapen = _compare_formats(base, fused)
         reformatted = {f"{module}.{leaf}" for module in formats for leaf in LEAVES}
-        expected = {name for name in base.tensors if name not in reformatted}
+        stored = _stored(base)
+        expected = {name for name in stored if name not in reformatted}
         found = {name for name in fused.tensors if name not in reformatted}
         same = []
         # A model that is dequantized as a whole may be given another type as a whole.
         free_type = bool(base.quantized_modules) and not fused.quantized_modules
         for name in sorted(expected & found):
-            before, after = base.tensors[name], fused.tensors[name]
+            before, after = stored[name], fused.tensors[name]
             if (before.dtype, before.shape) == (after.dtype, after.shape):
                 same.append(name)
             elif before.shape == after.shape and free_type and _both_float(before, after):
                 formats[_owner(name)] = f"{before.dtype} -> {after.dtype}"
             else:
                 misshapen.append(f"{name} {_layout(before)} -> {_layout(after)}")
+        missing = expected - found
+        left_out = _left_out(base, fused, missing)
         return cls(
-            tuple(sorted(expected - found)),
+            tuple(sorted(missing - left_out)),
             tuple(sorted(found - expected)),
             tuple(misshapen),
             formats,
             tuple(same),
+            tuple(sorted(left_out)),
         )
 
     def check(self) -> Check:
@@ -143,7 +151,24 @@ class _Comparison:
         kinds = Counter(self.formats.values()).most_common()
         if kinds:
             detail += ", in another format " + ", ".join(f"{n} ({kind})" for kind, n in kinds)
+        if self.left_out:
+            detail += f", text only: without {in_words(self.left_out)}"
         return Check("same tensors as the base", not faults, "; ".join([*faults, detail]))
+
+
+def _stored(base: BaseModel) -> dict[str, TensorSource]:
+    """All that is in the base's files, by the names a fused model has it under."""
+    return {**base.tensors, **base.beside}
+
+
+def _left_out(base: BaseModel, fused: Checkpoint, missing: Collection[str]) -> frozenset[str]:
+    """What a fused model may lack, since it says in config.json that it is text only."""
+    if not missing or not is_text_only(fused.config, base.config):
+        return frozenset()
+    try:
+        return beside_text(base) & frozenset(missing)
+    except CheckpointError:
+        return frozenset()
 
 
 def _compare_formats(base: BaseModel, fused: Checkpoint) -> tuple[dict[str, str], list[str]]:
@@ -182,10 +207,10 @@ def _compare_bytes(
 ) -> set[str]:
     """Names of the tensors whose bytes differ."""
     total = sum(fused.tensors[name].nbytes for name in names)
-    done, changed = 0, set[str]()
+    done, changed, stored = 0, set[str](), _stored(base)
     # In the order of the fused model's files, as disks like it.
     for name in sorted(names, key=lambda n: (fused.tensors[n].file, fused.tensors[n].start)):
-        source, tensor = base.tensors[name], fused.tensors[name]
+        source, tensor = stored[name], fused.tensors[name]
         if not _equal_bytes(source.held(), tensor):
             changed.add(name)
         done += tensor.nbytes

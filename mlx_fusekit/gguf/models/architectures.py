@@ -3,11 +3,14 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 import gguf
 import numpy as np
 
 from mlx_fusekit.checkpoint.base import BaseModel
+from mlx_fusekit.checkpoint.beside_text import in_words
+from mlx_fusekit.checkpoint.sanitized import beside_text
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.quantization import parts_of
 from mlx_fusekit.gguf.models.changes import INTERLEAVED, Change, Indices, Order
@@ -96,10 +99,13 @@ def lay_out(base: BaseModel) -> Layout:
         notes.append(f"config.json has no max_position_embeddings; the file says {DEFAULT_CONTEXT}")
     architecture = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[family.gguf]]
     hyperparameters = {**evaluate(family.keys, settings), **rope.keys}
+    tensors = _Tensors(base, family, settings, names)
+    if tensors.left_out:
+        notes.append(f"a text model is exported, without {in_words(tensors.left_out)}")
     return Layout(
         architecture,
         {f"{architecture}.{name}": value for name, value in hyperparameters.items()},
-        _Tensors(base, family, settings, names).all(rope),
+        tensors.all(rope),
         tuple(notes + rope.notes),
     )
 
@@ -142,6 +148,7 @@ class _Tensors:
         stored = self._base.tensors
         beside = parts_of(stored, self._base.quantized_modules)
         self._check_complete()
+        beside |= self.left_out
         made = [t for name in stored if name not in beside for t in self._made_from(name)]
         tensors = {tensor.name: tensor for tensor in [*made, *rope.tensors]}
         if len(tensors) < len(made) + len(rope.tensors):
@@ -150,6 +157,16 @@ class _Tensors:
         if self._family.needs_head and "output.weight" not in tensors:
             tensors["output.weight"] = replace(tensors["token_embd.weight"], name="output.weight")
         return tuple(tensors[name] for name in in_file_order(tensors))
+
+    @cached_property
+    def left_out(self) -> frozenset[str]:
+        """Stored tensors that are no part of the text model, as mlx-lm takes it."""
+        if self._base.converted:
+            return frozenset(self._base.beside)
+        known = parameter_shapes(self._base)
+        parts = parts_of(self._base.tensors, self._base.quantized_modules)
+        unknown = {name for name in self._base.tensors if name not in known} - set(parts)
+        return beside_text(self._base) & unknown if unknown else frozenset()
 
     def _check_complete(self) -> None:
         """Check that the stored tensors are those of mlx-lm's class, in name and shape."""

@@ -269,6 +269,8 @@ def with_tensors(found: BaseModel, tensors: dict[str, Any]) -> Any:
         folder=found.folder,
         config=found.config,
         tensors=tensors,
+        converted=found.converted,
+        beside=found.beside,
         quantized_modules=found.quantized_modules,
         quantization=found.quantization,
     )
