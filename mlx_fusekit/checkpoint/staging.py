@@ -148,7 +148,9 @@ def _staged(
     try:
         descriptor = make(staging)
     except OSError as error:
-        raise OutputError(f"{parent}: cannot be written to ({error.strerror})") from error
+        # While it is filled, its name is some 20 characters longer.
+        place = target if error.errno == errno.ENAMETOOLONG else parent
+        raise OutputError(f"{place}: cannot be written to ({error.strerror})") from error
     with _undone_on_failure(target, made, lambda: _remove(staging)):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -1,5 +1,6 @@
 """From exceptions to one line and an exit code; everything unexpected is left to crash loudly."""
 
+import errno
 import os
 import signal
 import sys
@@ -41,6 +42,11 @@ def run(command: click.Command) -> None:
     except BrokenPipeError:
         # The reader of a pipe (head, say) has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = FAILED
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        _say(f"{error.filename}: the name is too long for a file; give a shorter one")
         status = FAILED
     sys.exit(status if isinstance(status, int) else 0)
 
