@@ -10,10 +10,11 @@ import enum
 import fnmatch
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME, INDEX_NAME, resolve_inside
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
+from mlx_fusekit.errors import CheckpointError
 
 CARD_NAME = "README.md"
 MODELFILE_NAME = "Modelfile"
@@ -54,6 +55,9 @@ class Kind:
 
 
 _BESIDE_TEXT = "images and sound"
+#: Names that a tokenizer is loaded from; ``tokenizer_config.json`` may name one in code.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken", "tekken.json")
+
 #: A file is of the first kind that has a pattern for its name.
 KINDS = (
     Kind("settings", ("config.json", INDEX_NAME), Step.DOWNLOAD | Step.PUBLISH, expected=True),
@@ -150,12 +154,12 @@ def find_companions(
         text_only: whether those for images and sound do not.
 
     Raises:
-        CheckpointError: for a data file that is a link out of the folder.
+        CheckpointError: for a data file that is a link out of the folder, or to nothing.
     """
     copied, left_out = [], []
     for path in data_files(folder):
         name = path.relative_to(folder).as_posix()
-        if name.startswith(".") or path.is_dir():
+        if is_hidden(path) or path.is_dir():
             continue
         kind = _kind(name)
         if (
@@ -163,12 +167,23 @@ def find_companions(
             and kind.taken(Step.COPY, trust_remote_code=trust_remote_code)
             and not (text_only and kind.purpose == _BESIDE_TEXT)
         ):
-            resolve_inside(folder, name)
+            if not resolve_inside(folder, name).exists():
+                raise CheckpointError(
+                    f"{path}: a link to a file that is not there; download the model again, or "
+                    "remove the link"
+                )
             copied.append(name)
         elif kind is None or not kind.expected:
             left_out.append(name)
     return Companions(tuple(copied), tuple(left_out))
 
 
+def is_hidden(path: PurePath) -> bool:
+    """Whether a file is none of a model's: macOS puts ``._NAME`` by each on disks of others."""
+    return path.name.startswith(".")
+
+
 def _kind(name: str) -> Kind | None:
+    if is_hidden(PurePath(name)):
+        return None
     return next((kind for kind in KINDS if matches(name, kind.patterns)), None)

@@ -13,7 +13,7 @@ from typing import Any, Self
 from mlx_fusekit.adapters.sources import AdapterNames, NamedSources, Sources
 from mlx_fusekit.checkpoint import recipe
 from mlx_fusekit.checkpoint.base import BaseModel
-from mlx_fusekit.checkpoint.belongings import Companions, find_companions
+from mlx_fusekit.checkpoint.belongings import TOKENIZERS, Companions, find_companions, matches
 from mlx_fusekit.checkpoint.beside_text import in_words
 from mlx_fusekit.checkpoint.sanitized import beside_text
 from mlx_fusekit.checkpoint.staging import check_target, staging_folder
@@ -39,7 +39,7 @@ from mlx_fusekit.requantize.strategy import Strategy
 #: Share of the machine's memory that a model may take to be run.
 _RUNNABLE_SHARE = 0.8
 #: Any of these is needed to make tokens of text.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -389,7 +389,7 @@ def _chosen_strategy(
 def _obstacle(plan: FusePlan) -> str | None:
     """Why the base cannot be run on text, as far as its files tell."""
     base = plan.base.folder
-    if not any((base / name).exists() for name in _TOKENIZER_FILES):
+    if not any(matches(path.name, _TOKENIZER_FILES) for path in base.iterdir()):
         return f"{base} has no tokenizer, which calibration text needs"
     if plan.base_bytes > _RUNNABLE_SHARE * memory_bytes():
         return (

@@ -15,6 +15,7 @@ from mlx_fusekit.checkpoint.belongings import (
     CARD_NAME,
     MODELFILE_NAME,
     TEMPLATES_FOLDER,
+    TOKENIZERS,
     Step,
     belongs,
     data_files,
@@ -44,7 +45,6 @@ _REASONS = {
     "*.npz": "pickled, or not a model's",
 }
 _OTHER_REASON = "not part of a model"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken", "tekken.json")
 _ADAPTER_LEAVES = ("lora_a", "lora_b", "lora_A", "lora_B")
 #: Files that people and tools wrote, in which a path of this machine may be.
 _TEXTS = ("*config.json", RECIPE_NAME, MODELFILE_NAME, CARD_NAME)
@@ -194,7 +194,7 @@ def _warnings(checkpoint: Checkpoint | None, files: Collection[PublishedFile]) -
     names = [file.name for file in files]
     if RECIPE_NAME not in names:
         yield f"there is no {RECIPE_NAME}: the card cannot say what was fused, and how"
-    if checkpoint is not None and not any(matches(name, _TOKENIZERS) for name in names):
+    if checkpoint is not None and not any(matches(name, TOKENIZERS) for name in names):
         yield "there is no tokenizer, without which mlx_lm.load does not load the model"
 
 

@@ -162,9 +162,11 @@ def _listed_ids(
 ) -> Iterator[int]:
     value: Any = block.get(key)
     for token_id in value if isinstance(value, list) else [value]:
-        if token_id is None or (token_id == -1 and key == "pad_token_id"):
+        if token_id is None:
             continue
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < rows:
+            if key == "pad_token_id" and type(token_id) is int:
+                continue  # -1 for none, or a token that only the tokenizer has
             raise CheckpointError(
                 f"{files.folder / name}: {key} is {token_id!r}, but the embedding has {rows} "
                 "rows; correct the file"

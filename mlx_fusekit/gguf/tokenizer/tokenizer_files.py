@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mlx_fusekit.checkpoint.belongings import TEMPLATES_FOLDER, is_hidden
 from mlx_fusekit.checkpoint.folder import read_json, resolve_inside
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.gguf.tokenizer.tokens import AddedToken
@@ -13,6 +14,8 @@ from mlx_fusekit.gguf.tokenizer.tokens import AddedToken
 Json = Mapping[str, Any]
 
 _LARGEST_TEMPLATE = 10_000_000
+#: Tokenizers from which transformers makes ``tokenizer.json``.
+_CONVERTIBLE = ("tekken.json", "vocab.json")
 _CURE = "download the model again, with its tokenizer"
 
 
@@ -56,6 +59,14 @@ class TokenizerFiles:
             _optional(folder, "config.json") or {},
         )
         if files.tokenizer is None and files.pieces is None:
+            other = next((name for name in _CONVERTIBLE if (folder / name).exists()), None)
+            if other is not None:
+                place = repr(str(folder))
+                raise CheckpointError(
+                    f"{folder / other}: a tokenizer of this form cannot be exported; transformers "
+                    "writes tokenizer.json: "
+                    f"AutoTokenizer.from_pretrained({place}).save_pretrained({place})"
+                )
             raise CheckpointError(
                 f"{folder}: has neither tokenizer.json nor tokenizer.model; {_CURE}"
             )
@@ -180,9 +191,9 @@ class TokenizerFiles:
         ``chat_template.jinja`` and its companions win over ``tokenizer_config.json``.
         """
         main = self.folder / "chat_template.jinja"
-        more = sorted((self.folder / "additional_chat_templates").glob("*.jinja"))
+        more = sorted((self.folder / TEMPLATES_FOLDER).glob("*.jinja"))
         named = {"default": main} if main.exists() else {}
-        named |= {path.stem: path for path in more}
+        named |= {path.stem: path for path in more if not is_hidden(path)}
         if named:
             return {name: self._text(path) for name, path in named.items()}
         value = self.settings.get("chat_template")

@@ -20,8 +20,9 @@ from mlx_fusekit.gguf.tokenizer.tokens import Token, fill
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-#: Added tokens of image and sound models that their text-only siblings list beyond the embedding.
-_SPARE = ("<image_soft_token>", "<audio_soft_token>")
+#: Added tokens that tokenizers list beyond the embedding, and that no text has: padding that was
+#: added to the tokenizer alone, and those of image and sound models in text-only siblings.
+_SPARE = ("<pad>", "[PAD]", "<image_soft_token>", "<audio_soft_token>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ def _byte_level(files: TokenizerFiles, rows: int) -> Vocabulary:
             f"{files.file}: is a byte-level {kind} model, which llama.cpp has not; this model "
             "cannot be exported"
         )
-    tokens = _without_spare(byte_level_tokens(files), rows)
+    tokens, spare = _without_spare(files, byte_level_tokens(files), rows)
     special = _special(files, tokens, rows, adds_bos=False)
     cleans = files.settings.get("clean_up_tokenization_spaces")
     pre = detect(files.tokenizer, files.file, cleans_spaces=cleans, has_bos=special.bos is not None)
@@ -120,13 +121,13 @@ def _byte_level(files: TokenizerFiles, rows: int) -> Vocabulary:
         False,
         special,
         _chat_templates(files),
-        (*byte_level_notes(files, pre), *_added_notes(files), *special.notes),
+        (*byte_level_notes(files, pre), *spare, *_added_notes(files), *special.notes),
     )
 
 
 def _sentencepiece(files: TokenizerFiles, rows: int) -> Vocabulary:
     pieces = sentencepiece_vocabulary(files)
-    tokens = _without_spare(pieces.tokens, rows)
+    tokens, spare = _without_spare(files, pieces.tokens, rows)
     special = _special(files, tokens, rows, adds_bos=files.tokenizer is None)
     return Vocabulary(
         "llama",
@@ -136,12 +137,22 @@ def _sentencepiece(files: TokenizerFiles, rows: int) -> Vocabulary:
         pieces.space_prefix,
         special,
         _chat_templates(files),
-        (*pieces.notes, *_added_notes(files), *special.notes),
+        (*pieces.notes, *spare, *_added_notes(files), *special.notes),
     )
 
 
-def _without_spare(tokens: dict[int, Token], rows: int) -> dict[int, Token]:
-    return {i: t for i, t in tokens.items() if i < rows or t.text not in _SPARE}
+def _without_spare(
+    files: TokenizerFiles, tokens: dict[int, Token], rows: int
+) -> tuple[dict[int, Token], tuple[str, ...]]:
+    """Tokens without the spare ones that have no row, and notes of these."""
+    needed = {files.role_text("bos"), files.role_text("eos")}
+    spare_texts = {*_SPARE, files.role_text("pad")} - needed
+    spare = {i: t.text for i, t in tokens.items() if i >= rows and t.text in spare_texts}
+    notes = (
+        f"token {text!r} is left out: its id is {i}, and the embedding has {rows} rows"
+        for i, text in spare.items()
+    )
+    return {i: t for i, t in tokens.items() if i not in spare}, tuple(notes)
 
 
 def _special(
