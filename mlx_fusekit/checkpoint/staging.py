@@ -8,6 +8,7 @@ a killed run left it, and the next run for the same target removes it.
 import contextlib
 import errno
 import fcntl
+import fnmatch
 import glob
 import os
 import secrets
@@ -55,6 +56,11 @@ def check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) ->
             )
     if in_hub_cache(real):
         raise OutputError(f"{target}: lies in the Hugging Face cache; choose another --save-path")
+    if not fnmatch.fnmatchcase(str(target), str(target)):
+        raise OutputError(
+            f"{target}: mlx-lm takes the brackets for a pattern and would find no weights there; "
+            "choose another --save-path"
+        )
     if not target.parent.resolve().is_dir() and not can_make(target.parent):
         raise OutputError(f"{target.parent}: cannot be made; choose another --save-path")
     if not target.exists():

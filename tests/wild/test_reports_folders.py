@@ -18,7 +18,7 @@ from support.tiny import LLAMA, logits, make_adapter, make_model
 
 from mlx_fusekit import export_gguf, fuse, prepare_fuse
 from mlx_fusekit.checkpoint.belongings import Step, belongs
-from mlx_fusekit.errors import AdapterError, CheckpointError
+from mlx_fusekit.errors import AdapterError, CheckpointError, OutputError
 
 Made = Callable[[Path, Path], Path]
 UNTIED = {**LLAMA, "tie_word_embeddings": False}
@@ -268,3 +268,21 @@ def test_a_name_too_long(
     (line,) = capsys.readouterr().err.splitlines()
     assert target.name in line
     assert "too long" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "loads"), [("Tiny [4bit]", False), ("100% *new* {漢字} [x?", True)]
+)
+def test_a_name_that_mlx_lm_takes_for_a_pattern(
+    dense: Path, adapter: Path, tmp_path: Path, name: str, loads: bool
+) -> None:
+    """DominikDoom/a1111-sd-webui-tagcomplete#335, tensorflow/tensorflow#32614: [ ] in names."""
+    if loads:
+        fuse(dense, adapter, tmp_path / name)
+        load_model(tmp_path / name)
+        return
+    shutil.copytree(dense, tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        load_model(tmp_path / name)
+    with pytest.raises(OutputError, match="mlx-lm takes the brackets for a pattern"):
+        prepare_fuse(dense, adapter, tmp_path / name, overwrite=True)
