@@ -1,13 +1,17 @@
 """What this machine has, cores, memory and disk; and work spread over its cores."""
 
 import contextlib
+import functools
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 #: A piece of work that returns the number of bytes it did.
 Task = Callable[[], int]
 
@@ -58,3 +62,31 @@ def run_tasks(
         running += 1
     for _ in range(running):
         progress(finished.get().result())
+
+
+def in_lasting_thread(work: Callable[[], T]) -> T:
+    """Do something in the one thread that never ends, and wait for it.
+
+    MLX keeps Python objects with a thread that used it, and frees them when the thread ends. Where
+    that is while Python itself ends, Linux aborts the process; a daemon that waits is left alone.
+    """
+    done: Future[T] = Future()
+    _lasting_thread().put((done, work))
+    return done.result()
+
+
+@functools.cache
+def _lasting_thread() -> "SimpleQueue[tuple[Future[Any], Callable[[], Any]]]":
+    tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+
+    def work() -> None:
+        while True:
+            done, task = tasks.get()
+            try:
+                done.set_result(task())
+            except BaseException as error:  # for who asked
+                done.set_exception(error)
+            del done, task
+
+    threading.Thread(target=work, daemon=True).start()
+    return tasks

@@ -19,6 +19,7 @@ from mlx_fusekit.adapters.fitting import check_targeted, fit_vocabulary
 from mlx_fusekit.adapters.mlx_lm_settings import AdapterSettings
 from mlx_fusekit.adapters.updates import Adapter, FullUpdate, LowRankUpdate, Update
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
+from mlx_fusekit.checkpoint.belongings import is_hidden
 from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME as CONFIG_NAME
 from mlx_fusekit.checkpoint.folder import read_json
 from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
@@ -339,13 +340,15 @@ def _read_weights(folder: Path, config: Mapping[str, Any]) -> Header:
     if not path.exists():
         if "peft_type" in config:
             raise _peft(folder / CONFIG_NAME, config)
-        pickled = next((p for s in _PICKLED for p in folder.glob(s)), None)
+        pickled = next((p for s in _PICKLED for p in folder.glob(s) if not is_hidden(p)), None)
         if pickled is not None:
             raise AdapterError(
                 f"{pickled}: pickled or old-format weights are never opened; save the adapter "
                 f"again with a current mlx-lm, as {WEIGHTS_NAME}"
             )
-        checkpoint = next(iter(sorted(folder.glob("*_adapters.safetensors"), reverse=True)), None)
+        checkpoint = next(
+            iter(sorted(folder.glob("[0-9]*_adapters.safetensors"), reverse=True)), None
+        )
         hint = f"; to fuse {checkpoint.name}, copy it to that name" if checkpoint else ""
         raise AdapterError(f"{path}: the file is missing{hint}")
     try:

@@ -6,8 +6,8 @@ let it, lazily: nothing is computed before a tensor is read, and a tensor may be
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -22,6 +22,7 @@ from mlx_fusekit.checkpoint.mlx_lm import checkpoint_errors, model_classes
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import STORAGE, Array
 from mlx_fusekit.formats.quantization import QuantSpec
+from mlx_fusekit.machine import in_lasting_thread
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -199,24 +200,23 @@ class _Conversion:
     def __init__(self, folder: Path, trust_remote_code: bool) -> None:
         self._folder = folder
         self._trust_remote_code = trust_remote_code
-        self._thread = ThreadPoolExecutor(1)
         self._arrays: dict[str, mx.array] = {}
         self._unchanged = False
         self._dropped: dict[str, str | None] | None = None
 
     def of(self, checkpoint: Checkpoint) -> BaseModel:
         """The checkpoint, or the model where mlx-lm changes anything."""
-        return self._thread.submit(self._open, checkpoint).result()
+        return in_lasting_thread(partial(self._open, checkpoint))
 
     def dropped(self) -> frozenset[str]:
         """Names of stored tensors that mlx-lm's class drops."""
-        self._thread.submit(self._load).result()
+        in_lasting_thread(self._load)
         self._arrays.clear()
         return frozenset(self._dropped or ())
 
     def compute(self, name: str) -> Array:
         """The stored bits of a parameter."""
-        return self._thread.submit(self._compute, name).result()
+        return in_lasting_thread(partial(self._compute, name))
 
     def _open(self, checkpoint: Checkpoint) -> BaseModel:
         model, config = self._load()

@@ -236,3 +236,11 @@ def test_full_weights_with_nan(base: Path, tmp_path: Path) -> None:
     weight = mx.zeros((128, 128)).at[5, 5].add(mx.nan)
     adapter = save_adapter(tmp_path / "full", {f"{Q}.weight": weight}, kind="full")
     refused(base, adapter, "holds NaN or infinity")
+
+
+def test_hidden_files_are_no_adapters(base: Path, adapter: Path) -> None:
+    """macOS puts them beside each file on other systems' disks."""
+    (adapter / "adapters.safetensors").unlink()
+    for name in ("._adapters.safetensors", "._0000100_adapters.safetensors", "._adapters.npz"):
+        (adapter / name).write_bytes(b"\0\5\x16\7")
+    refused(base, adapter, r"adapters\.safetensors: the file is missing$")

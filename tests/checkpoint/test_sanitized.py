@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -148,3 +150,19 @@ def test_checks_of_files_compare_a_computed_base(
     fused = Checkpoint.open(tmp_path / "fused")
     checks = check_structure(sources.base, sources.adapter, fused)
     assert all(check.ok for check in checks)
+
+
+def test_no_thread_that_ran_mlx_ends_while_python_ends(tmp_path: Path) -> None:
+    """MLX frees Python objects when a thread ends, which aborts a process that is ending."""
+    base = as_hugging_face(make_model(tmp_path / "base", bits=None))
+    script = """
+import sys, threading
+from pathlib import Path
+from mlx_fusekit.checkpoint.sanitized import open_base
+open_base(Path(sys.argv[1]))
+print([thread.name for thread in threading.enumerate() if not thread.daemon])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(base)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "['MainThread']"), done.stderr
