@@ -84,7 +84,7 @@ def _lasting_thread() -> "SimpleQueue[tuple[Future[Any], Callable[[], Any]]]":
             done, task = tasks.get()
             try:
                 done.set_result(task())
-            except BaseException as error:  # for who asked
+            except BaseException as error:  # noqa: BLE001 - for who asked
                 done.set_exception(error)
             del done, task
 
