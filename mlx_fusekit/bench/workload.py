@@ -58,6 +58,10 @@ def text_prompt(text: str, tokenizer: Any) -> list[int]:
         ConfigurationError: when nothing comes of it.
     """
     tokens: Sequence[int] = []
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigurationError("--prompt: not UTF-8 text; convert it to UTF-8") from error
     if getattr(tokenizer, "has_chat_template", False):
         try:
             tokens = tokenizer.apply_chat_template(

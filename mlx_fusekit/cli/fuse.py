@@ -48,9 +48,9 @@ if TYPE_CHECKING:
     "--calibration",
     type=PATH,
     metavar="FILE",
-    help="Text to calibrate on: JSONL as mlx-lm trains on, a folder with train.jsonl, or plain "
-    "text.  [default: the adapter's training data where it lies, else text written by base and "
-    "adapter]",
+    help="Text to calibrate on: items that mlx-lm trains on, as JSON lines or an array, a folder "
+    "with train.jsonl, or plain text.  [default: the adapter's training data where it lies, else "
+    "text written by base and adapter]",
 )
 @options.number(
     "--calibration-tokens",

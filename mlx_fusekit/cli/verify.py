@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 )
 @click.option("--reference", type=PATH, help="Compare with this model instead of base and adapter.")
 @options.data(
-    "Text to compare on: chat, completions or text JSONL, or plain text. Of conversations "
-    "and completions the answers count.  [default: text written by base and adapter]",
+    "Text to compare on: chat, completions or text items as JSON lines or an array, or plain "
+    "text. Of conversations and completions the answers count.  [default: text written by base "
+    "and adapter]",
 )
 @options.max_kl("Exit with code 3 when the mean KL is above X nats a token.")
 @options.seed("Seed of the text.")

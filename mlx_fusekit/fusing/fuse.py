@@ -308,7 +308,7 @@ def fuse(
         bits: width to give merged modules instead of the base's.
         dequantize: write the whole model unquantized.
         dtype: "float16", "bfloat16" or "float32" for ``dequantize``; by default as stored scales.
-        calibration: text to calibrate on, a JSONL file in mlx-lm's formats, a folder with
+        calibration: text to calibrate on, JSON lines or an array in mlx-lm's formats, a folder with
             ``train.jsonl`` or a text file; by default the adapter's own training data where its
             configuration names an existing folder, else text that base+adapter writes.
         calibration_tokens: about how many tokens to calibrate on.

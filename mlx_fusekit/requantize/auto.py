@@ -4,7 +4,6 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +17,8 @@ from mlx_fusekit.requantize.widening import choose_widths, measured_costs
 from mlx_fusekit.running.adapted import run_adapted
 from mlx_fusekit.running.model import RunningModel
 from mlx_fusekit.texts.calibration import CalibrationText, calibration_text
-from mlx_fusekit.texts.data import training_data
+from mlx_fusekit.texts.data import TrainingData, training_data
+from mlx_fusekit.texts.items import Features
 from mlx_fusekit.verifying.parity import Model, Variant, compare
 
 #: Rounds of widening after which the search ends.
@@ -45,6 +45,7 @@ def calibrate(request: Request) -> Prepared:
         base=teacher.without_adapter,
         tokenizer=teacher.tokenizer,
         file=options.file,
+        features=[Features.trained_on(adapter.config) for adapter in sources.opened],
         training_data=_training_data(sources.opened),
         tokens=options.tokens,
         seed=options.seed,
@@ -169,6 +170,6 @@ class _Session:
         )
 
 
-def _training_data(adapters: Sequence[AdapterFolder]) -> Path | None:
+def _training_data(adapters: Sequence[AdapterFolder]) -> TrainingData | None:
     found = (training_data(adapter.config, adapter.folder) for adapter in adapters)
-    return next((path for path in found if path is not None), None)
+    return next((data for data in found if data is not None), None)

@@ -1,37 +1,64 @@
-"""Text from files, as token sequences: mlx-lm's JSONL formats, and plain text."""
+"""Text from files, as token sequences: mlx-lm's data formats, and plain text."""
 
-import json
+import codecs
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.texts.chat import encode_item
+from mlx_fusekit.texts.items import Features, parse_items
 from mlx_fusekit.texts.sequences import TokenSequence
 
 T = TypeVar("T")
 
 _SPLITS = ("train", "valid", "test")
-_FORMATS = (
-    'write {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}, '
-    "one JSON object a line"
-)
+#: Suffixes of a folder's files; mlx-lm knows the first.
+_SUFFIXES = ("jsonl", "ndjson", "json")
+#: How files begin that are no UTF-8 text, and what to do with them.
+_NO_TEXT = {
+    b"\x1f\x8b": "compressed with gzip; unpack it with gunzip",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it with unzstd",
+    b"PK\x03\x04": "a ZIP archive or a spreadsheet; unpack it, or write its rows as JSON lines",
+    b"PAR1": "a Parquet file; write its rows as JSON lines",
+    b"ARROW1": "an Arrow file; write its rows as JSON lines",
+    b"%PDF": "a PDF; write its text to a file",
+    codecs.BOM_UTF16_LE: "UTF-16 text; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    codecs.BOM_UTF16_BE: "UTF-16 text; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
+}
+_LFS_POINTER = "version https://git-lfs."
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """What an adapter was trained on.
+
+    Attributes:
+        folder: where its ``train.jsonl`` lies.
+        features: the keys of its text.
+    """
+
+    folder: Path
+    features: Features = field(default_factory=Features)
 
 
 def read_sequences(
     path: Path,
     tokenizer: Any,
     *,
+    features: Sequence[Features] = (Features(),),
     max_length: int = 512,
     tokens: int | None = None,
     seed: int = 0,
 ) -> list[TokenSequence]:
     """Read a file of text for the tokenizer's model.
 
-    A ``.jsonl`` file holds mlx-lm's formats, told apart line by line as mlx-lm does: completions
-    (``prompt`` and ``completion``), conversations (``messages``, and ``tools``), or ``text``. Any
-    other file is plain UTF-8 text, cut into windows of ``max_length`` tokens. Of a folder it is
+    JSON objects, one a line or in an array, are in mlx-lm's formats, told apart by their keys in
+    mlx-lm's order: completions (``prompt`` and ``completion``), conversations (``messages``, and
+    ``tools``), or ``text``. Anything else is plain UTF-8 text, cut into windows of ``max_length``
+    tokens, unless the file's name says that it is JSON or a table. Of a folder it is
     ``train.jsonl``, or else ``valid.jsonl`` or ``test.jsonl``.
 
     A conversation that ends with the assistant is scored from the start of that answer to its
@@ -42,6 +69,7 @@ def read_sequences(
     Args:
         path: the file or folder.
         tokenizer: as ``mlx_lm.load`` returns it.
+        features: other keys of the formats; of each object those that it has first.
         max_length: longest sequence in tokens, at least 2; the rest is cut off.
         tokens: with a number, only a seeded selection of about so many tokens, of which no more is
             tokenized than needed; a larger number extends the selection of a smaller one.
@@ -51,17 +79,18 @@ def read_sequences(
         The sequences of two tokens or more, in the file's order or in the selection's.
 
     Raises:
-        ConfigurationError: if the file is missing, empty, not UTF-8, or has a line in none of the
-            formats.
+        ConfigurationError: if the file is missing, empty, not UTF-8 text, or JSON that has an
+            object in none of the formats.
     """
     file = data_file(path)
-    if file.suffix == ".jsonl":
-        items = _parse_lines(file)
+    text = _read_text(file)
+    items = parse_items(text, file, features)
+    if items is not None:
         sequences = (
             _cut(encode_item(item, tokenizer), max_length) for item in _order(items, tokens, seed)
         )
     else:
-        windows = _windows(_read_text(file), tokenizer, max_length)
+        windows = _windows(text, tokenizer, max_length)
         sequences = (TokenSequence(window) for window in _order(windows, tokens, seed))
     usable = list(_take((s for s in sequences if len(s.tokens) >= 2), tokens))
     if not usable:
@@ -69,8 +98,8 @@ def read_sequences(
     return usable
 
 
-def training_data(adapter_config: Mapping[str, Any], adapter_folder: Path) -> Path | None:
-    """The folder of the data an adapter was trained on, if its config names one that exists here.
+def training_data(adapter_config: Mapping[str, Any], adapter_folder: Path) -> TrainingData | None:
+    """The data an adapter was trained on, if its config names a folder that exists here.
 
     mlx-lm notes the path as its user gave it, so a relative one is looked for in the working
     directory, in the adapter's folder and beside it. Nothing is fetched from the Hub.
@@ -83,7 +112,7 @@ def training_data(adapter_config: Mapping[str, Any], adapter_folder: Path) -> Pa
         try:
             folder = root / Path(data).expanduser()
             if (folder / "train.jsonl").is_file():
-                return folder
+                return TrainingData(folder, Features.trained_on(adapter_config))
         except (OSError, ValueError, RuntimeError):  # a name no file system takes, or no such user
             continue
     return None
@@ -96,9 +125,9 @@ def data_file(path: Path) -> Path:
         ConfigurationError: if there is none.
     """
     if path.is_dir():
-        for name in _SPLITS:
-            if (path / f"{name}.jsonl").is_file():
-                return path / f"{name}.jsonl"
+        for name in (f"{split}.{suffix}" for split in _SPLITS for suffix in _SUFFIXES):
+            if (path / name).is_file():
+                return path / name
         raise ConfigurationError(f"{path}: has no train.jsonl; name the file with the text")
     if not path.is_file():
         raise ConfigurationError(f"{path}: no such file; name a .jsonl or a text file")
@@ -124,15 +153,26 @@ def _take(sequences: Iterable[TokenSequence], tokens: int | None) -> Iterator[To
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(
-            f"{file}: not UTF-8 text at byte {error.start}; convert it to UTF-8"
-        ) from error
+        raw = file.read_bytes()
     except OSError as error:
         raise ConfigurationError(
             f"{file}: cannot be read ({error.strerror}); check its permissions"
         ) from error
+    try:
+        text = raw.decode("utf-8-sig")
+        at = raw.find(b"\0")  # decodes, but is in no text: UTF-16, or a binary file
+    except UnicodeDecodeError as error:
+        text, at = "", error.start
+    if at >= 0:
+        what = next((what for head, what in _NO_TEXT.items() if raw.startswith(head)), None)
+        raise ConfigurationError(
+            f"{file}: {what or f'not UTF-8 text at byte {at}; convert it to UTF-8'}"
+        )
+    if text.startswith(_LFS_POINTER):
+        raise ConfigurationError(
+            f"{file}: a Git LFS pointer in place of the file; fetch that with git lfs pull"
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _windows(text: str, tokenizer: Any, max_length: int) -> list[tuple[int, ...]]:
@@ -148,53 +188,6 @@ def sequence_start(tokenizer: Any) -> tuple[int, ...]:
     """The token that this tokenizer puts before every text (BOS), if it does."""
     bos = tokenizer.bos_token_id
     return (bos,) if bos is not None and tokenizer.encode("a")[:1] == [bos] else ()
-
-
-def _parse_lines(file: Path) -> list[dict[str, Any]]:
-    # Not splitlines(): JSON strings may hold U+2028 and the like as they are.
-    lines = _read_text(file).split("\n")
-    return [
-        _parse_line(line, f"{file}:{number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-
-
-def _parse_line(line: str, where: str) -> dict[str, Any]:
-    """Check one line; completions become conversations, and keep their ``prompt``."""
-    try:
-        item = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise ConfigurationError(f"{where}: not JSON ({reason}); {_FORMATS}") from error
-    if not isinstance(item, dict):
-        raise ConfigurationError(f"{where}: not a JSON object; {_FORMATS}")
-    # The same order as in mlx_lm.tuner.datasets.create_dataset.
-    if "prompt" in item and "completion" in item:
-        _check_string(item, "prompt", where)
-        _check_string(item, "completion", where)
-    elif "messages" in item:
-        _check_messages(item["messages"], where)
-    elif "text" in item:
-        _check_string(item, "text", where)
-    else:
-        raise ConfigurationError(f"{where}: none of mlx-lm's formats; {_FORMATS}")
-    return item
-
-
-def _check_string(item: Mapping[str, Any], key: str, where: str) -> None:
-    if not isinstance(item[key], str):
-        raise ConfigurationError(f'{where}: "{key}" must be a string; {_FORMATS}')
-
-
-def _check_messages(messages: Any, where: str) -> None:
-    usable = isinstance(messages, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
-    )
-    if not usable or not messages:
-        raise ConfigurationError(
-            f'{where}: "messages" must be a list of {{"role": ..., "content": ...}}; correct it'
-        )
 
 
 def _cut(sequence: TokenSequence, max_length: int) -> TokenSequence:

@@ -14,6 +14,7 @@ from mlx_fusekit.running.loading import run_model
 from mlx_fusekit.running.model import RunningModel
 from mlx_fusekit.texts.data import read_sequences
 from mlx_fusekit.texts.generate import generate_sequences
+from mlx_fusekit.texts.items import Features
 from mlx_fusekit.texts.sequences import TokenSequence, derived_seed
 from mlx_fusekit.verifying.structure import (
     Check,
@@ -36,6 +37,7 @@ class Reference:
         checks: of the fused model's files.
         warnings: one line each.
         author: who wrote the text when none is given.
+        features: keys that a file's text may have beside mlx-lm's own.
     """
 
     running: RunningModel
@@ -43,6 +45,7 @@ class Reference:
     checks: tuple[Check, ...]
     warnings: tuple[str, ...]
     author: str
+    features: tuple[Features, ...] = ()
 
     def text(
         self, data: str | Path | None, tokens: int, seed: int, progress: Progress | None
@@ -58,7 +61,8 @@ class Reference:
         own = derived_seed(seed, "verify")
         tokenizer = self.running.tokenizer
         if data is not None:
-            return read_sequences(Path(data), tokenizer, tokens=tokens, seed=own)
+            features = (*self.features, Features())
+            return read_sequences(Path(data), tokenizer, features=features, tokens=tokens, seed=own)
         return generate_sequences(
             self.running.model, tokenizer, tokens=tokens, seed=own, progress=progress
         )
@@ -83,7 +87,8 @@ def teacher(
         checks = check_structure(sources.base, sources.adapter, fused, told)
     running = run_adapted(named.model, sources.adapter, memory_share=EACH_SHARE)
     warnings = sources.adapter.warnings
-    return Reference(running, sources.adapter_names, checks, warnings, "base+adapter")
+    features = tuple(Features.trained_on(adapter.config) for adapter in sources.opened)
+    return Reference(running, sources.adapter_names, checks, warnings, "base+adapter", features)
 
 
 def any_model(source: LocalFolder, fused: Checkpoint | None) -> Reference:

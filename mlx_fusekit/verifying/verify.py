@@ -44,8 +44,8 @@ def verify(
         fused: folder or Hub id of the fused model, whoever made it; or a GGUF file made of it,
             which runs in llama.cpp (the ``llamacpp`` extra).
         reference: folder or Hub id of a model to compare with instead of base and adapter.
-        data: a JSONL file in mlx-lm's formats (of conversations and completions only the answers
-            are scored) or a text file; by default text that the reference writes.
+        data: JSON lines or an array in mlx-lm's formats (of conversations and completions only the
+            answers are scored) or a text file; by default text that the reference writes.
         max_kl: bound on the mean KL in nats a token.
         seed: of the text, of which calibration draws other from the same number.
         max_tokens: about how many tokens to run.

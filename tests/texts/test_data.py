@@ -6,7 +6,7 @@ import pytest
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
 
 from mlx_fusekit.errors import ConfigurationError
-from mlx_fusekit.texts.data import read_sequences, training_data
+from mlx_fusekit.texts.data import TrainingData, read_sequences, training_data
 from mlx_fusekit.texts.sequences import TokenSequence
 
 QUESTION = "How many cars have color 'red'?"
@@ -222,10 +222,12 @@ def test_training_data_is_found_where_it_exists(tmp_path, monkeypatch) -> None:
     assert training_data(config, adapter) is None
     for root in (tmp_path / "outer", adapter, work):
         (root / "sql").mkdir()
-        assert training_data(config, adapter) != root / "sql"
+        before = training_data(config, adapter)
+        assert before is None or before.folder.resolve() != root / "sql"
         write(root / "sql" / "train.jsonl", {"text": "a"})
-        assert training_data(config, adapter).resolve() == root / "sql"
-    assert training_data({"data": str(adapter / "sql")}, work) == adapter / "sql"
+        assert training_data(config, adapter).folder.resolve() == root / "sql"
+    named = training_data({"data": str(adapter / "sql")}, work)
+    assert named == TrainingData(adapter / "sql")
     assert training_data({"data": "sql", "hf_dataset": {"path": "x"}}, adapter) is None
 
 
