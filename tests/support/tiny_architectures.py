@@ -46,6 +46,7 @@ _COMMON: dict[str, Any] = {
     "rope_theta": 5000.0,
     "tie_word_embeddings": False,
 }
+_SECTIONS = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [6, 5, 5]}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 
@@ -333,6 +334,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         norm_topk_prob=True,
         full_attention_interval=2,
     ),
+    "qwen3_vl": {
+        "model_type": "qwen3_vl",
+        "vision_config": {"deepstack_visual_indexes": [0]},
+        "text_config": _config("qwen3_vl_text", head_dim=32, rope_scaling=_SECTIONS),
+    },
+    "qwen3_vl_moe": {
+        "model_type": "qwen3_vl_moe",
+        "text_config": _config(
+            "qwen3_vl_moe_text",
+            head_dim=32,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            norm_topk_prob=True,
+            rope_scaling=_SECTIONS,
+            **_EXPERTS,
+        ),
+    },
     "qwen3_5": {
         "model_type": "qwen3_5",
         "text_config": {

@@ -16,12 +16,14 @@ from mlx_fusekit.gguf.models.hyperparameters import (
     sliding_pattern,
 )
 from mlx_fusekit.gguf.models.requirements import (
+    deepstack_layers,
     no_rope_every_fourth,
     no_sliding,
     norms_of_large_cohere,
     only,
     partial_rotation,
     pattern_of_exaone4,
+    sections_of_qwen3_vl,
     softmax_scale,
     window_of_exaone4,
     window_of_gemma2,
@@ -50,6 +52,17 @@ DENSE: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen2": Family("QWEN2", BASE + RMS_NORM, biases=QKV, square_heads=True),
     "qwen3": Family("QWEN3", BASE + HEADS + RMS_NORM),
+    "qwen3_vl": Family(
+        "QWEN3VL",
+        (
+            *BASE,
+            *HEADS,
+            *RMS_NORM,
+            array(name="rope.dimension_sections", value=sections_of_qwen3_vl),
+            count(name="n_deepstack_layers", value=deepstack_layers),
+        ),
+        notes="the slowest two of 64 rotated pairs stand still in llama.cpp",
+    ),
     "gemma": Family(
         "GEMMA",
         BASE + HEADS + RMS_NORM,

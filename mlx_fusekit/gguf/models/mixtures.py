@@ -21,6 +21,7 @@ from mlx_fusekit.gguf.models.hyperparameters import (
     without,
 )
 from mlx_fusekit.gguf.models.requirements import (
+    deepstack_layers,
     dense_or_routed,
     epsilon_inside,
     groups,
@@ -29,6 +30,7 @@ from mlx_fusekit.gguf.models.requirements import (
     partial_rotation,
     queries_of_deepseek,
     same_heads,
+    sections_of_qwen3_vl,
 )
 from mlx_fusekit.gguf.models.rope import ALL_FACTORS, PLAIN_IN_MLX, RopeStyle
 
@@ -67,6 +69,20 @@ MIXTURES: dict[str, Family] = {
     "qwen3_moe": Family(
         "QWEN3MOE",
         (*BASE, *HEADS, *RMS_NORM, *experts("num_experts")),
+        rope=PLAIN_IN_MLX,
+        checks=(only("norm_topk_prob", True), dense_or_routed),
+    ),
+    "qwen3_vl_moe": Family(
+        "QWEN3VLMOE",
+        (
+            *BASE,
+            *HEADS,
+            *RMS_NORM,
+            *experts("num_experts"),
+            array(name="rope.dimension_sections", value=sections_of_qwen3_vl),
+            count(name="n_deepstack_layers", value=deepstack_layers),
+        ),
+        notes="the slowest two of 64 rotated pairs stand still in llama.cpp",
         rope=PLAIN_IN_MLX,
         checks=(only("norm_topk_prob", True), dense_or_routed),
     ),

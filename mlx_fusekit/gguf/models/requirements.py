@@ -1,6 +1,6 @@
 """Settings that llama.cpp fixes or derives: refusals of what it cannot run, and its formulas."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mlx_fusekit.gguf.models.hyperparameters import sliding_layers
 from mlx_fusekit.gguf.models.settings import Settings
@@ -190,5 +190,21 @@ def head_of_linear_attention(settings: Settings) -> None:
 
 def sections_of_qwen35(settings: Settings) -> list[int]:
     """How many rotated pairs belong to time, height, width; text needs none of them."""
-    sections = list((settings.get("rope_parameters") or {}).get("mrope_section", (11, 11, 10)))
-    return (sections + [0] * 4)[:4]
+    return _sections(settings, (11, 11, 10))
+
+
+def sections_of_qwen3_vl(settings: Settings) -> list[int]:
+    """The same, with the widths that transformers takes where none are given."""
+    return _sections(settings, (24, 20, 20))
+
+
+def _sections(settings: Settings, default: Sequence[int]) -> list[int]:
+    keys = ("rope_parameters", "rope_scaling")
+    found = ((settings.get(key) or {}).get("mrope_section") for key in keys)
+    return (list(next((widths for widths in found if widths), default)) + [0] * 4)[:4]
+
+
+def deepstack_layers(settings: Settings) -> int:
+    """Layers that take image features too; none where the model has no vision any more."""
+    vision = settings.declared.get("vision_config")
+    return len(vision.get("deepstack_visual_indexes") or ()) if isinstance(vision, dict) else 0

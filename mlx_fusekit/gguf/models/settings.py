@@ -1,7 +1,6 @@
 """What a model's configuration says, with the defaults that mlx-lm's class fills in."""
 
 import copy
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,24 +80,15 @@ class Settings:
 
 
 def _used(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of mlx-lm's class, of the text model where it is inside another."""
     try:
-        _, arguments_class = model_classes(config)
+        model_class, arguments_class = model_classes(config)
         arguments: Any = arguments_class.from_dict(config)  # type: ignore[attr-defined]
-        text = getattr(arguments, "text_config", None)
-        if isinstance(text, dict):
-            arguments = _text_class(arguments_class, config, text).from_dict(text)
+        if isinstance(getattr(arguments, "text_config", None), dict):
+            arguments = model_class(arguments).language_model.args
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: mlx-lm cannot use it ({error})") from error
     return dict(vars(arguments))
-
-
-def _text_class(outer: type, config: dict[str, Any], text: dict[str, Any]) -> Any:
-    """The arguments class of the text model inside a multimodal one's."""
-    inner = getattr(sys.modules[outer.__module__], "TextModelArgs", None)
-    if inner is not None:
-        return inner
-    text.setdefault("model_type", f"{config['model_type']}_text")
-    return model_classes(text)[1]
 
 
 def parameter_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
