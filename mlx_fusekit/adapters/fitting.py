@@ -1,5 +1,6 @@
-"""Whether an adapter's modules are those that mlx-lm would adapt, and its tokens the base's."""
+"""Whether an adapter fits its base: the name, the modules that mlx-lm would adapt, the tokens."""
 
+import difflib
 import json
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -107,12 +108,30 @@ def fit_vocabulary(
         return np.concatenate([up, missing], axis=1), note
     named = token_names(range(tokens, rows), file.parent, base.folder)
     if up[:, tokens:].any():
-        raise AdapterError(
-            f"{file}: {module} has tokens {named}, for which the base, with {tokens}, has no rows; "
-            "fuse into the model with the enlarged vocabulary that the adapter was trained on"
-        )
+        refuse_vocabulary(file, base, module, weight, rows)
     note = f"{module}: tokens {named} are not in the base, and the adapter does not change them"
     return up[:, :tokens], note
+
+
+def refuse_vocabulary(
+    file: Path, base: BaseModel, module: str, weight: TensorSource, rows: int
+) -> None:
+    """Refuse a module with another number of tokens than the base has, if it is that.
+
+    Raises:
+        AdapterError: naming the tokens that the base lacks.
+    """
+    tokens = weight.shape[0]
+    if rows == tokens or len(weight.shape) != 2 or vocabulary_size(base) != tokens:
+        return
+    if rows < tokens:
+        what = f"{module} has {rows} tokens, and the base {tokens}"
+    else:
+        named = token_names(range(tokens, rows), file.parent, base.folder)
+        what = f"{module} has tokens {named}, for which the base, with {tokens}, has no rows"
+    raise AdapterError(
+        f"{file}: {what}; fuse into the model with the vocabulary that the adapter was trained on"
+    )
 
 
 def vocabulary_size(base: BaseModel) -> int | None:
@@ -143,3 +162,34 @@ def _added_tokens(folder: Path) -> dict[int, str]:
         return {int(str(token["id"])): str(token["content"]) for token in added}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def closest(name: str, base: BaseModel) -> str:
+    """The module of the base whose name is the most like this one, in words."""
+    module = name.removesuffix(".weight")
+    known = {tensor.rpartition(".")[0] for tensor in base.tensors}
+    match = difflib.get_close_matches(module, known, n=1)
+    return f" (closest: {match[0]})" if match else ""
+
+
+def base_warnings(trained_on: str | None, base_id: str | None) -> tuple[str, ...]:
+    """What to tell where an adapter was trained on a base of another name."""
+    if trained_on is None or base_id is None:
+        return ()
+    if _model_name(trained_on) == _model_name(base_id):
+        return ()
+    return (
+        f"the adapter was trained on {trained_on}, not on {base_id}; "
+        "if they differ in more than the name, the result will be wrong",
+    )
+
+
+def _model_name(id_or_path: str) -> str:
+    """The part of a Hub id, folder or cache path that names the model."""
+    if cached := re.search(r"models--([^/\\]+)[/\\]snapshots", id_or_path):
+        return cached[1].split("--")[-1].lower()
+    return (
+        Path(id_or_path).resolve().name.lower()
+        if Path(id_or_path).exists()
+        else (id_or_path.rstrip("/").rpartition("/")[2].lower())
+    )

@@ -4,7 +4,6 @@ The tensors are those of ``mlx_lm.tuner``: ``<module>.lora_a``, ``<module>.lora_
 ``<module>.m``, or for full fine-tunes the parameters themselves.
 """
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -15,16 +14,23 @@ from typing import Any
 
 import numpy as np
 
-from mlx_fusekit.adapters.fitting import check_targeted, fit_vocabulary
+from mlx_fusekit.adapters.fitting import (
+    base_warnings,
+    check_targeted,
+    closest,
+    fit_vocabulary,
+    refuse_vocabulary,
+)
 from mlx_fusekit.adapters.mlx_lm_settings import AdapterSettings
 from mlx_fusekit.adapters.updates import Adapter, FullUpdate, LowRankUpdate, Update
+from mlx_fusekit.adapters.values import check_finite, read_finite
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.checkpoint.belongings import is_hidden
 from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME as CONFIG_NAME
 from mlx_fusekit.checkpoint.folder import read_json
 from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
 from mlx_fusekit.errors import AdapterError, CheckpointError
-from mlx_fusekit.formats.floats import FLOAT_DTYPES, Float32, to_float32
+from mlx_fusekit.formats.floats import FLOAT_DTYPES, Float32
 
 WEIGHTS_NAME = "adapters.safetensors"
 
@@ -34,7 +40,6 @@ _DORA_LEAVES = ("lora_a", "lora_b", "m")
 _MLX_VLM_LEAVES = {"A": "lora_a", "B": "lora_b"}
 _FUSED_PROJECTION = re.compile(r"\.lora_[ab]\.\d+$")
 _PICKLED = ("*.npz", "*.bin", "*.pt", "*.pth", "*.pkl")
-_FULL_READ_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,7 @@ class MlxLmAdapter:
         return {f"{module}.weight" for module in self.modules}
 
     def bind(self, base: BaseModel, base_id: str | None = None, *, scaled: bool = True) -> Adapter:
-        warnings = [*self.settings.notes, *_base_warnings(self.settings.trained_on, base_id)]
+        warnings = [*self.settings.notes, *base_warnings(self.settings.trained_on, base_id)]
         if self.kind == "full":
             weights, parameters = self._bind_full(base)
             return Adapter(self.kind, weights, parameters, tuple(warnings))
@@ -196,11 +201,11 @@ class MlxLmAdapter:
         if weight is None:
             raise AdapterError(
                 f"{self.header.file}: {module} is no module of the base model"
-                f"{_closest(module, base)}; fuse into the model the adapter was trained on"
+                f"{closest(module, base)}; fuse into the model the adapter was trained on"
             )
         a, b = tensors["lora_a"], tensors["lora_b"]
         up_ref, down_ref = (a, b) if _is_embedding(module, weight, a, b) else (b, a)
-        up, down = (_read_finite(ref) for ref in (up_ref, down_ref))
+        up, down = (read_finite(ref) for ref in (up_ref, down_ref))
         if up.ndim == 2:
             # A linear keeps lora_a as [columns, rank] and lora_b as [rank, rows]; an embedding
             # lora_a as [rows, rank] and lora_b as [rank, columns]; experts are as we want them.
@@ -211,7 +216,7 @@ class MlxLmAdapter:
             raise AdapterError(
                 f"{self.header.file}: {b.name} has shape {list(b.shape)}; want 2 or 3 axes"
             )
-        magnitude = _read_finite(tensors["m"]) if "m" in tensors else None
+        magnitude = read_finite(tensors["m"]) if "m" in tensors else None
         note = None
         if magnitude is None:
             up, note = fit_vocabulary(self.header.file, base, module, weight, up)
@@ -294,14 +299,16 @@ class MlxLmAdapter:
             if target is None:
                 raise AdapterError(
                     f"{self.header.file}: {name!r} is no parameter of the base model"
-                    f"{_closest(name, base)}; fuse into the model it was trained from"
+                    f"{closest(name, base)}; fuse into the model it was trained from"
                 )
-            _check_finite_streaming(tensor)
+            check_finite(tensor)
             if tensor.shape == target.shape and target.dtype in FLOAT_DTYPES:
                 parameters[name] = FullUpdate(tensor)
             elif name.endswith(".weight") and self._fits_quantized(base, module, tensor):
                 weights[module] = FullUpdate(tensor)
             else:
+                if len(tensor.shape) == 2:
+                    refuse_vocabulary(self.header.file, base, module, target, tensor.shape[0])
                 raise AdapterError(
                     f"{self.header.file}: {name!r} is {tensor.dtype} {list(tensor.shape)}, which "
                     f"does not fit the base's {target.dtype} {list(target.shape)}; "
@@ -381,66 +388,3 @@ def _is_embedding(module: str, weight: TensorSource, a: TensorRef, b: TensorRef)
         leaf = module.rpartition(".")[2]
         return "emb" in leaf or leaf in ("wte", "wpe")
     return as_embedding
-
-
-def _read_finite(tensor: TensorRef) -> Float32:
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise AdapterError(
-            f"{tensor.file}: {tensor.name} has dtype {tensor.dtype}; floats are expected"
-        )
-    values = to_float32(tensor.read(), tensor.dtype)
-    if not np.isfinite(values).all():
-        raise AdapterError(
-            f"{tensor.file}: {tensor.name} holds NaN or infinity; the training diverged, "
-            "use an earlier checkpoint"
-        )
-    return values
-
-
-def _check_finite_streaming(tensor: TensorRef) -> None:
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise AdapterError(
-            f"{tensor.file}: {tensor.name} has dtype {tensor.dtype}; floats are expected"
-        )
-    if not tensor.shape:
-        return
-    rows = math.prod(tensor.shape[:-1])
-    step = max(1, _FULL_READ_BYTES // max(4 * tensor.shape[-1], 1))
-    for first in range(0, rows, step):
-        values = to_float32(tensor.read_rows(first, min(first + step, rows)), tensor.dtype)
-        if not np.isfinite(values).all():
-            raise AdapterError(
-                f"{tensor.file}: {tensor.name} holds NaN or infinity; the training diverged, "
-                "use an earlier checkpoint"
-            )
-
-
-def _closest(name: str, base: BaseModel) -> str:
-    import difflib
-
-    module = name.removesuffix(".weight")
-    known = {tensor.rpartition(".")[0] for tensor in base.tensors}
-    match = difflib.get_close_matches(module, known, n=1)
-    return f" (closest: {match[0]})" if match else ""
-
-
-def _base_warnings(trained_on: str | None, base_id: str | None) -> tuple[str, ...]:
-    if trained_on is None or base_id is None:
-        return ()
-    if _model_name(trained_on) == _model_name(base_id):
-        return ()
-    return (
-        f"the adapter was trained on {trained_on}, not on {base_id}; "
-        "if they differ in more than the name, the result will be wrong",
-    )
-
-
-def _model_name(id_or_path: str) -> str:
-    """The part of a Hub id, folder or cache path that names the model."""
-    if cached := re.search(r"models--([^/\\]+)[/\\]snapshots", id_or_path):
-        return cached[1].split("--")[-1].lower()
-    return (
-        Path(id_or_path).resolve().name.lower()
-        if Path(id_or_path).exists()
-        else (id_or_path.rstrip("/").rpartition("/")[2].lower())
-    )

@@ -457,6 +457,16 @@ def test_tokens_that_the_base_lacks_and_nothing_changes(base: Path, tmp_path: Pa
     assert "tokens 96 to 97 are not in the base" in report.warnings[0]
 
 
+@pytest.mark.parametrize(("tokens", "said"), [(98, "tokens 96 to 97"), (90, "has 90 tokens")])
+def test_a_full_fine_tune_with_other_tokens(
+    base: Path, tmp_path: Path, tokens: int, said: str
+) -> None:
+    weights = {"lm_head.weight": mx.zeros((tokens, DIMS))}
+    adapter = save_adapter(tmp_path / "adapter", weights, kind="full")
+    with pytest.raises(AdapterError, match=f"lm_head (has )?{said}"):
+        fuse(base, adapter, tmp_path / "fused")
+
+
 # -- twice
 
 
