@@ -336,7 +336,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
     "qwen3_vl": {
         "model_type": "qwen3_vl",
-        "vision_config": {"deepstack_visual_indexes": [0]},
         "text_config": _config("qwen3_vl_text", head_dim=32, rope_scaling=_SECTIONS),
     },
     "qwen3_vl_moe": {

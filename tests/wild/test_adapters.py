@@ -195,6 +195,7 @@ def test_a_fine_tune_type_that_mlx_lm_takes_for_lora(
 ) -> None:
     adapter = write(tmp_path / "adapter", matrices(), stock(fine_tune_type=stated))
     load_adapters(load_model(base)[0], str(adapter))
+    assert open_adapter(adapter).kind == "lora"
     check_merged(base, adapter, merged(base, matrices(), {Q: 3.0, V: 3.0}))
 
 
@@ -260,8 +261,10 @@ def test_both_rules_may_agree(base: Path, tmp_path: Path, version: str) -> None:
     assert not check_merged(base, adapter, merged(base, matrices(), {Q: 10.0, V: 10.0}))
 
 
-def test_todays_mlx_lm_ignores_alpha(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dropped", ["", "fine_tune_type"])
+def test_todays_mlx_lm_ignores_alpha(base: Path, tmp_path: Path, dropped: str) -> None:
     config = stock()
+    config.pop(dropped, None)
     config["lora_parameters"]["alpha"] = 16
     adapter = write(tmp_path / "adapter", matrices(), config)
     assert not check_merged(base, adapter, merged(base, matrices(), {Q: 3.0, V: 3.0}))

@@ -1,6 +1,7 @@
 """What a GGUF file of each architecture holds, as far as it can be told without llama.cpp."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -277,6 +278,15 @@ def with_tensors(found: BaseModel, tensors: dict[str, Any]) -> Any:
 
 
 class TestLayout:
+    def test_sections_and_deepstack_layers_of_qwen3_vl(self, tmp_path: Path) -> None:
+        file = make_model(tmp_path, "qwen3_vl") / "config.json"
+        vision = {"vision_config": {"deepstack_visual_indexes": [0]}}  # mlx-lm does not save it
+        file.write_text(json.dumps(json.loads(file.read_text()) | vision))
+        keys = lay_out(open_base(tmp_path)).hyperparameters
+        values = {name.removeprefix("qwen3vl."): value for name, (value, *_) in keys.items()}
+        assert values["rope.dimension_sections"] == [6, 5, 5, 0]
+        assert values["n_deepstack_layers"] == 1
+
     def test_tied_embedding_is_written_where_there_is_no_fallback(self, tmp_path: Path) -> None:
         for name, written in (("olmo2", True), ("qwen2", False), ("gemma", False)):
             layout = lay_out(open_base(make_model(tmp_path / name, name)))
