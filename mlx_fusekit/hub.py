@@ -58,6 +58,8 @@ def resolve(
         HubError: with the cure, when there is no such folder or repository.
     """
     path = Path(name).expanduser()
+    if path.is_file():
+        raise HubError(f"{what} {name}: is a file; {_folder_of(path)}")
     if path.exists():
         if revision is not None:
             raise HubError(
@@ -70,6 +72,13 @@ def resolve(
         advice = f"; that is the default: name yours with {what}" * default
         raise HubError(f"{what} {name}: neither a folder here nor a Hub id (owner/name){advice}")
     return replace(_download(str(name), revision, what, code), trusted=code)
+
+
+def _folder_of(file: Path) -> str:
+    """What to give in the place of a file."""
+    if file.suffix.lower() == ".gguf":
+        return "a GGUF file cannot be used here; give the folder of the model in safetensors format"
+    return f"give the folder that it lies in, {file.parent}"
 
 
 def _known_snapshot(path: Path) -> LocalFolder:

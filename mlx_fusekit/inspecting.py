@@ -47,6 +47,7 @@ class ModelFacts:
     formats: dict[str, int]
     exceptions: dict[str, str]
     fused: dict[str, Any] | None
+    warnings: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         """The facts as a JSON object."""
@@ -130,7 +131,8 @@ def inspect(
         raise CheckpointError(
             f"{path}: neither a model (config.json) nor an adapter ({ADAPTER_CONFIG_NAME})"
         )
-    return _model_facts(str(path), Checkpoint.open(folder))
+    checkpoint = Checkpoint.open(folder, trust_remote_code=trust_remote_code)
+    return _model_facts(str(path), checkpoint)
 
 
 def _model_facts(path: str, checkpoint: Checkpoint) -> ModelFacts:
@@ -160,6 +162,7 @@ def _model_facts(path: str, checkpoint: Checkpoint) -> ModelFacts:
         formats=dict(formats.most_common()),
         exceptions=exceptions,
         fused=read_json(recipe) if recipe.exists() else None,
+        warnings=checkpoint.warnings,
     )
 
 

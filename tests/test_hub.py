@@ -50,7 +50,8 @@ def run(
     )
 
 
-FUSE = ("fuse", "--model", "owner/tiny-4bit", "--adapter-path", "owner/tiny-lora", "--save-path")
+BASE_AND_ADAPTER = ("--model", "owner/tiny-4bit", "--adapter-path", "owner/tiny-lora")
+FUSE = ("fuse", *BASE_AND_ADAPTER, "--requantize", "nearest", "--save-path")
 
 
 def test_ids_are_downloaded_and_recorded(

@@ -17,7 +17,7 @@ from mlx_lm.utils import sharded_load
 from mlx_fusekit.adapters.opening import open_adapter
 from mlx_fusekit.adapters.updates import AdapterFolder
 from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME, Checkpoint
-from mlx_fusekit.checkpoint.mlx_lm import MLX_LM_ERRORS, first_line
+from mlx_fusekit.checkpoint.mlx_lm import MLX_LM_ERRORS, one_line
 from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.quantization import LEAVES
 from mlx_fusekit.hub import LocalFolder
@@ -109,10 +109,9 @@ def load_arm(source: ArmSource) -> LoadedArm:
     try:
         _put_adapter(running.model, open_adapter(source.adapter, scale=source.scale))
     except MLX_LM_ERRORS as error:
-        line = first_line(error)
         raise AdapterError(
             f"--adapter-path {source.adapter}: mlx-lm cannot run it on {source.public_name}, "
-            f"so there is no unfused arm to time ({line.rstrip(':')})"
+            f"so there is no unfused arm to time ({one_line(error)})"
         ) from error
     running.model.eval()
     end = time.perf_counter()
@@ -134,8 +133,8 @@ def _load_whole(source: ArmSource) -> RunningModel:
 
 
 def _load_shard(source: ArmSource) -> RunningModel:
-    Checkpoint.open(source.folder)
     trust = source.trust_remote_code
+    Checkpoint.open(source.folder, trust_remote_code=trust)
     try:
         model, _, config = sharded_load(
             str(source.folder),

@@ -349,7 +349,7 @@ def _sources(
         if name in (BASE, ADAPTED):
             raise ConfigurationError(f"--fused {name}={path}: {name} is the name of another arm")
         found = hub.resolve(path, what="--fused", code=trust_remote_code)
-        checkpoint = Checkpoint.open(found.path)
+        checkpoint = Checkpoint.open(found.path, trust_remote_code=trust_remote_code)
         flag = f"--fused {found.public_name}"
         check_same_model(opened, checkpoint, f"--model {base.public_name}", flag)
         _check_vocabulary(opened.config, checkpoint.config, flag)

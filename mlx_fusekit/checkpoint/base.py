@@ -51,6 +51,10 @@ class BaseModel(Protocol):
         """MLX's quantization block: defaults and per-module overrides; empty without one."""
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is wrong with the folder without being an obstacle, one line each."""
+
+    @property
     def tensors(self) -> Mapping[str, TensorSource]: ...
     @property
     def beside(self) -> Mapping[str, TensorRef]:

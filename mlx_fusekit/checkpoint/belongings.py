@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME, INDEX_NAME, resolve_inside
+from mlx_fusekit.checkpoint.mistaken import lfs_pointer, mistaken_file, not_json
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError
 
@@ -154,7 +155,8 @@ def find_companions(
         text_only: whether those for images and sound do not.
 
     Raises:
-        CheckpointError: for a data file that is a link out of the folder, or to nothing.
+        CheckpointError: for a data file that is a link out of the folder or to nothing, or another
+            file's stand-in.
     """
     copied, left_out = [], []
     for path in data_files(folder):
@@ -172,6 +174,9 @@ def find_companions(
                     f"{path}: a link to a file that is not there; download the model again, or "
                     "remove the link"
                 )
+            told = mistaken_file(path, not_json if path.suffix == ".json" else lfs_pointer)
+            if told is not None:
+                raise CheckpointError(f"{path}: {told}")
             copied.append(name)
         elif kind is None or not kind.expected:
             left_out.append(name)

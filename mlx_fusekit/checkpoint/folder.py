@@ -2,15 +2,16 @@
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
-from mlx_fusekit.checkpoint.mlx_lm import logical_columns
+from mlx_fusekit.checkpoint.mistaken import mistaken_file
+from mlx_fusekit.checkpoint.mlx_lm import load_lazily, logical_columns, quantization_block
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.formats.quantization import CODEBOOK_MODES, QuantSpec
 
@@ -18,6 +19,7 @@ from mlx_fusekit.formats.quantization import CODEBOOK_MODES, QuantSpec
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 INDEX_NAME = "model.safetensors.index.json"
 _WEIGHT_FILE = re.compile(r"model[^/\\:\0]*\.safetensors")
+_NUMBERED = re.compile(r"(model.*?)(?:\d{5})-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -29,19 +31,27 @@ class Checkpoint:
         config: ``config.json``.
         headers: of each weight file, by file name.
         tensors: every tensor of all weight files, by name.
+        warnings: what is wrong with the folder without being an obstacle, one line each.
     """
 
     folder: Path
     config: Mapping[str, Any]
     headers: Mapping[str, Header]
     tensors: Mapping[str, TensorRef]
+    warnings: tuple[str, ...] = ()
     converted = False
     beside: ClassVar[Mapping[str, TensorRef]] = MappingProxyType({})
     lost: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
+    def open(cls, folder: Path, *, trust_remote_code: bool = False) -> "Checkpoint":
         """Open and validate a model folder; reads headers only.
+
+        Where its index or the numbers of its files contradict what lies there, mlx-lm is asked
+        whether that is a whole model.
+
+        Args:
+            trust_remote_code: whether model code that lies in the folder may run.
 
         Raises:
             CheckpointError: naming the file or tensor that is wrong, and the cure.
@@ -64,8 +74,13 @@ class Checkpoint:
                         f"{name}; remove the file that does not belong to this model"
                     )
                 tensors[tensor.name] = tensor
-        _check_index(folder, tensors)
-        return cls(folder, config, MappingProxyType(headers), MappingProxyType(tensors))
+        opened = cls(folder, config, MappingProxyType(headers), MappingProxyType(tensors))
+        return replace(opened, warnings=_check_whole(folder, opened.files, trust_remote_code))
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Name of the file that holds each tensor."""
+        return {name: tensor.file.name for name, tensor in self.tensors.items()}
 
     @property
     def written_by_mlx(self) -> bool:
@@ -113,8 +128,9 @@ class Checkpoint:
         block = self.quantization_config
         override = block.get(module)
         if isinstance(override, dict):
-            spec = self._spec(module, {**_mode_defaults(override), **override})
-        elif block and _fits(default := self._spec(module, block), weight, scales):
+            given = {key: value for key, value in override.items() if value is not None}
+            spec = self._spec(module, {**_mode_defaults(given), **given})
+        elif (default := _default(block)) is not None and _fits(default, weight, scales):
             spec = default
             if columns not in (None, spec.columns(weight.shape[-1])):
                 # The default fits by its product only, or the caller is mistaken.
@@ -167,15 +183,6 @@ class Checkpoint:
             )
 
 
-def quantization_block(config: Mapping[str, Any]) -> dict[str, Any]:
-    """MLX's quantization block of a configuration; empty when there is none."""
-    for key in ("quantization", "quantization_config"):
-        block = config.get(key)
-        if isinstance(block, dict) and "bits" in block and "group_size" in block:
-            return block
-    return {}
-
-
 def layer_count(config: Mapping[str, Any]) -> int | None:
     """``num_hidden_layers``, also of a text model inside a multimodal configuration."""
     text = config.get("text_config")
@@ -199,9 +206,11 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: the file is missing") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        why = mistaken_file(path) or f"cannot be read ({error.strerror})"
+        raise CheckpointError(f"{path}: {why}") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+        why = mistaken_file(path) or f"not valid JSON ({error})"
+        raise CheckpointError(f"{path}: {why}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object")
     return value
@@ -230,59 +239,119 @@ def resolve_inside(folder: Path, name: str) -> Path:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """Names of the weight files, from the index where there is one."""
-    present = sorted(path.name for path in folder.glob("model*.safetensors"))
-    index = folder / INDEX_NAME
-    names = _indexed_files(index) if index.exists() else present
+    """Names of the weight files: as for mlx-lm, all that lie there."""
+    names = sorted(path.name for path in folder.glob("model*.safetensors"))
     if not names:
         other = next(
             (p.name for p in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.npz"))), ""
         )
         hint = f"; {other} is pickled or old, convert it with mlx_lm.convert" if other else ""
+        if not other and (fault := index_fault(folder, {})) is not None:
+            hint = f" ({INDEX_NAME} {fault}); download the model again"
         raise CheckpointError(f"{folder}: no model*.safetensors file{hint}")
     for name in names:
-        if name not in present:
-            raise CheckpointError(
-                f"{index}: names {name}, which is not in the folder; download the model again"
-            )
         resolve_inside(folder, name)
-    if extra := sorted(set(present) - set(names)):
-        raise CheckpointError(
-            f"{folder / extra[0]}: not in {INDEX_NAME}, but mlx-lm would load it; remove the file, "
-            "or the index if that is out of date"
-        )
     return names
 
 
-def _indexed_files(index: Path) -> list[str]:
-    weight_map = read_json(index).get("weight_map")
+def index_fault(folder: Path, files: Mapping[str, str]) -> str | None:
+    """What the index of a folder says that is not so; None where it is true, or there is none.
+
+    Args:
+        files: name of the file that holds each tensor.
+
+    Raises:
+        CheckpointError: for an index that names other files than weights beside it.
+    """
+    index = folder / INDEX_NAME
+    if not index.exists():
+        return None
+    try:
+        weight_map = read_json(index).get("weight_map")
+    except CheckpointError:
+        return "is no JSON object"
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map; download the model again")
+        return "has no weight_map"
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not _WEIGHT_FILE.fullmatch(name):
             raise CheckpointError(
                 f"{index}: places tensor {tensor!r} in {name!r}; "
                 "only files model*.safetensors beside the index are allowed"
             )
-    return sorted(set(weight_map.values()))
+    named, held = set(weight_map.values()), set(files.values())
+    wrong = [name for name in weight_map if name in files and weight_map[name] != files[name]]
+    faults = {
+        "names {}, which is not there": named - held,
+        "leaves out {}": held - named,
+        "lists {}, which no file holds": set(weight_map) - set(files),
+        "leaves {} out": set(files) - set(weight_map),
+        "places {} in another file than the one that holds it": wrong,
+    }
+    return next((words.format(_some(names)) for words, names in faults.items() if names), None)
 
 
-def _check_index(folder: Path, tensors: Mapping[str, TensorRef]) -> None:
+def _missing_number(names: Collection[str]) -> str | None:
+    """What is missing by the numbers of the files; None for nothing."""
+    for name in names:
+        if numbered := _NUMBERED.fullmatch(name):
+            start, count = numbered[1], int(numbered[2])
+            ends = (f"{n:05d}-of-{numbered[2]}.safetensors" for n in range(1, count + 1))
+            missing = [f"{start}{end}" for end in ends if f"{start}{end}" not in names]
+            if missing:
+                return f"{_some(missing)} of {count} files is not there"
+    return None
+
+
+def _check_whole(
+    folder: Path, files: Mapping[str, str], trust_remote_code: bool
+) -> tuple[str, ...]:
+    """Warnings about an index that is out of date; mlx-lm does not read it.
+
+    Raises:
+        CheckpointError: when mlx-lm cannot make a model of the files that lie there.
+    """
     index = folder / INDEX_NAME
-    if not index.exists():
-        return
-    weight_map = read_json(index)["weight_map"]
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name].file.name != file:
-            raise CheckpointError(
-                f"{index}: places tensor {name!r} in {file}, where it is not; "
-                "download the model again"
-            )
-    if missing := next((name for name in tensors if name not in weight_map), None):
+    if index.exists():
+        fault = index_fault(folder, files)
+        told = f"{index}: {fault}"
+    else:
+        fault = _missing_number(sorted(set(files.values())))
+        told = f"{folder}: {fault}"
+    if fault is None:
+        return ()
+    try:
+        load_lazily(folder, trust_remote_code=trust_remote_code)
+    except CheckpointError as error:
+        why = str(error).removeprefix(f"{folder}: ")
         raise CheckpointError(
-            f"{tensors[missing].file}: tensor {missing!r} is not in {INDEX_NAME}; "
-            "remove the index if it is out of date"
-        )
+            f"{told}, and {why}; download the model again, into an empty folder"
+        ) from error
+    if not index.exists():
+        return ()
+    return (
+        f"{told}; it is out of date, and mlx-lm does not read it: the weights are taken from the "
+        "files that lie there, which hold the whole model",
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first of some names, and how many more there are."""
+    first, *more = sorted(names)
+    return f"{first} (and {len(more)} more)" if more else first
+
+
+def _default(block: Mapping[str, Any]) -> QuantSpec | None:
+    """What a block says of all modules; None where that is nothing that MLX has.
+
+    mlx-lm goes by the shapes then, as it does anyway.
+    """
+    bits, group_size = block.get("bits"), block.get("group_size")
+    if type(bits) is not int or type(group_size) is not int:
+        return None
+    try:
+        return QuantSpec(bits, group_size, block.get("mode") or "affine")
+    except ConfigurationError:
+        return None
 
 
 def _mode_defaults(override: Mapping[str, Any]) -> dict[str, Any]:

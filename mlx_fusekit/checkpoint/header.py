@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from mlx_fusekit.checkpoint.mistaken import BEGINNING, mistaken_file, not_safetensors
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import STORAGE, Array
 
@@ -125,10 +126,12 @@ def read_header(path: Path) -> Header:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = _header_length(path, file.read(8), size)
+            length = _header_length(path, file.read(BEGINNING), size)
+            file.seek(8)
             text = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        why = mistaken_file(path) or f"cannot be read ({error.strerror})"
+        raise CheckpointError(f"{path}: {why}") from error
     if len(text) != length:
         raise CheckpointError(f"{path}: the file ends inside its header; download it again")
     raw = struct.pack("<Q", length) + text
@@ -138,10 +141,14 @@ def read_header(path: Path) -> Header:
 
 
 def _header_length(path: Path, first: bytes, size: int) -> int:
-    if len(first) < 8:
-        raise CheckpointError(f"{path}: {size} bytes are no safetensors file; download it again")
-    length: int = struct.unpack("<Q", first)[0]
+    length: int = struct.unpack("<Q", first[:8])[0] if len(first) >= 8 else _LARGEST_SIZE
     if length > _LARGEST_HEADER or 8 + length > size:
+        if (told := not_safetensors(first)) is not None:
+            raise CheckpointError(f"{path}: {told}")
+        if len(first) < 8:
+            raise CheckpointError(
+                f"{path}: {size} bytes are no safetensors file; download it again"
+            )
         if first[:2] == b"PK" or first[:1] == b"\x80":
             raise CheckpointError(
                 f"{path}: this is a pickle or zip archive, not safetensors; it is never opened; "

@@ -1,8 +1,7 @@
 """What mlx-lm's model classes know of a checkpoint without its weights, and its errors."""
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +9,100 @@ from mlx_fusekit.errors import CheckpointError
 
 #: What mlx-lm raises for architectures it does not know, weights that do not fit, and settings that
 #: are missing or of another type.
-MLX_LM_ERRORS = (ValueError, KeyError, TypeError, AttributeError)
+MLX_LM_ERRORS = (ValueError, KeyError, TypeError, AttributeError, NameError)
+#: Of a list that an error of several lines gives, and of the line that is made of it.
+_NAMED = 3
+_LONGEST_LINE = 300
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says in its first line, or its kind where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def one_line(error: BaseException) -> str:
+    """What an error says in its first line, with what follows where that ends with a colon.
+
+    The kind of an error that says nothing; of a missing key, that it is missing.
+    """
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+        type(error).__name__
+    ]
+    if first.endswith(":") and others:
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        first += " " + ", ".join(line.rstrip(",.") for line in others[:_NAMED]) + more
+    return first if len(first) <= _LONGEST_LINE else first[:_LONGEST_LINE] + "…"
 
 
-@contextlib.contextmanager
-def checkpoint_errors(folder: Path) -> Iterator[None]:
-    """Say in one line that mlx-lm cannot load a folder.
+def load_lazily(
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    classes: "Callable[[dict[str, Any]], tuple[type, type]] | None" = None,
+) -> tuple[Any, dict[str, Any]]:
+    """mlx-lm's model of a folder and its configuration; weights are read when they are first used.
+
+    Args:
+        trust_remote_code: whether model code that lies in the folder may run.
+        classes: in the place of :func:`model_classes`.
 
     Raises:
-        CheckpointError: with the first line of mlx-lm's error.
+        CheckpointError: in one line, where mlx-lm cannot load the folder.
     """
+    from mlx_lm.utils import load_config, load_model
+
+    config: dict[str, Any] = {}
     try:
-        yield
+        config = load_config(folder)
+        # Where it has another name than mlx-lm looks for.
+        block = quantization_block(config)
+        model, config = load_model(
+            folder,
+            lazy=True,
+            model_config={"quantization": block} if block else None,
+            get_model_classes=classes or model_classes,
+            trust_remote_code=trust_remote_code,
+        )
     except MLX_LM_ERRORS as error:
-        raise CheckpointError(f"{folder}: mlx-lm cannot load it ({first_line(error)})") from error
+        method = foreign_quantization(config)
+        if method is None and (folder / "hf_quant_config.json").exists():
+            method = "modelopt"  # which keeps its settings there
+        failure = f"mlx-lm cannot load it ({one_line(error)})"
+        if method is not None:
+            failure = f"is quantized with {method}, and {failure}; use the 16-bit original instead"
+        raise CheckpointError(f"{folder}: {failure}") from error
+    return model, config
+
+
+def quantization_block(config: Mapping[str, Any]) -> dict[str, Any]:
+    """MLX's quantization block of a configuration; empty when there is none.
+
+    mlx-lm writes it under two names and reads one; a block under the other that names no method is
+    MLX's too.
+    """
+    block = config.get("quantization")
+    if block is None:
+        block = _quantization_config(config)
+        if isinstance(block, dict) and "quant_method" in block:
+            return {}
+    return block if isinstance(block, dict) and {"bits", "group_size"} <= set(block) else {}
+
+
+def foreign_quantization(config: Mapping[str, Any]) -> str | None:
+    """Whose quantization a configuration names that mlx-lm has to convert; None for MLX's or none.
+
+    As mlx-lm, which asks for it only where there is no block of MLX's.
+    """
+    block = _quantization_config(config)
+    if config.get("quantization") is not None or not block or quantization_block(config):
+        return None
+    settings = block if isinstance(block, dict) else {}
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        return "bitsandbytes"  # whose older configurations have no name
+    return str(settings.get("quant_method") or "a method that config.json does not name")
+
+
+def _quantization_config(config: Mapping[str, Any]) -> Any:
+    text = config.get("text_config")
+    inner = text.get("quantization_config") if isinstance(text, dict) else None
+    return config.get("quantization_config", inner)
 
 
 def model_classes(config: Mapping[str, Any]) -> tuple[type, type]:
@@ -86,7 +159,7 @@ def adapted_modules(
         linear_to_lora_layers(model, num_layers, parameters)
     except MLX_LM_ERRORS as error:
         raise CheckpointError(
-            f"mlx-lm cannot adapt what lora_parameters.keys names ({first_line(error)})"
+            f"mlx-lm cannot adapt what lora_parameters.keys names ({one_line(error)})"
         ) from error
     return frozenset(path for path, module in model.named_modules() if "lora_a" in module)
 

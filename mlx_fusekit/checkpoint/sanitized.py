@@ -6,7 +6,7 @@ let it, lazily: nothing is computed before a tensor is read, and a tensor may be
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -16,9 +16,14 @@ import numpy as np
 
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.beside_text import dropped
-from mlx_fusekit.checkpoint.folder import Checkpoint, layer_count, quantization_block
+from mlx_fusekit.checkpoint.folder import Checkpoint, layer_count
 from mlx_fusekit.checkpoint.header import Header, TensorRef
-from mlx_fusekit.checkpoint.mlx_lm import checkpoint_errors, model_classes
+from mlx_fusekit.checkpoint.mlx_lm import (
+    foreign_quantization,
+    load_lazily,
+    model_classes,
+    quantization_block,
+)
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import STORAGE, Array
 from mlx_fusekit.formats.quantization import QuantSpec
@@ -114,8 +119,9 @@ class SanitizedModel:
     headers: Mapping[str, Header]
     tensors: Mapping[str, LazyTensor]
     specs: Mapping[str, QuantSpec]
-    beside: Mapping[str, TensorRef]
-    lost: tuple[str, ...]
+    beside: Mapping[str, TensorRef] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     converted = True
 
     @property
@@ -167,14 +173,15 @@ def open_base(
     Raises:
         CheckpointError: naming what is wrong with the folder.
     """
-    checkpoint = Checkpoint.open(folder)
-    if checkpoint.written_by_mlx and all(name in checkpoint.tensors for name in wanted):
+    checkpoint = Checkpoint.open(folder, trust_remote_code=trust_remote_code)
+    own = checkpoint.written_by_mlx and foreign_quantization(checkpoint.config) is None
+    if own and all(name in checkpoint.tensors for name in wanted):
         return checkpoint
     conversion = _Conversion(folder, trust_remote_code)
     try:
         return conversion.of(checkpoint)
     except CheckpointError:
-        if checkpoint.written_by_mlx:
+        if own:
             return checkpoint  # what is missing will be said by whoever looks for it
         raise
 
@@ -220,8 +227,7 @@ class _Conversion:
 
     def _open(self, checkpoint: Checkpoint) -> BaseModel:
         model, config = self._load()
-        stored = checkpoint.config.get("quantization")
-        if self._unchanged and config.get("quantization") == stored:
+        if self._unchanged and quantization_block(config) == checkpoint.quantization_config:
             self._arrays.clear()
             return checkpoint
         beside, lost = _beside(checkpoint, self._dropped or {})
@@ -238,7 +244,6 @@ class _Conversion:
     def _load(self) -> tuple[Any, dict[str, Any]]:
         """Let mlx-lm load the folder, lazily, and note whether ``sanitize`` changes a tensor."""
         from mlx.utils import tree_flatten
-        from mlx_lm.utils import load_model
 
         conversion = self
 
@@ -257,13 +262,9 @@ class _Conversion:
 
             return Recorded, arguments_class
 
-        with checkpoint_errors(self._folder):
-            model, config = load_model(
-                self._folder,
-                lazy=True,
-                get_model_classes=recorded_classes,
-                trust_remote_code=self._trust_remote_code,
-            )
+        model, config = load_lazily(
+            self._folder, trust_remote_code=self._trust_remote_code, classes=recorded_classes
+        )
         self._arrays = dict(tree_flatten(model.parameters()))
         return model, config
 
@@ -310,4 +311,5 @@ def _sanitized(
         MappingProxyType(specs),
         MappingProxyType(beside),
         tuple(lost),
+        checkpoint.warnings,
     )

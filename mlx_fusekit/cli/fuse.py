@@ -93,7 +93,7 @@ if TYPE_CHECKING:
 @click.option("--again", is_flag=True, help="Fuse an adapter that the model holds already.")
 @options.revision()
 @options.overwrite("Replace an existing model folder.")
-@options.dry_run("Show the plan; read headers only, write nothing.")
+@options.dry_run("Show the plan; read no weights, write nothing.")
 @options.as_json()
 @options.trust_remote_code("Run and copy the model's own *.py files.")
 def command(as_json: bool, dry_run: bool, **asked: Any) -> int:

@@ -47,6 +47,8 @@ def command(
 
 
 def _print_model(facts: "ModelFacts") -> None:
+    for warning in facts.warnings:
+        output.warn(warning)
     formats = ", ".join(f"{count} x {name}" for name, count in facts.formats.items())
     rows = [
         ("architecture", facts.architecture),

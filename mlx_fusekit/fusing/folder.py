@@ -11,7 +11,7 @@ from typing import Any, Self
 from mlx_fusekit.checkpoint import beside_text, recipe
 from mlx_fusekit.checkpoint.belongings import Companions
 from mlx_fusekit.checkpoint.clone import copy_file, reflink
-from mlx_fusekit.checkpoint.folder import INDEX_NAME, Checkpoint
+from mlx_fusekit.checkpoint.folder import INDEX_NAME, Checkpoint, index_fault
 from mlx_fusekit.checkpoint.writer import sync
 from mlx_fusekit.errors import OutputError
 from mlx_fusekit.fusing.report import dtype_name
@@ -107,6 +107,8 @@ def check_written(plan: FusePlan, staging: Path) -> None:
     found = {t.name: (t.dtype, t.shape) for t in written.tensors.values()}
     if planned != found:
         raise AssertionError(f"written and planned tensors differ: {set(planned) ^ set(found)}")
+    if written.warnings:
+        raise AssertionError(f"what was written is not in order: {written.warnings}")
 
 
 def _changed_config(plan: FusePlan, *, text_only: bool) -> str | None:
@@ -131,11 +133,13 @@ def _changed_config(plan: FusePlan, *, text_only: bool) -> str | None:
 
 def _write_index(plan: FusePlan, staging: Path) -> None:
     base_index = plan.base.folder / INDEX_NAME
-    if all(file.base is not None for file in plan.files):
-        if base_index.exists():
-            copy_file(base_index, staging / INDEX_NAME)
-        return
     weight_map = {tensor.name: file.name for file in plan.files for tensor in file.tensors}
+    if all(file.base is not None for file in plan.files):
+        if not base_index.exists():
+            return
+        if index_fault(plan.base.folder, weight_map) is None:
+            copy_file(base_index, staging / INDEX_NAME)
+            return
     total = sum(tensor.nbytes for file in plan.files for tensor in file.tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (staging / INDEX_NAME).write_text(json.dumps(index, indent=4) + "\n", "utf-8")

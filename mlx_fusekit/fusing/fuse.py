@@ -13,7 +13,7 @@ from typing import Any, Self
 from mlx_fusekit.adapters.sources import AdapterNames, NamedSources, Sources
 from mlx_fusekit.checkpoint import recipe
 from mlx_fusekit.checkpoint.base import BaseModel
-from mlx_fusekit.checkpoint.belongings import TOKENIZERS, Companions, find_companions, matches
+from mlx_fusekit.checkpoint.belongings import Companions, find_companions
 from mlx_fusekit.checkpoint.beside_text import in_words
 from mlx_fusekit.checkpoint.sanitized import beside_text
 from mlx_fusekit.checkpoint.staging import check_target, staging_folder
@@ -22,24 +22,19 @@ from mlx_fusekit.fusing import destinations, folder, history
 from mlx_fusekit.fusing.execute import execute, working_memory
 from mlx_fusekit.fusing.options import FuseOptions
 from mlx_fusekit.fusing.report import (
-    LOSSY_BITS,
     FuseReport,
     calibration_warnings,
     dtype_name,
     formats_of,
     rounding_warnings,
 )
-from mlx_fusekit.machine import default_workers, free_disk_bytes, memory_bytes
+from mlx_fusekit.fusing.strategy import chosen_strategy
+from mlx_fusekit.machine import default_workers, free_disk_bytes
 from mlx_fusekit.merging.plan import FusePlan, plan_fuse
 from mlx_fusekit.progress import StepProgress
 from mlx_fusekit.requantize.options import CALIBRATION_TOKENS, CalibrationReport
 from mlx_fusekit.requantize.requantizer import Prepared, RequantizedWeight, Request
 from mlx_fusekit.requantize.strategy import Strategy
-
-#: Share of the machine's memory that a model may take to be run.
-_RUNNABLE_SHARE = 0.8
-#: Any of these is needed to make tokens of text.
-_TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -101,6 +96,7 @@ class PreparedFuse:
     def _warnings(self, calibration: CalibrationReport | None) -> tuple[str, ...]:
         rounds = self.strategy is not None and not self.strategy.calibrates
         return (
+            *self.plan.base.warnings,
             *self.plan.adapter.warnings,
             *self.notes,
             *(rounding_warnings(self.plan) if rounds else ()),
@@ -252,16 +248,17 @@ def prepare_fuse(
         beside = beside_text(sources.base, trust_remote_code=trust_remote_code)
         formats = replace(formats, left_out=beside)
     plan = plan_fuse(sources.base, sources.adapter, formats)
-    strategy, notes = _chosen_strategy(plan, asked)
+    companions = find_companions(
+        named.model.path, trust_remote_code=trust_remote_code, text_only=asked.text_only
+    )
+    strategy, notes = chosen_strategy(plan, sources.model, asked)
     notes += destinations.check(sources.base, target, asked)
     notes += () if asked.text_only else tuple(_beside_the_text(plan.base))
     return PreparedFuse(
         sources=sources,
         target=target,
         plan=plan,
-        companions=find_companions(
-            named.model.path, trust_remote_code=trust_remote_code, text_only=asked.text_only
-        ),
+        companions=companions,
         options=asked,
         strategy=strategy,
         notes=notes,
@@ -361,42 +358,6 @@ def fuse(
         upload_repo=upload_repo,
     )
     return prepared.run(progress=progress)
-
-
-def _chosen_strategy(
-    plan: FusePlan, options: FuseOptions
-) -> tuple[Strategy | None, tuple[str, ...]]:
-    """The strategy to use, and warnings about it."""
-    specs = [step.target_spec for step in plan.merged if step.target_spec is not None]
-    if not specs:
-        return None, ()
-    strategy = options.strategy
-    if not strategy.calibrates:
-        return strategy, ()
-    other = strategy.otherwise if options.rounding_will_do else None
-    if other is not None and all(spec.bits > LOSSY_BITS for spec in specs):
-        return other, ()
-    obstacle = _obstacle(plan)
-    if obstacle is None:
-        return strategy, ()
-    if other is not None:
-        return other, (f"not calibrated: {obstacle}",)
-    raise ConfigurationError(
-        f"--requantize {options.requantize}: {obstacle}; --requantize nearest works without"
-    )
-
-
-def _obstacle(plan: FusePlan) -> str | None:
-    """Why the base cannot be run on text, as far as its files tell."""
-    base = plan.base.folder
-    if not any(matches(path.name, _TOKENIZER_FILES) for path in base.iterdir()):
-        return f"{base} has no tokenizer, which calibration text needs"
-    if plan.base_bytes > _RUNNABLE_SHARE * memory_bytes():
-        return (
-            f"the base has {plan.base_bytes / 1e9:.1f} GB, and this machine's memory "
-            f"({memory_bytes() / 1e9:.1f} GB) is too small to run it"
-        )
-    return None
 
 
 def _beside_the_text(base: BaseModel) -> Iterator[str]:

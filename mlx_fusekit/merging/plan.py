@@ -414,6 +414,7 @@ def _quantization_block(
             **{m: s.as_config() for m, s in specs.items() if s and s != first},
         }
         return {**current, **widened}
-    if not widened and not base.converted:
+    told = not current or base.config.get("quantization") is not None
+    if not widened and not base.converted and told:
         return None
     return {**current, **widened} if current or widened else None

@@ -23,7 +23,9 @@ from mlx_fusekit.checkpoint.belongings import (
 )
 from mlx_fusekit.checkpoint.folder import (
     ADAPTER_CONFIG_NAME,
+    INDEX_NAME,
     Checkpoint,
+    index_fault,
     read_json,
     resolve_inside,
 )
@@ -119,12 +121,14 @@ class PublishedModel:
             path.name == "config.json" or path.match("model*.safetensors")
             for path in folder.iterdir()
         )
-        checkpoint = None if only_gguf else _open_fused(folder)
+        checkpoint = None if only_gguf else _open_fused(folder, trust_remote_code)
         weights = {
             *(() if checkpoint is None else checkpoint.headers),
             *(gguf.name for gguf in ggufs),
         }
-        files, left_out = _sort(folder, weights, trust_remote_code)
+        held = {} if checkpoint is None else checkpoint.files
+        stale = index_fault(folder, held)
+        files, left_out = _sort(folder, weights, stale, trust_remote_code)
         model = cls(
             folder=folder,
             files=files,
@@ -170,8 +174,8 @@ class PublishedModel:
                 )
 
 
-def _open_fused(folder: Path) -> Checkpoint:
-    checkpoint = Checkpoint.open(folder)
+def _open_fused(folder: Path, trust_remote_code: bool) -> Checkpoint:
+    checkpoint = Checkpoint.open(folder, trust_remote_code=trust_remote_code)
     adapter = next(
         (name for name in checkpoint.tensors if name.rpartition(".")[2] in _ADAPTER_LEAVES), None
     )
@@ -192,6 +196,8 @@ def _formats(checkpoint: Checkpoint | None) -> Mapping[str, int]:
 
 def _warnings(checkpoint: Checkpoint | None, files: Collection[PublishedFile]) -> Iterator[str]:
     names = [file.name for file in files]
+    if checkpoint is not None:
+        yield from checkpoint.warnings
     if RECIPE_NAME not in names:
         yield f"there is no {RECIPE_NAME}: the card cannot say what was fused, and how"
     if checkpoint is not None and not any(matches(name, TOKENIZERS) for name in names):
@@ -199,7 +205,7 @@ def _warnings(checkpoint: Checkpoint | None, files: Collection[PublishedFile]) -
 
 
 def _sort(
-    folder: Path, weights: Collection[str], trust_remote_code: bool
+    folder: Path, weights: Collection[str], stale: str | None, trust_remote_code: bool
 ) -> tuple[tuple[PublishedFile, ...], tuple[LeftOut, ...]]:
     """What goes, and what stays; the card is neither."""
     files, left_out = [], []
@@ -212,6 +218,8 @@ def _sort(
             left_out.append(LeftOut(f"{name}/", "a folder"))
         elif not path.is_file() or not goes:
             left_out.append(LeftOut(name, _reason(name)))
+        elif name == INDEX_NAME and stale is not None:
+            left_out.append(LeftOut(name, f"out of date: {stale}"))
         elif name == MODELFILE_NAME and (reason := _modelfile_fault(path, weights)):
             left_out.append(LeftOut(name, reason))
         else:

@@ -86,7 +86,7 @@ def teacher(
         told = of_step(progress, "comparing files")
         checks = check_structure(sources.base, sources.adapter, fused, told)
     running = run_adapted(named.model, sources.adapter, memory_share=EACH_SHARE)
-    warnings = sources.adapter.warnings
+    warnings = (*sources.base.warnings, *sources.adapter.warnings, *_warnings(fused))
     features = tuple(Features.trained_on(adapter.config) for adapter in sources.opened)
     return Reference(running, sources.adapter_names, checks, warnings, "base+adapter", features)
 
@@ -95,4 +95,8 @@ def any_model(source: LocalFolder, fused: Checkpoint | None) -> Reference:
     """Another model."""
     running = run_model(source, memory_share=EACH_SHARE)
     checks = (check_no_adapter(fused),) if fused is not None else ()
-    return Reference(running, (), checks, (), "the reference")
+    return Reference(running, (), checks, _warnings(fused), "the reference")
+
+
+def _warnings(fused: Checkpoint | None) -> tuple[str, ...]:
+    return fused.warnings if fused is not None else ()

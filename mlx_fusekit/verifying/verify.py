@@ -61,7 +61,9 @@ def verify(
     _check_options(model, adapter_path, reference, max_kl, max_tokens)
     file = loadable_gguf(fused)
     found = hub.resolve(fused, what="--fused", code=trust_remote_code) if file is None else None
-    checkpoint = Checkpoint.open(found.path) if found is not None else None
+    checkpoint = None
+    if found is not None:
+        checkpoint = Checkpoint.open(found.path, trust_remote_code=trust_remote_code)
     if model is not None and adapter_path is not None:
         named = NamedSources.find(
             model,

@@ -335,13 +335,14 @@ def test_companions_come_along_and_code_stays(tmp_path: Path) -> None:
     for name in [*data, "LICENSE", "modeling_x.py", "README.md", "training.pt", ".env"]:
         (base / name).write_text("{}" if name.endswith("json") else name)
     adapter = make_adapter(tmp_path / "adapter", base)
-    report = fuse(base, adapter, tmp_path / "fused")
+    report = fuse(base, adapter, tmp_path / "fused", requantize="nearest")
     for name in [*data, "LICENSE"]:
         assert (tmp_path / "fused" / name).read_bytes() == (base / name).read_bytes()
     assert set(report.left_out) == {"modeling_x.py", "README.md", "training.pt"}
     present = {path.name for path in (tmp_path / "fused").iterdir()}
     assert not present & {"modeling_x.py", "README.md", "training.pt", ".env"}
-    trusted = fuse(base, adapter, tmp_path / "trusted", trust_remote_code=True)
+    options = {"requantize": "nearest", "trust_remote_code": True}
+    trusted = fuse(base, adapter, tmp_path / "trusted", **options)
     assert "modeling_x.py" not in trusted.left_out
     assert (tmp_path / "trusted" / "modeling_x.py").exists()
 

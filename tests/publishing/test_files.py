@@ -24,9 +24,9 @@ def refused(folder: Path, message: str) -> None:
     [
         (lambda f: shutil.rmtree(f), "no such model folder"),
         (lambda f: (f / "config.json").unlink(), "config.json: the file is missing"),
-        (lambda f: (f / WEIGHTS).unlink(), f"names {WEIGHTS}, which is not in the folder"),
+        (lambda f: (f / WEIGHTS).unlink(), f"names {WEIGHTS}, which is not there"),
         (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), WEIGHTS),
-        (lambda f: shutil.copy(f / WEIGHTS, f / "model-2.safetensors"), "not in model.saf"),
+        (lambda f: shutil.copy(f / WEIGHTS, f / "model-2.safetensors"), "is in both"),
         (lambda f: (f / "model.gguf").write_bytes(b"not a GGUF file"), "model.gguf: is no GGUF"),
     ],
 )

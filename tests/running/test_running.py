@@ -262,7 +262,7 @@ def test_a_tokenizers_own_code_needs_trust(
         "from transformers import PreTrainedTokenizerFast\n"
         "class Own(PreTrainedTokenizerFast): pass\n"
     )
-    with pytest.raises(CheckpointError, match="custom code"):
+    with pytest.raises(CheckpointError, match="code of its own, which needs --trust-remote-code"):
         _ = run_model(folder).tokenizer
     assert capsys.readouterr().out == ""
     assert not ran.exists()

@@ -1,0 +1,71 @@
+"""How merged weights are re-quantized, as far as the base can be run for it."""
+
+from mlx_fusekit.checkpoint.belongings import TOKENIZERS, matches
+from mlx_fusekit.errors import CheckpointError, ConfigurationError
+from mlx_fusekit.fusing.options import FuseOptions
+from mlx_fusekit.fusing.report import LOSSY_BITS
+from mlx_fusekit.hub import LocalFolder
+from mlx_fusekit.machine import memory_bytes
+from mlx_fusekit.merging.plan import FusePlan
+from mlx_fusekit.requantize.strategy import Strategy
+
+#: Share of the machine's memory that a model may take to be run.
+_RUNNABLE_SHARE = 0.8
+#: Any of these is needed to make tokens of text.
+_TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json")
+
+
+def chosen_strategy(
+    plan: FusePlan, model: LocalFolder, options: FuseOptions
+) -> tuple[Strategy | None, tuple[str, ...]]:
+    """The strategy to use, and warnings about it.
+
+    Raises:
+        ConfigurationError: when it cannot be done, and nothing else that was asked for can.
+    """
+    specs = [step.target_spec for step in plan.merged if step.target_spec is not None]
+    if not specs:
+        return None, ()
+    strategy = options.strategy
+    if not strategy.calibrates:
+        return strategy, ()
+    other = strategy.otherwise if options.rounding_will_do else None
+    if other is not None and all(spec.bits > LOSSY_BITS for spec in specs):
+        return other, ()
+    obstacle = _obstacle(plan)
+    if obstacle is not None and other is not None:
+        return other, (f"not calibrated: {obstacle}",)
+    # What the user can mend is said, and not worked around at the cost of the fine-tune.
+    obstacle = obstacle or _what_to_mend(plan, model)
+    if obstacle is None:
+        return strategy, ()
+    raise ConfigurationError(
+        f"--requantize {options.requantize}: {obstacle}; --requantize nearest works without, but "
+        "can lose the fine-tune"
+    )
+
+
+def _obstacle(plan: FusePlan) -> str | None:
+    """Why the base cannot be run on text, as far as its files tell."""
+    base = plan.base.folder
+    if not any(matches(path.name, _TOKENIZER_FILES) for path in base.iterdir()):
+        return f"{base} has no tokenizer, which calibration text needs"
+    if plan.base_bytes > _RUNNABLE_SHARE * memory_bytes():
+        return (
+            f"the base has {plan.base_bytes / 1e9:.1f} GB, and this machine's memory "
+            f"({memory_bytes() / 1e9:.1f} GB) is too small to run it"
+        )
+    return None
+
+
+def _what_to_mend(plan: FusePlan, model: LocalFolder) -> str | None:
+    """Why the base cannot be run as the command was given."""
+    from mlx_fusekit.running.model import tokenizer_of
+
+    if plan.base.config.get("model_file") is not None and not model.trusted:
+        return f"{model.path}: the model is code of its own, which needs --trust-remote-code"
+    try:
+        tokenizer_of(model, plan.base.config)
+    except CheckpointError as error:
+        return str(error)
+    return None
