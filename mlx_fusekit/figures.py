@@ -3,7 +3,19 @@
 A dash stands for what is not known, or does not apply.
 """
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 UNKNOWN = "-"
+
+
+def for_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON can hold: numbers that are not finite become None."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
 
 
 def number(value: float | None) -> str:

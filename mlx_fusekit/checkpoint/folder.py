@@ -13,6 +13,7 @@ from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
 from mlx_fusekit.checkpoint.mistaken import mistaken_file
 from mlx_fusekit.checkpoint.mlx_lm import load_lazily, logical_columns, quantization_block
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
+from mlx_fusekit.formats.floats import UNKNOWN_TO_MLX
 from mlx_fusekit.formats.quantization import CODEBOOK_MODES, QuantSpec
 
 #: Of a folder that is an adapter, whatever trained it.
@@ -72,6 +73,11 @@ class Checkpoint:
                     raise CheckpointError(
                         f"{folder}: tensor {tensor.name!r} is in both {other.file.name} and "
                         f"{name}; remove the file that does not belong to this model"
+                    )
+                if tensor.dtype in UNKNOWN_TO_MLX:
+                    raise CheckpointError(
+                        f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}, which mlx-lm "
+                        "cannot load; store it as F32, or use the model's 16-bit original"
                     )
                 tensors[tensor.name] = tensor
         opened = cls(folder, config, MappingProxyType(headers), MappingProxyType(tensors))

@@ -212,7 +212,7 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple[int, 
         raise CheckpointError(f"{where} must have dtype, shape and data_offsets, nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in STORAGE:
-        raise CheckpointError(f"{where} has the unknown dtype {dtype!r}")
+        raise CheckpointError(f"{where} has the unknown dtype {dtype!r}; use the 16-bit original")
     if not _are_sizes(shape):
         raise CheckpointError(f"{where} has the invalid shape {shape!r}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

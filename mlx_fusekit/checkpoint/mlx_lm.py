@@ -60,6 +60,8 @@ def load_lazily(
             get_model_classes=classes or model_classes,
             trust_remote_code=trust_remote_code,
         )
+    except CheckpointError:
+        raise  # in our own words
     except MLX_LM_ERRORS as error:
         method = foreign_quantization(config)
         if method is None and (folder / "hf_quant_config.json").exists():

@@ -21,8 +21,13 @@ from mlx_fusekit.checkpoint.header import Header, TensorRef
 from mlx_fusekit.checkpoint.mlx_lm import (
     foreign_quantization,
     load_lazily,
-    model_classes,
+    one_line,
     quantization_block,
+)
+from mlx_fusekit.checkpoint.stored_types import (
+    classes_of_floats,
+    not_converted,
+    odd_weight,
 )
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import STORAGE, Array
@@ -174,15 +179,20 @@ def open_base(
         CheckpointError: naming what is wrong with the folder.
     """
     checkpoint = Checkpoint.open(folder, trust_remote_code=trust_remote_code)
-    own = checkpoint.written_by_mlx and foreign_quantization(checkpoint.config) is None
+    odd = odd_weight(checkpoint)
+    foreign = foreign_quantization(checkpoint.config) is not None
+    own = checkpoint.written_by_mlx and odd is None and not foreign
     if own and all(name in checkpoint.tensors for name in wanted):
         return checkpoint
     conversion = _Conversion(folder, trust_remote_code)
     try:
         return conversion.of(checkpoint)
-    except CheckpointError:
+    except CheckpointError as error:
         if own:
             return checkpoint  # what is missing will be said by whoever looks for it
+        told = foreign and odd is not None and not odd.dtype.startswith("F8_")
+        if odd is not None and error.__cause__ is not None and not told:
+            raise not_converted(odd, checkpoint.config, one_line(error.__cause__)) from error
         raise
 
 
@@ -246,9 +256,10 @@ class _Conversion:
         from mlx.utils import tree_flatten
 
         conversion = self
+        classes = classes_of_floats(Checkpoint.open(self._folder))
 
         def recorded_classes(config: dict[str, Any]) -> tuple[type, type]:
-            model_class, arguments_class = model_classes(config)
+            model_class, arguments_class = classes(config)
 
             class Recorded(model_class):  # type: ignore[misc,valid-type]
                 def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,8 @@ if TYPE_CHECKING:
 )
 @options.max_kl(
     "Bound on the mean KL from base+adapter, in nats a token: auto gives the modules that "
-    "hurt most wider bits until it holds; exits with code 3 when it does not.  "
+    "hurt most wider bits until it holds; exits with code 3 when it does not, or when nothing is "
+    "re-quantized and so measured.  "
     "[auto's default: 0.1]"
 )
 @click.option(
@@ -101,7 +102,7 @@ def command(as_json: bool, dry_run: bool, **asked: Any) -> int:
 
     The result loads with mlx_lm.load and needs no adapter. It has the base's format and size
     unless --bits, --dequantize or --max-kl says otherwise. Exits with code 3 when --max-kl does
-    not hold; the model is there all the same.
+    not hold, or was not measured; the model is there all the same.
     """
     from mlx_fusekit.fusing.fuse import prepare_fuse
 

@@ -1,5 +1,6 @@
 """``mlx-fusekit verify``."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -80,7 +81,9 @@ def _verdict(report: "ParityReport") -> str:
     faults = []
     if not report.structure_ok:
         faults.append("the structure is not in order")
-    if report.max_kl is not None and not report.kl_mean <= report.max_kl:
+    if report.max_kl is not None and math.isnan(report.kl_mean):
+        faults.append("no KL was measured, as --max-kl asks for")
+    elif report.max_kl is not None and not report.kl_mean <= report.max_kl:
         faults.append(f"the mean KL is above --max-kl {figures.setting(report.max_kl)}")
     if faults:
         return f"FAILED: {', and '.join(faults)}"

@@ -91,7 +91,8 @@ def bring(
         return report
     if not report.passed:
         line = _how_to_publish(target, options.upload_repo)
-        note = f"not uploaded, since --max-kl does not hold; {line}"
+        kept = "does not hold" if report.calibration else "was not measured"
+        note = f"not uploaded, since --max-kl {kept}; {line}"
         return replace(report, warnings=(*report.warnings, note))
     return _uploaded(report, target, options.upload_repo, trusted=trusted)
 

@@ -6,7 +6,7 @@ in the staging folder is checked.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from mlx_fusekit.checkpoint import recipe
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.belongings import Companions, find_companions
 from mlx_fusekit.checkpoint.beside_text import in_words
+from mlx_fusekit.checkpoint.front_matter import front_matter
 from mlx_fusekit.checkpoint.sanitized import beside_text
 from mlx_fusekit.checkpoint.staging import check_target, staging_folder
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
@@ -27,11 +28,13 @@ from mlx_fusekit.fusing.report import (
     dtype_name,
     formats_of,
     rounding_warnings,
+    unmeasured_warnings,
 )
 from mlx_fusekit.fusing.strategy import chosen_strategy
 from mlx_fusekit.machine import default_workers, free_disk_bytes
 from mlx_fusekit.merging.plan import FusePlan, plan_fuse
 from mlx_fusekit.progress import StepProgress
+from mlx_fusekit.publishing.licenses import License
 from mlx_fusekit.requantize.options import CALIBRATION_TOKENS, CalibrationReport
 from mlx_fusekit.requantize.requantizer import Prepared, RequantizedWeight, Request
 from mlx_fusekit.requantize.strategy import Strategy
@@ -90,6 +93,7 @@ class PreparedFuse:
             dry_run=dry_run,
             warnings=self._warnings(calibration),
             left_out=self.companions.left_out,
+            max_kl=self.options.max_kl,
             calibration=calibration,
         )
 
@@ -99,6 +103,7 @@ class PreparedFuse:
             *self.plan.base.warnings,
             *self.plan.adapter.warnings,
             *self.notes,
+            *(unmeasured_warnings(self.options.max_kl) if self.strategy is None else ()),
             *(rounding_warnings(self.plan) if rounds else ()),
             *(calibration_warnings(calibration) if calibration else ()),
         )
@@ -200,12 +205,13 @@ class PreparedFuse:
                 "id": model.public_name,
                 "revision": model.revision,
                 "sha256": digests["base"],
+                "license": self._license,
             },
             "adapters": adapters,
             "earlier_adapters": history.held_by(self.plan.base.folder),
             "kind": self.plan.adapter.kind,
             "requantize": self.strategy.name if self.strategy else None,
-            "calibration": asdict(calibrated) if calibrated else None,
+            "calibration": calibrated.as_json() if calibrated else None,
             "bits": formats.bits,
             "dequantize": formats.dequantize,
             "text_only": self.options.text_only,
@@ -215,6 +221,15 @@ class PreparedFuse:
             "parameters": list(self.plan.adapter.parameters),
             "versions": recipe.versions(),
         }
+
+    @property
+    def _license(self) -> dict[str, str] | None:
+        """What the card of the base says of its license, for where the base cannot be asked."""
+        card, model = front_matter(self.plan.base.folder), self.sources.model
+        known = License.of_card(card, model.repo_id, self.companions.copied)
+        if known is None:
+            return None
+        return {name: value for name, value in known.metadata.items() if value is not None}
 
 
 def prepare_fuse(
@@ -322,7 +337,7 @@ def fuse(
         gguf_path: that file, seen from ``save_path``.
         outtype: its types, as :func:`mlx_fusekit.export_gguf` takes them.
         upload_repo: repository on the Hub to upload the result to, which is made private; not where
-            ``max_kl`` was given and does not hold.
+            ``max_kl`` was given and does not hold, or was not measured.
         revision: of the base on the Hub.
         overwrite: replace an existing model folder.
         trust_remote_code: let model code that lies in the base's folder run, and copy it.

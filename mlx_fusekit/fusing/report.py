@@ -1,5 +1,6 @@
 """What a fuse did, and what the user should know of it."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,7 @@ class FuseReport:
         memory_bytes: working memory beyond the interpreter's own, estimated from the plan.
         cloned: whether the file system shared the untouched bytes with the base.
         left_out: files of the base that did not come along.
+        max_kl: the bound the user set, None for none.
         calibration: what calibrating did, None where there was none.
         gguf: of the GGUF file, where one was asked for; in JSON only then.
         published: of the upload, where one was asked for; in JSON only then.
@@ -54,6 +56,7 @@ class FuseReport:
     dry_run: bool
     warnings: tuple[str, ...]
     left_out: tuple[str, ...]
+    max_kl: float | None = None
     calibration: CalibrationReport | None = None
     gguf: "ExportReport | None" = None
     published: "PublishReport | None" = None
@@ -62,15 +65,16 @@ class FuseReport:
         """The report as a JSON object."""
         further = {"gguf": self.gguf, "published": self.published}
         own = asdict(replace(self, gguf=None, published=None))
+        own["calibration"] = self.calibration.as_json() if self.calibration else None
         kept = {name: value for name, value in own.items() if name not in further}
         return kept | {name: of.as_json() for name, of in further.items() if of is not None}
 
     @property
     def passed(self) -> bool:
-        """Whether the bound the user set holds, if there is one."""
-        return self.calibration is None or not (
-            self.calibration.max_kl_asked and self.calibration.reached is False
-        )
+        """Whether the bound the user set holds, if there is one; not where it was not measured."""
+        if self.dry_run or self.max_kl is None:
+            return True
+        return self.calibration is not None and self.calibration.reached is True
 
 
 def formats_of(plan: FusePlan) -> dict[str, int]:
@@ -96,9 +100,24 @@ def rounding_warnings(plan: FusePlan) -> Iterator[str]:
         )
 
 
+def unmeasured_warnings(max_kl: float | None) -> Iterator[str]:
+    """What to tell when there is a bound, and nothing that would be measured."""
+    if max_kl is not None:
+        bound = f"--max-kl {max_kl:g}"
+        yield (
+            f"{bound}: nothing is re-quantized, so fusing measures no KL and the bound does not "
+            f"count as kept; `mlx-fusekit verify {bound}` measures the fused model"
+        )
+
+
 def calibration_warnings(calibration: CalibrationReport) -> Iterator[str]:
     """What to tell when the bound does not hold, or calibration did not see everything."""
-    if calibration.reached is False:
+    if not math.isfinite(calibration.kl_mean):
+        yield (
+            "base+adapter or the fused model gives NaN or infinity on the text, so their KL is not "
+            "measured; see with mlx_lm.generate whether the base itself does"
+        )
+    elif calibration.reached is False:
         yield (
             f"the mean KL is {calibration.kl_mean:.3g} nats a token, above the bound of "
             f"{calibration.max_kl:g}; more calibration text, --bits or a larger --max-growth "

@@ -12,6 +12,7 @@ from typing import Any
 from gguf import GGUFWriter, Metadata
 
 from mlx_fusekit.checkpoint.folder import read_json, resolve_inside
+from mlx_fusekit.checkpoint.front_matter import front_matter
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.hub import LocalFolder
@@ -21,7 +22,6 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 #: What begins a path of somebody's machine: absolute, relative, of a drive or a share, or a URL.
 _LOCAL = re.compile(r"[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\]|file:", re.IGNORECASE)
 _LONGEST = 2_000
-_LARGEST_CARD = 10_000_000
 #: Tags that are true of the MLX model only.
 _NOT_OURS = ("mlx", "mlx-my-repo")
 #: A name with one of these makes llama.cpp look for tokens, and fail to load without them.
@@ -38,8 +38,10 @@ def read_model_facts(folder: LocalFolder) -> Metadata:
     Raises:
         CheckpointError: when ``fusekit.json`` or ``config.json`` is not a JSON object.
     """
-    card = _card(folder)
     recipe = _optional(folder, RECIPE_NAME)
+    card = front_matter(folder.path)
+    if "license" not in card:
+        card = {**card, **_block(_block(recipe, "base"), "license")}
     repo_id = folder.repo_id if folder.repo_id and _REPO_ID.fullmatch(folder.repo_id) else None
     url = f"{_HUB}{repo_id}" if repo_id else None
     return Metadata(
@@ -88,21 +90,6 @@ def base_model(identifier: str) -> dict[str, str]:
     if not owner:
         return {"name": spaced}
     return {"name": spaced, "organization": owner, "repo_url": f"{_HUB}{identifier}"}
-
-
-def _card(folder: LocalFolder) -> Mapping[str, Any]:
-    """The front matter of ``README.md``; a card that cannot be read says nothing."""
-    import yaml  # type: ignore[import-untyped]
-    from huggingface_hub import metadata_load
-
-    path = folder.path / "README.md"
-    if not path.is_file() or path.stat().st_size > _LARGEST_CARD:
-        return {}
-    try:
-        resolve_inside(folder.path, path.name)
-        return metadata_load(path) or {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return {}
 
 
 def _optional(folder: LocalFolder, name: str) -> Mapping[str, Any]:

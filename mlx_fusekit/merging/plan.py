@@ -417,4 +417,8 @@ def _quantization_block(
     told = not current or base.config.get("quantization") is not None
     if not widened and not base.converted and told:
         return None
+    foreign = base.config.get("quantization_config")
+    fp8 = isinstance(foreign, dict) and foreign.get("quant_method") == "fp8"
+    if fp8 and not base.quantized_modules:
+        return {}  # mlx-lm made 16-bit floats of it
     return {**current, **widened} if current or widened else None

@@ -127,6 +127,11 @@ class CardFacts:
         """The base's id on the Hub; None where it was a folder, or is not recorded."""
         return hub_id(_block(self.model.recipe, "base").get("id"))
 
+    @property
+    def recorded_license(self) -> Mapping[str, Any]:
+        """What the card in the base's folder said of its license when it was fused."""
+        return _block(_block(self.model.recipe, "base"), "license")
+
 
 def write_card(facts: CardFacts, existing: Card | None = None) -> str:
     """The whole card.

@@ -1,7 +1,7 @@
 """Under which license and in which languages a model is, from what lies about it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,15 @@ class License:
         return cls(identifier)
 
     @classmethod
-    def of_card(cls, card: Mapping[str, Any], base_id: str | None = None) -> "License | None":
+    def of_card(
+        cls, card: Mapping[str, Any], base_id: str | None = None, beside: Collection[str] = ()
+    ) -> "License | None":
         """The one in a card's front matter; None where there is none.
 
         Args:
             card: the front matter.
             base_id: the repository that a link to a file of it leads to.
+            beside: names of files that stay beside the card, which links to them reach as they are.
         """
         identifier = card.get("license")
         if isinstance(identifier, list) and len(identifier) == 1:
@@ -65,7 +68,7 @@ class License:
         return cls(
             identifier,
             name if isinstance(name, str) else None,
-            _absolute(link, base_id) if isinstance(link, str) else None,
+            _reaching(link, base_id, beside) if isinstance(link, str) else None,
         )
 
     @classmethod
@@ -96,9 +99,9 @@ def _identified(text: str) -> str | None:
     return next((name for pattern, name in _TEXTS if re.search(pattern, text)), None)
 
 
-def _absolute(link: str, base_id: str | None) -> str | None:
+def _reaching(link: str, base_id: str | None, beside: Collection[str]) -> str | None:
     """A link that leads to the same place from another repository."""
-    if link.startswith(("https://", "http://")):
+    if link.startswith(("https://", "http://")) or link in beside:
         return link
     # What could be a path of somebody's machine is no link.
     if base_id is None or not re.fullmatch(r"\w[\w.-]*", link, re.ASCII):

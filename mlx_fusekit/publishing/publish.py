@@ -97,7 +97,8 @@ def publish(
         verify_report: file with the output of ``verify --json``, for the card.
         bench_report: file that ``bench --json`` wrote, for the card.
         license: the Hub's identifier of the model's license; by default that of the card that is
-            there, of the base's card, or of a LICENSE file in the folder.
+            there, of the base's card, be it on the Hub or in a folder, or of a LICENSE file in the
+            folder.
         trust_remote_code: upload the model's own ``*.py`` files too.
         dry_run: write the card and list the files; reads cards on the Hub, and uploads nothing.
         progress: called with the step, and how many bytes of it are done and there are in all.
@@ -156,6 +157,7 @@ def _with_origin(facts: CardFacts, card: Card | None) -> CardFacts:
         facts.license
         or License.of_card(own)
         or License.of_card(base, facts.base_id)
+        or License.of_card(facts.recorded_license, facts.base_id, facts.model.names)
         or License.of_files(facts.model.folder)
     )
     languages = tuple(languages_of(own) or languages_of(base))

@@ -1,8 +1,11 @@
 """What a calibration is asked to do, and what it reports."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from mlx_fusekit import figures
 
 #: Tokens to calibrate on, by default.
 CALIBRATION_TOKENS = 8192
@@ -39,6 +42,8 @@ class CalibrationOptions:
 class CalibrationReport:
     """What calibrating did, and how close the fused model came.
 
+    Numbers of a model that gives NaN are NaN, and None in :meth:`as_json`.
+
     Attributes:
         source: where the calibration text is from.
         tokens: of it; ``general_tokens`` of them were written by the base.
@@ -74,3 +79,7 @@ class CalibrationReport:
     added_bytes: int
     not_seen: tuple[str, ...]
     skipped_tokens: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as a JSON object; numbers that are not finite are None."""
+        return figures.for_json(asdict(self))

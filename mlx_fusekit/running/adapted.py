@@ -11,7 +11,6 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 from mlx_fusekit.adapters.updates import Adapter, LowRankUpdate, Update
 from mlx_fusekit.checkpoint.header import TensorRef
-from mlx_fusekit.checkpoint.mlx_lm import load_lazily
 from mlx_fusekit.errors import AdapterError
 from mlx_fusekit.hub import LocalFolder
 from mlx_fusekit.running.exact import (
@@ -22,6 +21,7 @@ from mlx_fusekit.running.exact import (
     to_float32,
     weight_as_run,
 )
+from mlx_fusekit.running.loading import load_lazily
 from mlx_fusekit.running.model import Place, RunningModel, place
 
 
@@ -42,7 +42,7 @@ def run_adapted(
         AdapterError: when mlx-lm has no adapter layer for a module.
         CheckpointError: naming what is wrong with the base.
     """
-    model, config = load_lazily(source.path, trust_remote_code=source.trusted)
+    model, config = load_lazily(source)
     exact = may_run_in_float32(model, memory_share)
     norms = _norms_as_run(model, adapter) if exact else {}
     if exact:

@@ -172,8 +172,9 @@ def log_probabilities(model: Model, batch: Batch) -> Iterator[mx.array]:
 def kl_divergence(reference: mx.array, candidate: mx.array) -> mx.array:
     """KL(reference || candidate) of log-probabilities ``[..., vocabulary]``, in nats, ``[...]``."""
     probabilities = mx.exp(reference)
-    # A token of no probability counts nothing, even where both logarithms are infinite.
-    terms = mx.where(probabilities > 0, probabilities * (reference - candidate), 0)
+    # A token of no probability counts nothing, even where both logarithms are infinite; one of
+    # which the probability is NaN makes all of it NaN.
+    terms = mx.where(probabilities == 0, 0, probabilities * (reference - candidate))
     return terms.sum(axis=-1)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_fusekit import figures
 from mlx_fusekit.texts.sequences import TokenSequence
 from mlx_fusekit.verifying.parity import Parity
 from mlx_fusekit.verifying.reference import Reference
@@ -72,11 +73,7 @@ class ParityReport:
 
     def as_json(self) -> dict[str, Any]:
         """The report as a JSON object; numbers that are not finite are None."""
-        values = asdict(self)
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in values.items()
-        }
+        return figures.for_json(asdict(self))
 
 
 def parity_report(

@@ -1,6 +1,6 @@
 """From a model's tokenizer to everything that llama.cpp needs under ``tokenizer.*``."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from mlx_fusekit.gguf.tokenizer.byte_level import (
     byte_level_notes,
     byte_level_tokens,
 )
+from mlx_fusekit.gguf.tokenizer.chat_templates import portable, template_notes
 from mlx_fusekit.gguf.tokenizer.pretokenizers import detect, is_byte_level
 from mlx_fusekit.gguf.tokenizer.sentencepiece import sentencepiece_vocabulary
 from mlx_fusekit.gguf.tokenizer.special_tokens import SpecialTokens, special_tokens
@@ -120,8 +121,8 @@ def _byte_level(files: TokenizerFiles, rows: int) -> Vocabulary:
         byte_level_merges(files),
         False,
         special,
-        _chat_templates(files),
-        (*byte_level_notes(files, pre), *spare, *_added_notes(files), *special.notes),
+        portable(files.chat_templates),
+        (*byte_level_notes(files, pre), *spare, *_shared_notes(files), *special.notes),
     )
 
 
@@ -136,8 +137,8 @@ def _sentencepiece(files: TokenizerFiles, rows: int) -> Vocabulary:
         (),
         pieces.space_prefix,
         special,
-        _chat_templates(files),
-        (*pieces.notes, *spare, *_added_notes(files), *special.notes),
+        portable(files.chat_templates),
+        (*pieces.notes, *spare, *_shared_notes(files), *special.notes),
     )
 
 
@@ -162,16 +163,8 @@ def _special(
     return special_tokens(files, ids, rows, adds_bos=adds_bos)
 
 
-def _added_notes(files: TokenizerFiles) -> tuple[str, ...]:
+def _shared_notes(files: TokenizerFiles) -> Iterator[str]:
     greedy = [token.text for token in files.added if token.greedy]
-    if not greedy:
-        return ()
-    return (f"llama.cpp looks for {greedy[0]!r} only, whatever white space or word is beside it",)
-
-
-def _chat_templates(files: TokenizerFiles) -> Mapping[str, str]:
-    """Templates under names that a key of a GGUF file may have."""
-    return {
-        "".join(c if c.isascii() and c.isalnum() else "_" for c in name): text
-        for name, text in files.chat_templates.items()
-    }
+    if greedy:
+        yield f"llama.cpp looks for {greedy[0]!r} only, whatever white space or word is beside it"
+    yield from template_notes(files.chat_templates)
