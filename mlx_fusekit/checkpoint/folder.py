@@ -1,5 +1,6 @@
 """A model folder, opened read-only: configuration, weights, quantization, the files beside them."""
 
+import codecs
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -208,13 +209,21 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > 200_000_000:
             raise CheckpointError(f"{path}: too large for a configuration file")
-        value = json.loads(path.read_text("utf-8"))
+        content = path.read_bytes()
+        if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise CheckpointError(
+                f"{path}: begins with a byte order mark, with which mlx-lm does not read it; save "
+                "it as UTF-8 without one"
+            )
+        value = json.loads(content.decode("utf-8"))
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: the file is missing") from error
     except OSError as error:
         why = mistaken_file(path) or f"cannot be read ({error.strerror})"
         raise CheckpointError(f"{path}: {why}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of text, of JSON, of a number too long
         why = mistaken_file(path) or f"not valid JSON ({error})"
         raise CheckpointError(f"{path}: {why}") from error
     if not isinstance(value, dict):
@@ -248,16 +257,29 @@ def _weight_files(folder: Path) -> list[str]:
     """Names of the weight files: as for mlx-lm, all that lie there."""
     names = sorted(path.name for path in folder.glob("model*.safetensors"))
     if not names:
-        other = next(
-            (p.name for p in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.npz"))), ""
-        )
-        hint = f"; {other} is pickled or old, convert it with mlx_lm.convert" if other else ""
-        if not other and (fault := index_fault(folder, {})) is not None:
+        hint = _instead_of_weights(folder)
+        if not hint and (fault := index_fault(folder, {})) is not None:
             hint = f" ({INDEX_NAME} {fault}); download the model again"
         raise CheckpointError(f"{folder}: no model*.safetensors file{hint}")
     for name in names:
         resolve_inside(folder, name)
     return names
+
+
+def _instead_of_weights(folder: Path) -> str:
+    """What lies there that may be weights, and the cure; empty for nothing."""
+    for pattern, what in (
+        ("*.bin", "is pickled"),
+        ("*.npz", "is of an old mlx-lm"),
+        ("*.safetensors", "has a name that mlx-lm does not look for"),
+    ):
+        for path in sorted(folder.glob(pattern)):
+            if not path.name.startswith("."):
+                return (
+                    f"; {path.name} {what}; download the original model in safetensors format, and "
+                    "convert it with mlx_lm.convert"
+                )
+    return ""
 
 
 def index_fault(folder: Path, files: Mapping[str, str]) -> str | None:

@@ -142,7 +142,7 @@ def read_header(path: Path) -> Header:
 
 def _header_length(path: Path, first: bytes, size: int) -> int:
     length: int = struct.unpack("<Q", first[:8])[0] if len(first) >= 8 else _LARGEST_SIZE
-    if length > _LARGEST_HEADER or 8 + length > size:
+    if length > _LARGEST_HEADER or 8 + length > size or not length:
         if (told := not_safetensors(first)) is not None:
             raise CheckpointError(f"{path}: {told}")
         if len(first) < 8:

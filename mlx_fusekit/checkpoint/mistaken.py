@@ -37,6 +37,8 @@ def not_safetensors(first: bytes) -> str | None:
         return told
     if first.startswith(b"GGUF"):
         return "is a GGUF file under another name; use the model in safetensors format"
+    if first and not first.strip(b"\0"):
+        return "begins with zeros: the download did not finish; download it again"
     text = first[:BEGINNING].strip()
     if text.startswith((b"{", b"[")):
         return f"is JSON, {_DOWNLOAD}"
@@ -49,6 +51,8 @@ def mistaken_file(path: Path, told_by: Callable[[bytes], str | None] = not_json)
     """As one of the functions above, of a file that is not open; or that it is a folder."""
     if path.is_dir():
         return "is a folder, where a file is expected; put the file itself there"
+    if path.is_symlink() and not path.exists():
+        return "is a link to a file that is not there; download it again"
     try:
         with open(path, "rb") as file:
             return told_by(file.read(BEGINNING))

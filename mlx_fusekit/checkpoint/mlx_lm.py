@@ -1,5 +1,6 @@
 """What mlx-lm's model classes know of a checkpoint without its weights, and its errors."""
 
+import fnmatch
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,11 @@ def load_lazily(
     """
     from mlx_lm.utils import load_config, load_model
 
+    if not fnmatch.fnmatchcase(str(folder), str(folder)):
+        raise CheckpointError(
+            f"{folder}: mlx-lm takes the brackets in this path for a pattern and finds no weights; "
+            "rename the folder"
+        )
     config: dict[str, Any] = {}
     try:
         config = load_config(folder)

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from support.command import run
 from support.exportable import copy_sample
+from support.models import run_model
+from support.tiny import make_model
 
 from mlx_fusekit import export_gguf, fuse, samples, verify
-from mlx_fusekit.errors import ConfigurationError, FusekitError
+from mlx_fusekit.checkpoint.folder import Checkpoint
+from mlx_fusekit.errors import CheckpointError, ConfigurationError, FusekitError
 from mlx_fusekit.fusing.fuse import prepare_fuse
 
 WEIGHTS = "model.safetensors"
@@ -180,3 +183,52 @@ def test_a_fine_tune_is_not_lost_without_a_word(
     assert "\n" not in str(caught.value)
     report = fuse(*folders, tmp_path / "fused", requantize="nearest")
     assert report.requantize == "nearest"
+
+
+def test_a_name_that_mlx_lm_does_not_look_for(tmp_path: Path) -> None:
+    for name, words in (
+        ("weights.00.safetensors", "has a name that mlx-lm does not look for"),
+        ("weights.npz", "is of an old mlx-lm"),
+        ("pytorch_model.bin", "is pickled"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / name).write_bytes(b"")
+        (folder / f"._{name}").write_bytes(b"")
+        with pytest.raises(CheckpointError, match=f"; {name} {words}; download the original"):
+            Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding)
+    with pytest.raises(CheckpointError, match="begins with a byte order mark"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_download_that_did_not_finish(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(bytes(4096))
+    with pytest.raises(CheckpointError, match=r"begins with zeros: the download did not finish"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_link_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="is a link to a file that is not there"):
+        Checkpoint.open(tmp_path)
+
+
+def test_brackets_in_the_path_of_a_base(tmp_path: Path) -> None:
+    """mlx-lm looks for ``model*.safetensors`` with the whole path as a pattern."""
+    folder = make_model(tmp_path / "Tiny [4bit]")
+    with pytest.raises(CheckpointError, match="takes the brackets in this path for a pattern"):
+        run_model(folder)
+
+
+def test_a_number_of_too_many_digits(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": ' + "9" * 5000 + "}")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        Checkpoint.open(tmp_path)
