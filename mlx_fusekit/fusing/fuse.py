@@ -12,7 +12,6 @@ from typing import Any, Self
 
 from mlx_fusekit.adapters.sources import AdapterNames, NamedSources, Sources
 from mlx_fusekit.checkpoint import recipe
-from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.belongings import Companions, find_companions
 from mlx_fusekit.checkpoint.beside_text import in_words
 from mlx_fusekit.checkpoint.front_matter import front_matter
@@ -268,7 +267,7 @@ def prepare_fuse(
     )
     strategy, notes = chosen_strategy(plan, sources.model, asked)
     notes += destinations.check(sources.base, target, asked)
-    notes += () if asked.text_only else tuple(_beside_the_text(plan.base))
+    notes += tuple(_beside_the_text(plan, text_only=asked.text_only))
     return PreparedFuse(
         sources=sources,
         target=target,
@@ -375,8 +374,12 @@ def fuse(
     return prepared.run(progress=progress)
 
 
-def _beside_the_text(base: BaseModel) -> Iterator[str]:
+def _beside_the_text(plan: FusePlan, *, text_only: bool) -> Iterator[str]:
     """What to tell of tensors that mlx-lm does not run."""
+    base, left_out = plan.base, plan.options.left_out
+    if text_only:
+        yield f"--text-only leaves out {in_words(left_out) if left_out else 'nothing: all is text'}"
+        return
     if base.beside:
         yield (
             f"what mlx-lm does not run comes along as it is: {in_words(base.beside)}; "

@@ -149,7 +149,8 @@ def test_what_is_not_text_comes_along_as_it_is(case: Any, tmp_path: Path) -> Non
 
 def test_text_only(case: Any, tmp_path: Path) -> None:
     base, adapter, words, _ = case
-    fuse(base, adapter, tmp_path / "fused", text_only=True)
+    report = fuse(base, adapter, tmp_path / "fused", text_only=True)
+    assert f"--text-only leaves out {words}" in report.warnings
     fused = Checkpoint.open(tmp_path / "fused")
     assert not beside_text(open_base(base)) & set(fused.tensors)
     promises = [key for key in fused.config if key.startswith(("vision", "image", "video"))]
@@ -200,8 +201,10 @@ def test_fused_again(tmp_path: Path) -> None:
 
 def test_experts_are_none_of_it(tmp_path: Path) -> None:
     base = experts_from_hugging_face(tmp_path / "base")
-    assert not open_base(base).beside
     adapter = make_adapter(tmp_path / "adapter", base, keys=["self_attn.q_proj"])
+    report = fuse(base, adapter, tmp_path / "text", text_only=True)
+    assert "--text-only leaves out nothing: all is text" in report.warnings
+    assert not open_base(base).beside
     fuse(base, adapter, tmp_path / "fused")
     assert not [name for name in Checkpoint.open(tmp_path / "fused").tensors if ".experts." in name]
 
