@@ -34,6 +34,10 @@ def dropped(before: "Mapping[str, mx.array]", sanitize: "Sanitize") -> dict[str,
         By stored name, the name to keep it under beside the converted tensors; None where a
         converted model would not load with it.
     """
+    import mlx.core as mx
+
+    # Some classes multiply in place, and these arrays are going to be the model's.
+    before = {name: mx.array(array) for name, array in before.items()}
     after = sanitize(dict(before))
     unused = _unused(before, after)
     groups: dict[str, list[str]] = {}
