@@ -9,8 +9,8 @@ from typing import Any
 from mlx_fusekit.errors import CheckpointError
 
 #: What mlx-lm raises for architectures it does not know, weights that do not fit, and settings that
-#: are missing or of another type.
-MLX_LM_ERRORS = (ValueError, KeyError, TypeError, AttributeError, NameError)
+#: are missing or of another type; where a package is missing that a class needs, it exits.
+MLX_LM_ERRORS = (ValueError, KeyError, TypeError, AttributeError, NameError, SystemExit)
 #: Of a list that an error of several lines gives, and of the line that is made of it.
 _NAMED = 3
 _LONGEST_LINE = 300
@@ -23,6 +23,8 @@ def one_line(error: BaseException) -> str:
     """
     if isinstance(error, KeyError):
         return f"{error} is missing"
+    if isinstance(error, SystemExit):
+        return "a package that it needs for that is not installed"
     first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [
         type(error).__name__
     ]
@@ -175,6 +177,25 @@ def adapted_modules(
 def builds(config: Mapping[str, Any]) -> bool:
     """Whether mlx-lm makes a model of a configuration."""
     return _skeleton(config) is not None
+
+
+def computes_anew(config: Mapping[str, Any], name: str) -> bool:
+    """Whether mlx-lm computes a parameter anew whenever it loads it, also from a converted model.
+
+    Some classes normalize ``lm_head`` so. Nothing is computed here.
+    """
+    from mlx.utils import tree_flatten
+
+    model = _skeleton(config)
+    if model is None or not hasattr(model, "sanitize"):
+        return False
+    parameters = dict(tree_flatten(model.parameters()))
+    if name not in parameters:
+        return False
+    try:
+        return model.sanitize(dict(parameters)).get(name) is not parameters[name]
+    except MLX_LM_ERRORS:
+        return False
 
 
 def _skeleton(config: Mapping[str, Any]) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from mlx_fusekit.adapters.updates import Adapter, FullUpdate, Update
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.checkpoint.header import TensorRef
+from mlx_fusekit.checkpoint.mlx_lm import computes_anew
 from mlx_fusekit.checkpoint.writer import FileLayout, OutputTensor, new_layout, same_layout
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.formats.floats import FLOAT_DTYPES
@@ -169,6 +170,7 @@ def plan_fuse(base: BaseModel, adapter: Adapter, options: FormatOptions) -> Fuse
     ]
     if options.dequantize:
         steps += _dequantize_steps(base, steps, options)
+    _check_head(base, steps)
     return _lay_out(base, adapter, options, steps, tuple(unchanged))
 
 
@@ -188,6 +190,26 @@ def _check_bits(options: FormatOptions, steps: Iterable[Step]) -> None:
             f"--bits {options.bits}: the merged modules have {min(s.bits for s in specs)} bits "
             "already, and the flag only widens; give a larger number or drop it"
         )
+
+
+def _check_head(base: BaseModel, steps: Iterable[Step]) -> None:
+    """A new ``lm_head`` cannot be stored where mlx-lm normalizes it whenever it loads the model."""
+    for step in steps:
+        name = next(iter(outputs_of(step))).name
+        if not name.endswith("lm_head.weight"):
+            continue
+        if isinstance(step, WeightStep):
+            merged = step.update is not None
+            new = step.target_spec is None and (merged or step.source_spec is not None)
+        else:
+            merged = new = step.source is not base.tensors.get(name)
+        if new and computes_anew(base.config, name):
+            cure = "leave lm_head out of the adapter" if merged else "drop --dequantize"
+            raise ConfigurationError(
+                f"{base.folder}: mlx-lm normalizes an unquantized {name} of a "
+                f"{base.config.get('model_type')} model whenever it loads it, so that the fused "
+                f"model would not be what was merged; {cure}"
+            )
 
 
 def _weight_step(
