@@ -28,6 +28,7 @@ from mlx_fusekit.checkpoint.stored_types import (
     classes_of_floats,
     not_converted,
     odd_weight,
+    plain_float8,
 )
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import STORAGE, Array
@@ -237,7 +238,8 @@ class _Conversion:
 
     def _open(self, checkpoint: Checkpoint) -> BaseModel:
         model, config = self._load()
-        if self._unchanged and quantization_block(config) == checkpoint.quantization_config:
+        same = quantization_block(config) == checkpoint.quantization_config
+        if self._unchanged and same and not plain_float8(checkpoint):
             self._arrays.clear()
             return checkpoint
         beside, lost = _beside(checkpoint, self._dropped or {})
@@ -292,6 +294,16 @@ def _beside(
     return beside, [name for name, kept in stored.items() if kept is None]
 
 
+def _decoded(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What to tell of float8 without scales, which mlx-lm itself would take for integers."""
+    if not (plain := plain_float8(checkpoint)):
+        return ()
+    return (
+        f"{len(plain)} weights are stored as float8 without scales ({plain[0].name}, for one), and "
+        "taken for the numbers they stand for; mlx-lm takes the base's for whole numbers",
+    )
+
+
 def _sanitized(
     checkpoint: Checkpoint,
     model: Any,
@@ -322,5 +334,5 @@ def _sanitized(
         MappingProxyType(specs),
         MappingProxyType(beside),
         tuple(lost),
-        checkpoint.warnings,
+        (*checkpoint.warnings, *_decoded(checkpoint)),
     )

@@ -50,7 +50,9 @@ def not_converted(tensor: TensorRef, config: Mapping[str, Any], words: str) -> C
 def classes_of_floats(
     checkpoint: Checkpoint,
 ) -> Callable[[dict[str, Any]], tuple[type, type]]:
-    """mlx-lm's classes for a configuration, of which the model's refuses integers for floats.
+    """mlx-lm's classes for a configuration, of which the model's takes no integers for floats.
+
+    Float8 without scales is decoded, what else is no float is refused.
 
     Returns:
         What ``mlx_lm.utils.load_model`` takes as ``get_model_classes``.
@@ -61,13 +63,44 @@ def classes_of_floats(
 
         class OfFloats(model_class):  # type: ignore[misc,valid-type]
             def load_weights(self, weights: Any, strict: bool = True) -> Any:
-                _check_floats(checkpoint, self, dict(weights))
+                found = _decoded(checkpoint, self, dict(weights))
+                _check_floats(checkpoint, self, found)
                 self.__class__ = model_class  # from here on it is mlx-lm's own
-                return self.load_weights(weights, strict)
+                return self.load_weights(list(found.items()), strict)
 
         return OfFloats, arguments_class
 
     return classes
+
+
+def plain_float8(checkpoint: Checkpoint) -> tuple[TensorRef, ...]:
+    """Weights that are float8 and nothing else, so that each byte stands for one number."""
+    if any("scale" in name.rpartition(".")[2] for name in checkpoint.tensors):
+        return ()
+    return tuple(tensor for tensor in _odd_weights(checkpoint) if tensor.dtype == "F8_E4M3")
+
+
+def _decoded(
+    checkpoint: Checkpoint, model: Any, weights: "Mapping[str, mx.array]"
+) -> "dict[str, mx.array]":
+    """The weights, of which float8 without scales is in the type of the others."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    plain = {tensor.name for tensor in plain_float8(checkpoint)}
+    found = dict(weights)
+    if not plain:
+        return found
+    floats = (a.dtype for a in weights.values() if mx.issubdtype(a.dtype, mx.floating))
+    dtype = next(floats, mx.bfloat16)
+    for name, place in tree_flatten(model.parameters()):
+        array = found.get(name)
+        if array is None or array.dtype != mx.uint8 or array.shape != place.shape:
+            continue
+        stored = _stored(checkpoint, name)
+        if stored is not None and stored.name in plain:
+            found[name] = mx.from_fp8(array, dtype=dtype)
+    return found
 
 
 def _check_floats(checkpoint: Checkpoint, model: Any, weights: "Mapping[str, mx.array]") -> None:

@@ -16,8 +16,10 @@ from support.models import run_model
 from support.tiny import in_float32, logits, make_adapter, make_model, teacher_layers
 
 from mlx_fusekit import export_gguf, fuse
+from mlx_fusekit.adapters.sources import NamedSources
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.errors import CheckpointError
+from mlx_fusekit.verifying.structure import check_structure
 
 Stored = tuple[str, tuple[int, ...], bytes]
 KEYS = ["self_attn.q_proj", "mlp.down_proj"]
@@ -151,7 +153,6 @@ def test_what_mlx_lm_converts_is_merged_as_mlx_lm_runs_it(tmp_path: Path, form: 
 @pytest.mark.parametrize(
     ("stored", "told"),
     [
-        (as_float8, "F8_E4M3, which mlx-lm would take for whole numbers; .*16-bit original"),
         (as_int8, "I8, which mlx-lm would take for whole numbers; .*16-bit original"),
         (as_wide_float8, "F8_E5M2, which mlx-lm cannot load; store it as F32"),
         (as_float64, "F64, which mlx-lm cannot load; store it as F32"),
@@ -171,6 +172,33 @@ def test_weights_that_mlx_lm_misreads_are_refused_by_name(
         export_gguf(base, tmp_path / "model.gguf")
     with pytest.raises(CheckpointError, match=where):
         run_model(base)
+
+
+@pytest.mark.parametrize("form", ["pt", "mlx"])
+@pytest.mark.parametrize("ending", ["q_proj.weight", "input_layernorm.weight", "k_proj.bias"])
+def test_float8_without_scales_is_taken_for_its_numbers(
+    tmp_path: Path, ending: str, form: str
+) -> None:
+    """As if the same numbers were stored as bfloat16, which holds all of float8's."""
+
+    def rounded(weight: mx.array) -> Stored:
+        float8 = mx.to_fp8(weight.astype(mx.float32))
+        return as_bfloat16(mx.from_fp8(float8, dtype=mx.bfloat16))
+
+    base = with_some_weights_as(as_float8, tmp_path / "base", ending, form)
+    wide = with_some_weights_as(rounded, tmp_path / "wide", ending, form)
+    adapter = make_adapter(tmp_path / "adapter", wide, keys=KEYS)
+    report = fuse(base, adapter, tmp_path / "one")
+    assert "are stored as float8 without scales" in " ".join(report.warnings)
+    fuse(wide, adapter, tmp_path / "two")
+    first, second = (mx.load(str(tmp_path / n / "model.safetensors")) for n in ("one", "two"))
+    assert first.keys() == second.keys()
+    assert all(mx.array_equal(first[name], second[name]) for name in first)
+    models = [run_model(folder).model for folder in (base, wide)]
+    assert mx.array_equal(*(logits(model) for model in models))
+    sources = NamedSources.find(base, adapter).open()
+    checks = check_structure(sources.base, sources.adapter, Checkpoint.open(tmp_path / "one"))
+    assert all(check.ok for check in checks)
 
 
 def test_float8_with_scales_that_mlx_lm_does_not_know(tmp_path: Path) -> None:
@@ -207,7 +235,7 @@ def test_integers_that_are_no_weights_come_along(tmp_path: Path) -> None:
 
 
 def test_the_command_ends_with_one_line(tmp_path: Path) -> None:
-    base = with_some_weights_as(as_float8, tmp_path / "base", "q_proj.weight", "mlx")
+    base = with_some_weights_as(as_int8, tmp_path / "base", "q_proj.weight", "mlx")
     good = make_model(tmp_path / "good", bits=None)
     adapter = make_adapter(tmp_path / "adapter", good, keys=KEYS)
     done = run("fuse", "--model", str(base), "--adapter-path", str(adapter), "--max-kl", "0.1")
