@@ -10,11 +10,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from mlx_fusekit.checkpoint.decoded import loadable_folder
 from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
 from mlx_fusekit.checkpoint.mistaken import mistaken_file
 from mlx_fusekit.checkpoint.mlx_lm import load_lazily, logical_columns, quantization_block
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
-from mlx_fusekit.formats.floats import UNKNOWN_TO_MLX
 from mlx_fusekit.formats.quantization import CODEBOOK_MODES, QuantSpec
 
 #: Of a folder that is an adapter, whatever trained it.
@@ -75,14 +75,9 @@ class Checkpoint:
                         f"{folder}: tensor {tensor.name!r} is in both {other.file.name} and "
                         f"{name}; remove the file that does not belong to this model"
                     )
-                if tensor.dtype in UNKNOWN_TO_MLX:
-                    raise CheckpointError(
-                        f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}, which mlx-lm "
-                        "cannot load; store it as F32, or use the model's 16-bit original"
-                    )
                 tensors[tensor.name] = tensor
         opened = cls(folder, config, MappingProxyType(headers), MappingProxyType(tensors))
-        return replace(opened, warnings=_check_whole(folder, opened.files, trust_remote_code))
+        return replace(opened, warnings=_check_whole(opened, trust_remote_code))
 
     @property
     def files(self) -> dict[str, str]:
@@ -330,14 +325,13 @@ def _missing_number(names: Collection[str]) -> str | None:
     return None
 
 
-def _check_whole(
-    folder: Path, files: Mapping[str, str], trust_remote_code: bool
-) -> tuple[str, ...]:
+def _check_whole(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[str, ...]:
     """Warnings about an index that is out of date; mlx-lm does not read it.
 
     Raises:
         CheckpointError: when mlx-lm cannot make a model of the files that lie there.
     """
+    folder, files = checkpoint.folder, checkpoint.files
     index = folder / INDEX_NAME
     if index.exists():
         fault = index_fault(folder, files)
@@ -348,7 +342,8 @@ def _check_whole(
     if fault is None:
         return ()
     try:
-        load_lazily(folder, trust_remote_code=trust_remote_code)
+        weights = loadable_folder(folder, checkpoint.headers)
+        load_lazily(folder, weights=weights, trust_remote_code=trust_remote_code)
     except CheckpointError as error:
         why = str(error).removeprefix(f"{folder}: ")
         raise CheckpointError(

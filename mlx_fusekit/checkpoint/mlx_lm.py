@@ -37,12 +37,15 @@ def one_line(error: BaseException) -> str:
 def load_lazily(
     folder: Path,
     *,
+    weights: Path | None = None,
     trust_remote_code: bool = False,
     classes: "Callable[[dict[str, Any]], tuple[type, type]] | None" = None,
 ) -> tuple[Any, dict[str, Any]]:
     """mlx-lm's model of a folder and its configuration; weights are read when they are first used.
 
     Args:
+        folder: of the model.
+        weights: the folder that its weights are loaded from, where that is another.
         trust_remote_code: whether model code that lies in the folder may run.
         classes: in the place of :func:`model_classes`.
 
@@ -62,7 +65,7 @@ def load_lazily(
         # Where it has another name than mlx-lm looks for.
         block = quantization_block(config)
         model, config = load_model(
-            folder,
+            weights or folder,
             lazy=True,
             model_config={"quantization": block} if block else None,
             get_model_classes=classes or model_classes,

@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.beside_text import dropped
+from mlx_fusekit.checkpoint.decoded import FOREIGN, decoded_type, foreign_tensors, loadable_folder
 from mlx_fusekit.checkpoint.folder import Checkpoint, layer_count
 from mlx_fusekit.checkpoint.header import Header, TensorRef
 from mlx_fusekit.checkpoint.mlx_lm import (
@@ -239,7 +240,7 @@ class _Conversion:
     def _open(self, checkpoint: Checkpoint) -> BaseModel:
         model, config = self._load()
         same = quantization_block(config) == checkpoint.quantization_config
-        if self._unchanged and same and not plain_float8(checkpoint):
+        if self._unchanged and same and not _decoded(checkpoint):
             self._arrays.clear()
             return checkpoint
         beside, lost = _beside(checkpoint, self._dropped or {})
@@ -258,7 +259,8 @@ class _Conversion:
         from mlx.utils import tree_flatten
 
         conversion = self
-        classes = classes_of_floats(Checkpoint.open(self._folder))
+        checkpoint = Checkpoint.open(self._folder, trust_remote_code=self._trust_remote_code)
+        classes = classes_of_floats(checkpoint)
 
         def recorded_classes(config: dict[str, Any]) -> tuple[type, type]:
             model_class, arguments_class = classes(config)
@@ -276,7 +278,10 @@ class _Conversion:
             return Recorded, arguments_class
 
         model, config = load_lazily(
-            self._folder, trust_remote_code=self._trust_remote_code, classes=recorded_classes
+            self._folder,
+            weights=loadable_folder(self._folder, checkpoint.headers),
+            trust_remote_code=self._trust_remote_code,
+            classes=recorded_classes,
         )
         self._arrays = dict(tree_flatten(model.parameters()))
         return model, config
@@ -288,20 +293,31 @@ def _beside(
     """What mlx-lm drops, by the names to keep it under, and the names of what cannot be kept."""
     # mlx-lm gives other names to what it unpacks itself, before its classes see it.
     stored = {name: kept for name, kept in sorted(dropped.items()) if name in checkpoint.tensors}
+    refs = {name: checkpoint.tensors[name] for name in stored}
     beside = {
-        kept: replace(checkpoint.tensors[name], name=kept) for name, kept in stored.items() if kept
+        kept: replace(refs[name], name=kept)
+        for name, kept in stored.items()
+        if kept and refs[name].dtype not in FOREIGN
     }
-    return beside, [name for name, kept in stored.items() if kept is None]
+    return beside, [name for name, kept in stored.items() if kept not in beside]
 
 
 def _decoded(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What to tell of float8 without scales, which mlx-lm itself would take for integers."""
-    if not (plain := plain_float8(checkpoint)):
-        return ()
-    return (
-        f"{len(plain)} weights are stored as float8 without scales ({plain[0].name}, for one), and "
-        "taken for the numbers they stand for; mlx-lm takes the base's for whole numbers",
-    )
+    """What to tell of weights that mlx-lm by itself misreads or cannot load."""
+    notes = []
+    if plain := plain_float8(checkpoint):
+        notes.append(
+            f"{len(plain)} weights are stored as float8 without scales ({plain[0].name}, for one), "
+            "and taken for the numbers they stand for; mlx-lm takes the base's for whole numbers"
+        )
+    if foreign := list(foreign_tensors(checkpoint.headers)):
+        types = {t.dtype: decoded_type(t, checkpoint.headers) for t in foreign}
+        words = ", ".join(f"{stored} as {taken}" for stored, taken in sorted(types.items()))
+        notes.append(
+            f"{len(foreign)} weights are stored in types that mlx-lm cannot load "
+            f"({foreign[0].name}, for one); they are taken {words}"
+        )
+    return tuple(notes)
 
 
 def _sanitized(

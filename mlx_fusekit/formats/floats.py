@@ -31,9 +31,6 @@ STORAGE: dict[str, np.dtype[np.generic]] = {
     "C64": np.dtype("<c8"),
 }
 
-#: Types that ``mx.load`` does not know; it refuses a whole file for one such tensor.
-UNKNOWN_TO_MLX = ("F64", "F8_E5M2")
-
 #: The types a weight can be merged in and written as.
 FLOAT_DTYPES = ("F16", "BF16", "F32")
 

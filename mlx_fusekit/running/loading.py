@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fusekit.checkpoint import mlx_lm
+from mlx_fusekit.checkpoint.decoded import loadable_folder
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.stored_types import classes_of_floats
 from mlx_fusekit.hub import LocalFolder
@@ -41,6 +42,7 @@ def load_lazily(source: LocalFolder) -> tuple[nn.Module, dict[str, Any]]:
     checkpoint = Checkpoint.open(source.path, trust_remote_code=source.trusted)
     return mlx_lm.load_lazily(
         source.path,
+        weights=loadable_folder(source.path, checkpoint.headers),
         trust_remote_code=source.trusted,
         classes=classes_of_floats(checkpoint),
     )

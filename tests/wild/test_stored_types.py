@@ -2,6 +2,7 @@
 
 import json
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,8 +155,6 @@ def test_what_mlx_lm_converts_is_merged_as_mlx_lm_runs_it(tmp_path: Path, form: 
     ("stored", "told"),
     [
         (as_int8, "I8, which mlx-lm would take for whole numbers; .*16-bit original"),
-        (as_wide_float8, "F8_E5M2, which mlx-lm cannot load; store it as F32"),
-        (as_float64, "F64, which mlx-lm cannot load; store it as F32"),
     ],
 )
 def test_weights_that_mlx_lm_misreads_are_refused_by_name(
@@ -174,22 +173,44 @@ def test_weights_that_mlx_lm_misreads_are_refused_by_name(
         run_model(base)
 
 
+def float8_as_bfloat16(weight: mx.array) -> Stored:
+    float8 = mx.to_fp8(weight.astype(mx.float32))
+    return as_bfloat16(mx.from_fp8(float8, dtype=mx.bfloat16))
+
+
+def wide_float8_as_bfloat16(weight: mx.array) -> Stored:
+    halves = np.array(weight.astype(mx.float16)).view(np.uint16) & 0xFF00
+    return as_bfloat16(mx.array(halves.view(np.float16)))
+
+
+def as_float32(weight: mx.array) -> Stored:
+    return "F32", weight.shape, np.array(weight.astype(mx.float32)).tobytes()
+
+
 @pytest.mark.parametrize("form", ["pt", "mlx"])
 @pytest.mark.parametrize("ending", ["q_proj.weight", "input_layernorm.weight", "k_proj.bias"])
-def test_float8_without_scales_is_taken_for_its_numbers(
-    tmp_path: Path, ending: str, form: str
+@pytest.mark.parametrize(
+    ("stored", "same", "told"),
+    [
+        (as_float8, float8_as_bfloat16, "are stored as float8 without scales"),
+        (as_wide_float8, wide_float8_as_bfloat16, "they are taken F8_E5M2 as BF16"),
+        (as_float64, as_float32, "they are taken F64 as F32"),
+    ],
+)
+def test_what_has_a_defined_value_is_taken_for_it(
+    tmp_path: Path,
+    stored: Callable[[mx.array], Stored],
+    same: Callable[[mx.array], Stored],
+    told: str,
+    ending: str,
+    form: str,
 ) -> None:
-    """As if the same numbers were stored as bfloat16, which holds all of float8's."""
-
-    def rounded(weight: mx.array) -> Stored:
-        float8 = mx.to_fp8(weight.astype(mx.float32))
-        return as_bfloat16(mx.from_fp8(float8, dtype=mx.bfloat16))
-
-    base = with_some_weights_as(as_float8, tmp_path / "base", ending, form)
-    wide = with_some_weights_as(rounded, tmp_path / "wide", ending, form)
+    """As if the same numbers were stored in a type that MLX has."""
+    base = with_some_weights_as(stored, tmp_path / "base", ending, form)
+    wide = with_some_weights_as(same, tmp_path / "wide", ending, form)
     adapter = make_adapter(tmp_path / "adapter", wide, keys=KEYS)
     report = fuse(base, adapter, tmp_path / "one")
-    assert "are stored as float8 without scales" in " ".join(report.warnings)
+    assert told in " ".join(report.warnings)
     fuse(wide, adapter, tmp_path / "two")
     first, second = (mx.load(str(tmp_path / n / "model.safetensors")) for n in ("one", "two"))
     assert first.keys() == second.keys()
@@ -242,3 +263,33 @@ def test_the_command_ends_with_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_wide_float8_with_scales(tmp_path: Path) -> None:
+    base = with_some_weights_as(as_wide_float8, tmp_path / "base", "q_proj.weight", "pt")
+    tensors = {
+        name: (tensor.dtype, tensor.shape, tensor.read().tobytes())
+        for name, tensor in Checkpoint.open(base).tensors.items()
+    }
+    scale = {"model.layers.0.self_attn.q_proj.weight_scale": ("F32", (1,), bytes(4))}
+    save(base, tensors | scale, "pt")
+    adapter = make_adapter(tmp_path / "adapter", make_model(tmp_path / "good", bits=None))
+    with pytest.raises(CheckpointError, match=r"is stored as F8_E5M2 with scales, which mlx-lm"):
+        fuse(base, adapter, tmp_path / "fused")
+
+
+def test_what_is_decoded_leaves_nothing_behind(tmp_path: Path) -> None:
+    base = with_some_weights_as(as_float64, tmp_path / "base", "q_proj.weight", "pt")
+    adapter = make_adapter(tmp_path / "adapter", make_model(tmp_path / "good", bits=None))
+    (place := tmp_path / "temporary").mkdir()
+    command = ["fuse", "--model", str(base), "--adapter-path", str(adapter)]
+    done = run(*command, "--save-path", str(tmp_path / "fused"), TMPDIR=str(place))
+    assert (done.returncode, list(place.iterdir())) == (0, [])
+    load_model(tmp_path / "fused")
+
+
+def test_no_place_to_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = with_some_weights_as(as_float64, tmp_path / "base", "q_proj.weight", "pt")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match=r"decoding it into .*nowhere failed \(No such file"):
+        run_model(base)

@@ -1,0 +1,124 @@
+"""Weights in types that MLX does not have, decoded into a folder that mlx-lm can load.
+
+``mx.load`` refuses a whole file for one such tensor, so the file is written anew, a few rows at a
+time, into a temporary folder that lasts as long as the process; all else there is a link.
+"""
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from mlx_fusekit.checkpoint.header import Header, TensorRef
+from mlx_fusekit.checkpoint.writer import FileWriter, OutputTensor, new_layout
+from mlx_fusekit.errors import CheckpointError
+from mlx_fusekit.formats.floats import FLOAT_DTYPES, Array, Float32, from_float32
+
+#: Types that ``mx.load`` does not know. Of float8, every 16-bit float holds all numbers; float64 is
+#: rounded to float32, since MLX has none to compute with.
+FOREIGN = ("F64", "F8_E5M2")
+
+_ROW_BYTES = 16 << 20
+_made: dict[tuple[object, ...], Path] = {}
+
+
+def foreign_tensors(headers: Mapping[str, Header]) -> Iterator[TensorRef]:
+    """The tensors of a type that MLX does not have."""
+    for header in headers.values():
+        yield from (tensor for tensor in header.tensors.values() if tensor.dtype in FOREIGN)
+
+
+def decoded_type(tensor: TensorRef, headers: Mapping[str, Header]) -> str:
+    """The type that a tensor is decoded to: float8 to that of most of the model's bytes."""
+    if tensor.dtype == "F64":
+        return "F32"
+    sizes = dict.fromkeys(FLOAT_DTYPES, 0)
+    for header in headers.values():
+        for other in header.tensors.values():
+            if other.dtype in sizes:
+                sizes[other.dtype] += other.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype]) if any(sizes.values()) else "BF16"
+
+
+def loadable_folder(folder: Path, headers: Mapping[str, Header]) -> Path:
+    """The model's folder, or one with the same model in types that mlx-lm can load.
+
+    Args:
+        folder: of the model.
+        headers: of its weight files, by name.
+
+    Raises:
+        CheckpointError: for float8 with scales, whose meaning is not known; or when the temporary
+            folder cannot be written.
+    """
+    foreign = {tensor.file.name: tensor for tensor in foreign_tensors(headers)}
+    if not foreign:
+        return folder
+    _refuse_scaled(headers)
+    times = [header.file.stat().st_mtime_ns for header in headers.values()]
+    key = (folder.resolve(), *times)
+    if key not in _made:
+        try:
+            _made[key] = _written(folder, headers, set(foreign))
+        except OSError as error:
+            first = next(iter(foreign.values()))
+            raise CheckpointError(
+                f"{first.file}: {first.name} is stored as {first.dtype}, which mlx-lm cannot load, "
+                f"and decoding it into {tempfile.gettempdir()} failed ({error.strerror}); make "
+                "room there, or use the model's 16-bit original"
+            ) from error
+    return _made[key]
+
+
+def _refuse_scaled(headers: Mapping[str, Header]) -> None:
+    names = [name for header in headers.values() for name in header.tensors]
+    for tensor in foreign_tensors(headers):
+        if tensor.dtype == "F8_E5M2" and any("scale" in n.rpartition(".")[2] for n in names):
+            raise CheckpointError(
+                f"{tensor.file}: {tensor.name} is stored as {tensor.dtype} with scales, which "
+                "mlx-lm cannot load; use the model's 16-bit original"
+            )
+
+
+def _written(folder: Path, headers: Mapping[str, Header], anew: set[str]) -> Path:
+    target = Path(tempfile.mkdtemp(prefix="mlx-fusekit-"))
+    atexit.register(shutil.rmtree, target, ignore_errors=True)
+    for path in folder.iterdir():
+        if path.name not in anew:
+            (target / path.name).symlink_to(path.resolve())
+    for name in anew:
+        _write(headers[name], target, headers)
+    return target
+
+
+def _write(header: Header, target: Path, headers: Mapping[str, Header]) -> None:
+    types = {t.name: decoded_type(t, headers) for t in foreign_tensors({"": header})}
+    outputs = [
+        OutputTensor(t.name, types.get(t.name, t.dtype), t.shape, None if t.name in types else t)
+        for t in header.tensors.values()
+    ]
+    with FileWriter(new_layout(header.file.name, outputs), target, clone=False) as writer:
+        for span in writer.copies():
+            writer.copy(span)
+        for name, dtype in types.items():
+            _write_tensor(header.tensors[name], dtype, writer)
+        writer.finish()
+
+
+def _write_tensor(tensor: TensorRef, dtype: str, writer: FileWriter) -> None:
+    columns = tensor.shape[-1] if tensor.shape else 1
+    rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))
+    step = max(1, _ROW_BYTES // max(8 * columns, 1))
+    for first in range(0, rows, step):
+        values = _values(tensor.read_rows(first, min(first + step, rows)), tensor.dtype)
+        writer.write_rows(tensor.name, first, from_float32(values, dtype))
+
+
+def _values(stored: Array, dtype: str) -> Float32:
+    if dtype == "F8_E5M2":  # the upper half of a float16
+        return (stored.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
+    with np.errstate(over="ignore"):
+        return stored.astype(np.float32)
