@@ -385,6 +385,12 @@ def _beside_the_text(plan: FusePlan, *, text_only: bool) -> Iterator[str]:
             f"what mlx-lm does not run comes along as it is: {in_words(base.beside)}; "
             "--text-only leaves it out"
         )
+    if any("mtp." in name for name in base.beside):
+        # Source: models/qwen3_5.py of mlx-lm 0.30.7 to 0.31.3, which tell by it what is raw.
+        yield (
+            "mlx-lm before 0.32 takes Qwen3.5 with mtp tensors for unconverted, and misreads its "
+            "norms; for a program that has it, use --text-only"
+        )
     if base.lost:
         yield (
             f"what mlx-lm does not run is left out: {in_words(base.lost)}; mlx-lm would not load "

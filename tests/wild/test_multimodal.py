@@ -145,6 +145,8 @@ def test_what_is_not_text_comes_along_as_it_is(case: Any, tmp_path: Path) -> Non
     assert all(check.ok for check in structure(base, adapter, tmp_path / "fused").values())
     if open_base(base).converted:
         assert any(words in warning for warning in report.warnings)
+    old = any("mlx-lm before 0.32" in warning for warning in report.warnings)
+    assert old == ("mtp" in words)
 
 
 def test_text_only(case: Any, tmp_path: Path) -> None:
