@@ -8,6 +8,9 @@ from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME, read_json
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME, sha256
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 
+#: What is taken over of an entry; another's recipe may hold anything.
+_KEPT = ("id", "revision", "weight", "scale", "sha256")
+
 
 def held_by(base: Path) -> list[dict[str, Any]]:
     """The adapters fused into a base, the last ones first, as its recipe lists them.
@@ -22,7 +25,11 @@ def held_by(base: Path) -> list[dict[str, Any]]:
         return []
     lists = (recipe.get(key) for key in ("adapters", "earlier_adapters"))
     entries = [entry for found in lists if isinstance(found, list) for entry in found]
-    return [entry for entry in entries if isinstance(entry, dict)]
+    return [
+        {key: entry[key] for key in _KEPT if key in entry}
+        for entry in entries
+        if isinstance(entry, dict)
+    ]
 
 
 def refuse_twice(sources: Sources) -> None:

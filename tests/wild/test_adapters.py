@@ -487,14 +487,21 @@ def test_the_same_adapter_twice(base: Path, tmp_path: Path) -> None:
     fuse(tmp_path / "two", first, tmp_path / "three", again=True)
     recipe = json.loads((tmp_path / "three" / "fusekit.json").read_text())
     assert len(recipe["earlier_adapters"]) == 2
+    assert set(recipe["earlier_adapters"][0]) == {"id", "revision", "weight", "scale", "sha256"}
 
 
-@pytest.mark.parametrize("content", ["[]", '{"adapters": 3}', '{"adapters": [{"sha256": 1}]}', "{"])
+OTHERS = json.dumps({"adapters": [{"id": "a", "path": "/home/someone/a"}]})
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"adapters": 3}', '{"adapters": [{"sha256": 1}]}', "{", OTHERS]
+)
 def test_a_recipe_that_is_not_ours(base: Path, tmp_path: Path, content: str) -> None:
     other = shutil.copytree(base, tmp_path / "base")
     (other / "fusekit.json").write_text(content)
     adapter = make_adapter(tmp_path / "adapter", base)
     fuse(other, adapter, tmp_path / "fused")
+    assert "/home" not in (tmp_path / "fused" / "fusekit.json").read_text()
 
 
 def test_a_weight_that_is_no_number(base: Path, tmp_path: Path) -> None:
