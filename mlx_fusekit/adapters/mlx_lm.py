@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -132,7 +133,7 @@ class MlxLmAdapter:
         parameters = {"rank": rank, "scale": self.scale, "dropout": 0.0, "keys": [*self.modules]}
         return {"fine_tune_type": self.kind, "num_layers": 1, "lora_parameters": parameters}
 
-    @property
+    @cached_property
     def modules(self) -> Mapping[str, Mapping[str, TensorRef]]:
         """LoRA and DoRA tensors by module path and leaf name.
 

@@ -1,11 +1,11 @@
 """What merging needs to know of a base model, whether its bytes or mlx-lm's classes provide it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_fusekit.checkpoint.header import Header, TensorRef
-from mlx_fusekit.formats.floats import Array
+from mlx_fusekit.formats.floats import FLOAT_DTYPES, Array
 from mlx_fusekit.formats.quantization import QuantSpec
 
 
@@ -75,3 +75,12 @@ class BaseModel(Protocol):
 
     def quantization(self, module: str, columns: int | None = None) -> QuantSpec | None:
         """How the weight of a module is quantized, or None."""
+
+
+def main_float_dtype(tensors: Iterable[TensorSource]) -> str:
+    """The floating-point type that most of the tensors' bytes have; BF16 where none has one."""
+    sizes = dict.fromkeys(FLOAT_DTYPES, 0)
+    for tensor in tensors:
+        if tensor.dtype in sizes:
+            sizes[tensor.dtype] += tensor.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype]) if any(sizes.values()) else "BF16"

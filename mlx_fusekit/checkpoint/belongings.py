@@ -169,11 +169,7 @@ def find_companions(
             and kind.taken(Step.COPY, trust_remote_code=trust_remote_code)
             and not (text_only and kind.purpose == _BESIDE_TEXT)
         ):
-            if not resolve_inside(folder, name).exists():
-                raise CheckpointError(
-                    f"{path}: a link to a file that is not there; download the model again, or "
-                    "remove the link"
-                )
+            resolve_inside(folder, name)
             told = mistaken_file(path, not_json if path.suffix == ".json" else lfs_pointer)
             if told is not None:
                 raise CheckpointError(f"{path}: {told}")

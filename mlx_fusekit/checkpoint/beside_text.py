@@ -115,17 +115,22 @@ def text_only(config: Mapping[str, Any]) -> dict[str, Any]:
 
     What mlx-lm cannot build the text model without stays.
     """
-    kept = dict(config)
-    for key in [key for key in config if _PROMISES.fullmatch(key)]:
-        shorter = {name: value for name, value in kept.items() if name != key}
-        if builds(shorter):
-            kept = shorter
+    kept = _without_promises(config, builds)
     if isinstance(text := kept.get("text_config"), dict):
-        for key in [key for key in text if _PROMISES.fullmatch(key)]:
-            shorter = {name: value for name, value in text.items() if name != key}
-            if builds({**kept, "text_config": shorter}):
-                text = shorter
-        kept["text_config"] = text
+        kept["text_config"] = _without_promises(
+            text, lambda shorter: builds({**kept, "text_config": shorter})
+        )
+    return kept
+
+
+def _without_promises(
+    settings: Mapping[str, Any], suffices: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
+    kept = dict(settings)
+    for key in settings:
+        shorter = {name: value for name, value in kept.items() if name != key}
+        if _PROMISES.fullmatch(key) and suffices(shorter):
+            kept = shorter
     return kept
 
 

@@ -7,15 +7,16 @@ time, into a temporary folder that lasts as long as the process; all else there 
 import atexit
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from mlx_fusekit.checkpoint.base import main_float_dtype
 from mlx_fusekit.checkpoint.header import Header, TensorRef
 from mlx_fusekit.checkpoint.writer import FileWriter, OutputTensor, new_layout
 from mlx_fusekit.errors import CheckpointError
-from mlx_fusekit.formats.floats import FLOAT_DTYPES, Array, Float32, from_float32
+from mlx_fusekit.formats.floats import Array, Float32, from_float32
 
 #: Types that ``mx.load`` does not know. Of float8, every 16-bit float holds all numbers; float64 is
 #: rounded to float32, since MLX has none to compute with.
@@ -31,16 +32,15 @@ def foreign_tensors(headers: Mapping[str, Header]) -> Iterator[TensorRef]:
         yield from (tensor for tensor in header.tensors.values() if tensor.dtype in FOREIGN)
 
 
-def decoded_type(tensor: TensorRef, headers: Mapping[str, Header]) -> str:
-    """The type that a tensor is decoded to: float8 to that of most of the model's bytes."""
-    if tensor.dtype == "F64":
-        return "F32"
-    sizes = dict.fromkeys(FLOAT_DTYPES, 0)
-    for header in headers.values():
-        for other in header.tensors.values():
-            if other.dtype in sizes:
-                sizes[other.dtype] += other.nbytes
-    return max(sizes, key=lambda dtype: sizes[dtype]) if any(sizes.values()) else "BF16"
+def decoded_types(headers: Mapping[str, Header]) -> dict[str, str]:
+    """The type that each such tensor is decoded to: float8 to that of most of the model's bytes."""
+    main = main_float_dtype(t for header in headers.values() for t in header.tensors.values())
+    return {t.name: "F32" if t.dtype == "F64" else main for t in foreign_tensors(headers)}
+
+
+def has_scales(names: Iterable[str]) -> bool:
+    """Whether any tensor is a scale of others, so that these stand for more than their numbers."""
+    return any("scale" in name.rpartition(".")[2] for name in names)
 
 
 def loadable_folder(folder: Path, headers: Mapping[str, Header]) -> Path:
@@ -74,9 +74,9 @@ def loadable_folder(folder: Path, headers: Mapping[str, Header]) -> Path:
 
 
 def _refuse_scaled(headers: Mapping[str, Header]) -> None:
-    names = [name for header in headers.values() for name in header.tensors]
+    scaled = has_scales(name for header in headers.values() for name in header.tensors)
     for tensor in foreign_tensors(headers):
-        if tensor.dtype == "F8_E5M2" and any("scale" in n.rpartition(".")[2] for n in names):
+        if tensor.dtype == "F8_E5M2" and scaled:
             raise CheckpointError(
                 f"{tensor.file}: {tensor.name} is stored as {tensor.dtype} with scales, which "
                 "mlx-lm cannot load; use the model's 16-bit original"
@@ -89,13 +89,13 @@ def _written(folder: Path, headers: Mapping[str, Header], anew: set[str]) -> Pat
     for path in folder.iterdir():
         if path.name not in anew:
             (target / path.name).symlink_to(path.resolve())
+    types = decoded_types(headers)
     for name in anew:
-        _write(headers[name], target, headers)
+        _write(headers[name], target, types)
     return target
 
 
-def _write(header: Header, target: Path, headers: Mapping[str, Header]) -> None:
-    types = {t.name: decoded_type(t, headers) for t in foreign_tensors({"": header})}
+def _write(header: Header, target: Path, types: Mapping[str, str]) -> None:
     outputs = [
         OutputTensor(t.name, types.get(t.name, t.dtype), t.shape, None if t.name in types else t)
         for t in header.tensors.values()
@@ -103,8 +103,8 @@ def _write(header: Header, target: Path, headers: Mapping[str, Header]) -> None:
     with FileWriter(new_layout(header.file.name, outputs), target, clone=False) as writer:
         for span in writer.copies():
             writer.copy(span)
-        for name, dtype in types.items():
-            _write_tensor(header.tensors[name], dtype, writer)
+        for tensor in foreign_tensors({header.file.name: header}):
+            _write_tensor(tensor, types[tensor.name], writer)
         writer.finish()
 
 

@@ -264,16 +264,15 @@ def _weight_files(folder: Path) -> list[str]:
 def _instead_of_weights(folder: Path) -> str:
     """What lies there that may be weights, and the cure; empty for nothing."""
     for pattern, what in (
-        ("*.bin", "is pickled"),
-        ("*.npz", "is of an old mlx-lm"),
-        ("*.safetensors", "has a name that mlx-lm does not look for"),
+        ("[!.]*.bin", "is pickled"),
+        ("[!.]*.npz", "is of an old mlx-lm"),
+        ("[!.]*.safetensors", "has a name that mlx-lm does not look for"),
     ):
         for path in sorted(folder.glob(pattern)):
-            if not path.name.startswith("."):
-                return (
-                    f"; {path.name} {what}; download the original model in safetensors format, and "
-                    "convert it with mlx_lm.convert"
-                )
+            return (
+                f"; {path.name} {what}; download the original model in safetensors format, and "
+                "convert it with mlx_lm.convert"
+            )
     return ""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 #: What is read of a file to tell what it is.
 BEGINNING = 64
 
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_LFS_POINTER = b"version https://git-lfs."
 _PAGES = (b"<!doctype", b"<html", b"<?xml", b"<error")
 _DOWNLOAD = "as a failed download leaves it; download it again"
 
@@ -52,7 +52,7 @@ def mistaken_file(path: Path, told_by: Callable[[bytes], str | None] = not_json)
     if path.is_dir():
         return "is a folder, where a file is expected; put the file itself there"
     if path.is_symlink() and not path.exists():
-        return "is a link to a file that is not there; download it again"
+        return "is a link to a file that is not there; download it again, or remove the link"
     try:
         with open(path, "rb") as file:
             return told_by(file.read(BEGINNING))

@@ -34,6 +34,11 @@ def one_line(error: BaseException) -> str:
     return first if len(first) <= _LONGEST_LINE else first[:_LONGEST_LINE] + "…"
 
 
+def is_pattern(folder: Path) -> bool:
+    """Whether mlx-lm, which looks for weights by a pattern, does not find a folder by its path."""
+    return not fnmatch.fnmatchcase(str(folder), str(folder))
+
+
 def load_lazily(
     folder: Path,
     *,
@@ -54,7 +59,7 @@ def load_lazily(
     """
     from mlx_lm.utils import load_config, load_model
 
-    if not fnmatch.fnmatchcase(str(folder), str(folder)):
+    if is_pattern(folder):
         raise CheckpointError(
             f"{folder}: mlx-lm takes the brackets in this path for a pattern and finds no weights; "
             "rename the folder"

@@ -5,7 +5,7 @@ another quantization format. mlx-lm's ``sanitize`` methods know how to convert e
 let it, lazily: nothing is computed before a tensor is read, and a tensor may be read again.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.beside_text import dropped
-from mlx_fusekit.checkpoint.decoded import FOREIGN, decoded_type, foreign_tensors, loadable_folder
+from mlx_fusekit.checkpoint.decoded import FOREIGN, decoded_types, loadable_folder
 from mlx_fusekit.checkpoint.folder import Checkpoint, layer_count
 from mlx_fusekit.checkpoint.header import Header, TensorRef
 from mlx_fusekit.checkpoint.mlx_lm import (
@@ -186,9 +186,8 @@ def open_base(
     own = checkpoint.written_by_mlx and odd is None and not foreign
     if own and all(name in checkpoint.tensors for name in wanted):
         return checkpoint
-    conversion = _Conversion(folder, trust_remote_code)
     try:
-        return conversion.of(checkpoint)
+        return _Conversion(checkpoint, trust_remote_code).result()
     except CheckpointError as error:
         if own:
             return checkpoint  # what is missing will be said by whoever looks for it
@@ -206,7 +205,8 @@ def beside_text(base: BaseModel, *, trust_remote_code: bool = False) -> frozense
     """
     if base.converted:
         return frozenset(base.beside)
-    return _Conversion(base.folder, trust_remote_code).dropped()
+    checkpoint = Checkpoint.open(base.folder, trust_remote_code=trust_remote_code)
+    return _Conversion(checkpoint, trust_remote_code).dropped()
 
 
 class _Conversion:
@@ -216,16 +216,16 @@ class _Conversion:
     handed out. Lazy arrays belong to the thread that made them, which is why there is one for them.
     """
 
-    def __init__(self, folder: Path, trust_remote_code: bool) -> None:
-        self._folder = folder
+    def __init__(self, checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+        self._checkpoint = checkpoint
         self._trust_remote_code = trust_remote_code
         self._arrays: dict[str, mx.array] = {}
         self._unchanged = False
         self._dropped: dict[str, str | None] | None = None
 
-    def of(self, checkpoint: Checkpoint) -> BaseModel:
+    def result(self) -> BaseModel:
         """The checkpoint, or the model where mlx-lm changes anything."""
-        return in_lasting_thread(partial(self._open, checkpoint))
+        return in_lasting_thread(self._open)
 
     def dropped(self) -> frozenset[str]:
         """Names of stored tensors that mlx-lm's class drops."""
@@ -237,14 +237,17 @@ class _Conversion:
         """The stored bits of a parameter."""
         return in_lasting_thread(partial(self._compute, name))
 
-    def _open(self, checkpoint: Checkpoint) -> BaseModel:
+    def _open(self) -> BaseModel:
         model, config = self._load()
-        same = quantization_block(config) == checkpoint.quantization_config
-        if self._unchanged and same and not _decoded(checkpoint):
+        same = quantization_block(config) == self._checkpoint.quantization_config
+        decoded = _decoded(self._checkpoint)
+        if self._unchanged and same and not decoded:
             self._arrays.clear()
-            return checkpoint
-        beside, lost = _beside(checkpoint, self._dropped or {})
-        return _sanitized(checkpoint, model, config, self._arrays, self.compute, beside, lost)
+            return self._checkpoint
+        sanitized = _sanitized(self._checkpoint, model, config, self._arrays, self.compute)
+        beside, lost = _beside(self._checkpoint, self._dropped or {})
+        warnings = (*self._checkpoint.warnings, *decoded)
+        return replace(sanitized, beside=beside, lost=lost, warnings=warnings)
 
     def _compute(self, name: str) -> Array:
         import mlx.core as mx
@@ -259,8 +262,7 @@ class _Conversion:
         from mlx.utils import tree_flatten
 
         conversion = self
-        checkpoint = Checkpoint.open(self._folder, trust_remote_code=self._trust_remote_code)
-        classes = classes_of_floats(checkpoint)
+        classes = classes_of_floats(self._checkpoint)
 
         def recorded_classes(config: dict[str, Any]) -> tuple[type, type]:
             model_class, arguments_class = classes(config)
@@ -278,8 +280,8 @@ class _Conversion:
             return Recorded, arguments_class
 
         model, config = load_lazily(
-            self._folder,
-            weights=loadable_folder(self._folder, checkpoint.headers),
+            self._checkpoint.folder,
+            weights=loadable_folder(self._checkpoint.folder, self._checkpoint.headers),
             trust_remote_code=self._trust_remote_code,
             classes=recorded_classes,
         )
@@ -289,7 +291,7 @@ class _Conversion:
 
 def _beside(
     checkpoint: Checkpoint, dropped: Mapping[str, str | None]
-) -> tuple[dict[str, TensorRef], list[str]]:
+) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
     """What mlx-lm drops, by the names to keep it under, and the names of what cannot be kept."""
     # mlx-lm gives other names to what it unpacks itself, before its classes see it.
     stored = {name: kept for name, kept in sorted(dropped.items()) if name in checkpoint.tensors}
@@ -299,7 +301,7 @@ def _beside(
         for name, kept in stored.items()
         if kept and refs[name].dtype not in FOREIGN
     }
-    return beside, [name for name, kept in stored.items() if kept not in beside]
+    return beside, tuple(name for name, kept in stored.items() if kept not in beside)
 
 
 def _decoded(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -310,12 +312,12 @@ def _decoded(checkpoint: Checkpoint) -> tuple[str, ...]:
             f"{len(plain)} weights are stored as float8 without scales ({plain[0].name}, for one), "
             "and taken for the numbers they stand for; mlx-lm takes the base's for whole numbers"
         )
-    if foreign := list(foreign_tensors(checkpoint.headers)):
-        types = {t.dtype: decoded_type(t, checkpoint.headers) for t in foreign}
-        words = ", ".join(f"{stored} as {taken}" for stored, taken in sorted(types.items()))
+    if types := decoded_types(checkpoint.headers):
+        pairs = {checkpoint.tensors[name].dtype: taken for name, taken in types.items()}
+        words = ", ".join(f"{stored} as {taken}" for stored, taken in sorted(pairs.items()))
         notes.append(
-            f"{len(foreign)} weights are stored in types that mlx-lm cannot load "
-            f"({foreign[0].name}, for one); they are taken {words}"
+            f"{len(types)} weights are stored in types that mlx-lm cannot load "
+            f"({next(iter(types))}, for one); they are taken {words}"
         )
     return tuple(notes)
 
@@ -326,8 +328,6 @@ def _sanitized(
     config: Mapping[str, Any],
     arrays: "Mapping[str, mx.array]",
     compute: Callable[[str], Array],
-    beside: Mapping[str, TensorRef],
-    lost: Sequence[str],
 ) -> SanitizedModel:
     specs = {
         path: QuantSpec(module.bits, module.group_size, getattr(module, "mode", "affine"))
@@ -348,7 +348,4 @@ def _sanitized(
         checkpoint.headers,
         MappingProxyType(tensors),
         MappingProxyType(specs),
-        MappingProxyType(beside),
-        tuple(lost),
-        (*checkpoint.warnings, *_decoded(checkpoint)),
     )

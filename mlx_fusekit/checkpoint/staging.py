@@ -8,7 +8,6 @@ a killed run left it, and the next run for the same target removes it.
 import contextlib
 import errno
 import fcntl
-import fnmatch
 import glob
 import os
 import secrets
@@ -16,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from mlx_fusekit.checkpoint.mlx_lm import is_pattern
 from mlx_fusekit.checkpoint.writer import sync
 from mlx_fusekit.errors import OutputError
 
@@ -56,7 +56,7 @@ def check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) ->
             )
     if in_hub_cache(real):
         raise OutputError(f"{target}: lies in the Hugging Face cache; choose another --save-path")
-    if not fnmatch.fnmatchcase(str(target), str(target)):
+    if is_pattern(target):
         raise OutputError(
             f"{target}: mlx-lm takes the brackets for a pattern and would find no weights there; "
             "choose another --save-path"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_fusekit.checkpoint.decoded import has_scales
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.header import TensorRef
 from mlx_fusekit.checkpoint.mlx_lm import model_classes
@@ -75,7 +76,7 @@ def classes_of_floats(
 
 def plain_float8(checkpoint: Checkpoint) -> tuple[TensorRef, ...]:
     """Weights that are float8 and nothing else, so that each byte stands for one number."""
-    if any("scale" in name.rpartition(".")[2] for name in checkpoint.tensors):
+    if has_scales(checkpoint.tensors):
         return ()
     return tuple(tensor for tensor in _odd_weights(checkpoint) if tensor.dtype == "F8_E4M3")
 

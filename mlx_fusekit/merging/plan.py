@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mlx_fusekit.adapters.updates import Adapter, FullUpdate, Update
-from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
+from mlx_fusekit.checkpoint.base import BaseModel, TensorSource, main_float_dtype
 from mlx_fusekit.checkpoint.header import TensorRef
 from mlx_fusekit.checkpoint.mlx_lm import computes_anew
 from mlx_fusekit.checkpoint.writer import FileLayout, OutputTensor, new_layout, same_layout
@@ -265,11 +265,8 @@ def _written_dtype(
 
 def _main_float_dtype(base: BaseModel) -> str:
     """The floating-point type most of the unquantized bytes have."""
-    sizes = dict.fromkeys(FLOAT_DTYPES, 0)
-    for name, tensor in base.tensors.items():
-        if tensor.dtype in sizes and not name.endswith(".global_scale"):
-            sizes[tensor.dtype] += tensor.nbytes
-    return max(sizes, key=lambda dtype: sizes[dtype]) if any(sizes.values()) else "BF16"
+    tensors = base.tensors.items()
+    return main_float_dtype(t for name, t in tensors if not name.endswith(".global_scale"))
 
 
 def _outputs(step: WeightStep) -> dict[str, OutputTensor]:

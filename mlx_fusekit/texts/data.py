@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mlx_fusekit.checkpoint.mistaken import lfs_pointer
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.texts.chat import encode_item
 from mlx_fusekit.texts.items import Features, parse_items
@@ -28,7 +29,6 @@ _NO_TEXT = {
     codecs.BOM_UTF16_LE: "UTF-16 text; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
     codecs.BOM_UTF16_BE: "UTF-16 text; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
 }
-_LFS_POINTER = "version https://git-lfs."
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ def _read_text(file: Path) -> str:
         raise ConfigurationError(
             f"{file}: {what or f'not UTF-8 text at byte {at}; convert it to UTF-8'}"
         )
-    if text.startswith(_LFS_POINTER):
+    if lfs_pointer(raw):
         raise ConfigurationError(
             f"{file}: a Git LFS pointer in place of the file; fetch that with git lfs pull"
         )

@@ -159,13 +159,17 @@ class _Tensors:
         return tuple(tensors[name] for name in in_file_order(tensors))
 
     @cached_property
+    def _parameters(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every parameter of mlx-lm's class."""
+        return parameter_shapes(self._base)
+
+    @cached_property
     def left_out(self) -> frozenset[str]:
         """Stored tensors that are no part of the text model, as mlx-lm takes it."""
         if self._base.converted:
             return frozenset(self._base.beside)
-        known = parameter_shapes(self._base)
         parts = parts_of(self._base.tensors, self._base.quantized_modules)
-        unknown = {name for name in self._base.tensors if name not in known} - set(parts)
+        unknown = {name for name in self._base.tensors if name not in self._parameters} - set(parts)
         if not unknown:
             return frozenset()
         try:
@@ -175,7 +179,7 @@ class _Tensors:
 
     def _check_complete(self) -> None:
         """Check that the stored tensors are those of mlx-lm's class, in name and shape."""
-        for name, shape in parameter_shapes(self._base).items():
+        for name, shape in self._parameters.items():
             if name not in self._base.tensors:
                 if name.endswith("lm_head.weight") and self._family.may_lack_head:
                     continue

@@ -16,14 +16,14 @@ from mlx_fusekit.gguf.models.hyperparameters import (
     sliding_pattern,
 )
 from mlx_fusekit.gguf.models.requirements import (
-    deepstack_layers,
+    QWEN3_VL_KEYS,
+    QWEN3_VL_NOTES,
     no_rope_every_fourth,
     no_sliding,
     norms_of_large_cohere,
     only,
     partial_rotation,
     pattern_of_exaone4,
-    sections_of_qwen3_vl,
     softmax_scale,
     window_of_exaone4,
     window_of_gemma2,
@@ -54,14 +54,8 @@ DENSE: dict[str, Family] = {
     "qwen3": Family("QWEN3", BASE + HEADS + RMS_NORM),
     "qwen3_vl": Family(
         "QWEN3VL",
-        (
-            *BASE,
-            *HEADS,
-            *RMS_NORM,
-            array(name="rope.dimension_sections", value=sections_of_qwen3_vl),
-            count(name="n_deepstack_layers", value=deepstack_layers),
-        ),
-        notes="the slowest two of 64 rotated pairs stand still in llama.cpp",
+        BASE + HEADS + RMS_NORM + QWEN3_VL_KEYS,
+        notes=QWEN3_VL_NOTES,
     ),
     "gemma": Family(
         "GEMMA",

@@ -21,7 +21,8 @@ from mlx_fusekit.gguf.models.hyperparameters import (
     without,
 )
 from mlx_fusekit.gguf.models.requirements import (
-    deepstack_layers,
+    QWEN3_VL_KEYS,
+    QWEN3_VL_NOTES,
     dense_or_routed,
     epsilon_inside,
     groups,
@@ -30,7 +31,6 @@ from mlx_fusekit.gguf.models.requirements import (
     partial_rotation,
     queries_of_deepseek,
     same_heads,
-    sections_of_qwen3_vl,
 )
 from mlx_fusekit.gguf.models.rope import ALL_FACTORS, PLAIN_IN_MLX, RopeStyle
 
@@ -79,10 +79,9 @@ MIXTURES: dict[str, Family] = {
             *HEADS,
             *RMS_NORM,
             *experts("num_experts"),
-            array(name="rope.dimension_sections", value=sections_of_qwen3_vl),
-            count(name="n_deepstack_layers", value=deepstack_layers),
+            *QWEN3_VL_KEYS,
         ),
-        notes="the slowest two of 64 rotated pairs stand still in llama.cpp",
+        notes=QWEN3_VL_NOTES,
         rope=PLAIN_IN_MLX,
         checks=(only("norm_topk_prob", True), dense_or_routed),
     ),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from mlx_fusekit.gguf.models.hyperparameters import sliding_layers
+from mlx_fusekit.gguf.models.hyperparameters import array, count, sliding_layers
 from mlx_fusekit.gguf.models.settings import Settings
 
 #: A check of the settings: raises what cannot be exported, returns what the user should know.
@@ -208,3 +208,11 @@ def deepstack_layers(settings: Settings) -> int:
     """Layers that take image features too; none where the model has no vision any more."""
     vision = settings.declared.get("vision_config")
     return len(vision.get("deepstack_visual_indexes") or ()) if isinstance(vision, dict) else 0
+
+
+#: What llama.cpp reads of Qwen3-VL beyond the keys of its text model.
+QWEN3_VL_KEYS = (
+    array(name="rope.dimension_sections", value=sections_of_qwen3_vl),
+    count(name="n_deepstack_layers", value=deepstack_layers),
+)
+QWEN3_VL_NOTES = "the slowest two of 64 rotated pairs stand still in llama.cpp"
