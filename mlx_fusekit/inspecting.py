@@ -15,7 +15,7 @@ from mlx_fusekit.adapters.updates import AdapterFolder, FullUpdate, LowRankUpdat
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME, Checkpoint, read_json
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
-from mlx_fusekit.errors import CheckpointError
+from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.formats import codebooks
 from mlx_fusekit.formats.floats import FLOAT_DTYPES, Float32, to_float32
 from mlx_fusekit.formats.quantization import QuantSpec, parts_of
@@ -131,6 +131,8 @@ def inspect(
         raise CheckpointError(
             f"{path}: neither a model (config.json) nor an adapter ({ADAPTER_CONFIG_NAME})"
         )
+    if scale is not None:
+        raise ConfigurationError(f"--scale {scale:g}: is for an adapter, and {path} is a model")
     checkpoint = Checkpoint.open(folder, trust_remote_code=trust_remote_code)
     return _model_facts(str(path), checkpoint)
 

@@ -67,10 +67,10 @@ class NamedSources:
         named = [adapter_path] if isinstance(adapter_path, str | Path) else list(adapter_path)
         if not named:
             raise ConfigurationError("--adapter-path: give at least one adapter")
-        if scale is not None and (len(named) > 1 or not math.isfinite(scale)):
+        if scale is not None and len(named) > 1:
             raise ConfigurationError(
-                f"--scale {scale:g}: must be a finite number, and goes with one --adapter-path; "
-                "of several, correct 'scale' in each adapter_config.json"
+                f"--scale {scale:g}: goes with one --adapter-path; of several, correct 'scale' in "
+                "each adapter_config.json"
             )
         return cls(found, tuple(_chosen(str(name), weighted) for name in named), scale)
 

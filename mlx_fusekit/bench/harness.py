@@ -327,6 +327,8 @@ def _sources(
     """The arms a user named, each checked to belong to the base."""
     arms = []
     if adapter_path is None:
+        if scale is not None:
+            raise ConfigurationError(f"--scale {scale:g}: goes with --adapter-path; drop it")
         base = hub.resolve(model, revision=revision, code=trust_remote_code)
         opened = open_model(base)
     else:

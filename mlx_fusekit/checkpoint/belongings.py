@@ -179,6 +179,12 @@ def find_companions(
     return Companions(tuple(copied), tuple(left_out))
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a file lies in a folder that a tokenizer is loaded from."""
+    names = (*TOKENIZERS, "tokenizer_config.json")
+    return any(matches(path.name, names) for path in folder.iterdir())
+
+
 def is_hidden(path: PurePath) -> bool:
     """Whether a file is none of a model's: macOS puts ``._NAME`` by each on disks of others."""
     return path.name.startswith(".")

@@ -1,6 +1,6 @@
 """How merged weights are re-quantized, as far as the base can be run for it."""
 
-from mlx_fusekit.checkpoint.belongings import TOKENIZERS, matches
+from mlx_fusekit.checkpoint.belongings import has_tokenizer
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.fusing.options import FuseOptions
 from mlx_fusekit.fusing.report import LOSSY_BITS
@@ -11,8 +11,6 @@ from mlx_fusekit.requantize.strategy import Strategy
 
 #: Share of the machine's memory that a model may take to be run.
 _RUNNABLE_SHARE = 0.8
-#: Any of these is needed to make tokens of text.
-_TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json")
 
 
 def chosen_strategy(
@@ -48,7 +46,7 @@ def chosen_strategy(
 def _obstacle(plan: FusePlan) -> str | None:
     """Why the base cannot be run on text, as far as its files tell."""
     base = plan.base.folder
-    if not any(matches(path.name, _TOKENIZER_FILES) for path in base.iterdir()):
+    if not has_tokenizer(base):
         return f"{base} has no tokenizer, which calibration text needs"
     if plan.base_bytes > _RUNNABLE_SHARE * memory_bytes():
         return (

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.utils import load_tokenizer
 
+from mlx_fusekit.checkpoint.belongings import has_tokenizer
 from mlx_fusekit.checkpoint.folder import read_json
 from mlx_fusekit.checkpoint.mistaken import mistaken_file
 from mlx_fusekit.checkpoint.mlx_lm import one_line
@@ -94,7 +95,9 @@ def tokenizer_of(source: LocalFolder, config: Mapping[str, Any]) -> Any:
         if told is None and not source.trusted and _has_tokenizer_code(folder, config):
             told = f"{folder}: its tokenizer is code of its own, which needs --trust-remote-code"
         if told is None:
-            told = f"{folder}: its tokenizer cannot be loaded ({one_line(error)})"
+            none = "there is none; download the model again, with its tokenizer"
+            why = one_line(error) if has_tokenizer(folder) else none
+            told = f"{folder}: its tokenizer cannot be loaded ({why})"
         raise CheckpointError(told) from error
 
 

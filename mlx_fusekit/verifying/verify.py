@@ -58,7 +58,7 @@ def verify(
         FusekitError: with one line that names the file, tensor or flag, and the cure.
     """
     start = time.perf_counter()
-    _check_options(model, adapter_path, reference, max_kl, max_tokens)
+    _check_options(model, adapter_path, reference, scale, max_kl, max_tokens)
     file = loadable_gguf(fused)
     found = hub.resolve(fused, what="--fused", code=trust_remote_code) if file is None else None
     checkpoint = None
@@ -117,7 +117,12 @@ def _measured(
 
 
 def _check_options(
-    model: object, adapter_path: object, reference: object, max_kl: float | None, max_tokens: int
+    model: object,
+    adapter_path: object,
+    reference: object,
+    scale: float | None,
+    max_kl: float | None,
+    max_tokens: int,
 ) -> None:
     if reference is not None and (model is not None or adapter_path):
         raise ConfigurationError(
@@ -129,6 +134,8 @@ def _check_options(
             f"{missing} is missing; give the base and adapter that were fused, or any model "
             "to compare with as --reference"
         )
+    if reference is not None and scale is not None:
+        raise ConfigurationError(f"--scale {scale:g}: goes with --adapter-path; drop it")
     if max_kl is not None:
         check_max_kl(max_kl)
     if max_tokens < 2:

@@ -24,10 +24,10 @@ from support.tiny import (
     save_adapter,
 )
 
-from mlx_fusekit import export_lora, fuse
+from mlx_fusekit import benchmark, export_lora, fuse, verify
 from mlx_fusekit.adapters.opening import open_adapter
 from mlx_fusekit.bench.arms import ArmSource, load_arm
-from mlx_fusekit.errors import AdapterError, ConfigurationError
+from mlx_fusekit.errors import AdapterError, CheckpointError, ConfigurationError
 from mlx_fusekit.inspecting import inspect
 
 Q, V = (f"model.layers.{layer}.self_attn.{name}_proj" for layer, name in ((0, "q"), (1, "v")))
@@ -294,6 +294,25 @@ def test_a_scale_goes_with_one_adapter(base: Path, tmp_path: Path) -> None:
         fuse(base, [adapter, adapter], tmp_path / "fused", scale=2.0)
     with pytest.raises(ConfigurationError, match="--scale inf: must be a finite number"):
         fuse(base, adapter, tmp_path / "fused", scale=float("inf"))
+
+
+def test_a_scale_that_nothing_takes_is_refused(base: Path, tmp_path: Path) -> None:
+    adapter = folder_of_mlx_lm_0_14(tmp_path / "adapter")
+    with pytest.raises(ConfigurationError, match="--scale nan: must be a finite number"):
+        inspect(adapter, scale=float("nan"))
+    with pytest.raises(ConfigurationError, match=r"--scale 2: is for an adapter, and .* a model"):
+        inspect(base, scale=2.0)
+    with pytest.raises(ConfigurationError, match="--scale 2: goes with --adapter-path; drop it"):
+        verify(None, None, base, reference=base, scale=2.0)
+    with pytest.raises(ConfigurationError, match="--scale 2: goes with --adapter-path; drop it"):
+        benchmark(base, None, base, scale=2.0)
+
+
+def test_a_base_without_a_tokenizer_is_told_so(base: Path, tmp_path: Path) -> None:
+    adapter = folder_of_mlx_lm_0_13(tmp_path / "adapter")
+    fuse(base, adapter, tmp_path / "fused")
+    with pytest.raises(CheckpointError, match=r"cannot be loaded \(there is none; download the"):
+        verify(base, adapter, tmp_path / "fused")
 
 
 def test_the_commands_take_a_scale(base: Path, tmp_path: Path) -> None:
