@@ -1,7 +1,6 @@
 """What is timed: a base, the base with its adapter as mlx-lm runs it, fused models."""
 
 import json
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,9 @@ from mlx_fusekit.formats.quantization import LEAVES
 from mlx_fusekit.hub import LocalFolder
 from mlx_fusekit.running.loading import run_model
 from mlx_fusekit.running.model import RunningModel
+from mlx_fusekit.writing import calls
+from mlx_fusekit.writing.files import write_new
+from mlx_fusekit.writing.staging import temporary_folder
 
 BASE = "base"
 ADAPTED = "base+adapter"
@@ -120,11 +122,10 @@ def load_arm(source: ArmSource) -> LoadedArm:
 
 def _put_adapter(model: nn.Module, adapter: AdapterFolder) -> None:
     """Let mlx-lm load an adapter, its settings told as today's mlx-lm reads them."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / ADAPTER_CONFIG_NAME).write_text(json.dumps(adapter.mlx_lm_config), "utf-8")
-        weights = adapter.files[-1].resolve()
-        (Path(folder) / "adapters.safetensors").symlink_to(weights)
-        load_adapters(model, folder)
+    with temporary_folder() as folder:
+        write_new(folder / ADAPTER_CONFIG_NAME, json.dumps(adapter.mlx_lm_config).encode())
+        calls.make_link(folder / "adapters.safetensors", adapter.files[-1].resolve())
+        load_adapters(model, str(folder))
         mx.eval(model.parameters())
 
 

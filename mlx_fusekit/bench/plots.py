@@ -1,7 +1,7 @@
 """Pictures of a benchmark: every trial's time a token by arm, and the gaps along a generation."""
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -12,6 +12,7 @@ from mlx_fusekit.bench.report import BenchReport, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 #: Okabe and Ito's colours, which people with any colour vision tell apart.
 _COLOURS = ("#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -19,15 +20,15 @@ _ROW_INCHES = 3.4
 _WIDTH_INCHES = 10.0
 
 
-def draw(reports: Sequence[BenchReport], path: Path) -> None:
-    """Write a picture with two panels for each shape of each report.
+def picture(reports: Sequence[BenchReport], suffix: str) -> bytes:
+    """The bytes of a picture with two panels for each shape of each report.
 
     Left: one dot a trial, a bar at each arm's median, and its speed-up. Right: the median gap at
     each place of the generation, over trials, with the span of the middle 80 %.
 
     Args:
         reports: one or several, one below the other.
-        path: a .png, .svg or .pdf file.
+        suffix: ".png", ".svg" or ".pdf", which tells the format.
     """
     # A figure without pyplot has no window, and leaves no state behind.
     from matplotlib.figure import Figure
@@ -45,13 +46,17 @@ def draw(reports: Sequence[BenchReport], path: Path) -> None:
         for (report, run), (left, right) in zip(rows, axes, strict=True):
             _distributions(left, report, run)
             _along(right, report, run)
-        figure.savefig(path, dpi=150, metadata=_without_date(path))
+        return drawn(figure, suffix)
 
 
-def _without_date(path: Path) -> dict[str, Any]:
-    """The same report draws the same bytes."""
-    key = {".svg": "Date", ".pdf": "CreationDate"}.get(path.suffix.lower())
-    return {key: None} if key else {}
+def drawn(figure: "Figure", suffix: str) -> bytes:
+    """A figure as the bytes of a picture; the same figure gives the same bytes."""
+    kind = suffix.lower().removeprefix(".")
+    # Without the time of day.
+    key = {"svg": "Date", "pdf": "CreationDate"}.get(kind)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=150, metadata={key: None} if key else {})
+    return buffer.getvalue()
 
 
 def _colour(report: BenchReport, arm: str) -> str:

@@ -5,7 +5,7 @@ time, into a temporary folder that lasts as long as the process; all else there 
 """
 
 import atexit
-import shutil
+import contextlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +17,8 @@ from mlx_fusekit.checkpoint.header import Header, TensorRef
 from mlx_fusekit.checkpoint.writer import FileWriter, OutputTensor, new_layout
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import Array, Float32, from_float32
+from mlx_fusekit.writing import calls
+from mlx_fusekit.writing.held import temporary_folder
 
 #: Types that ``mx.load`` does not know. Of float8, every 16-bit float holds all numbers; float64 is
 #: rounded to float32, since MLX has none to compute with.
@@ -84,14 +86,15 @@ def _refuse_scaled(headers: Mapping[str, Header]) -> None:
 
 
 def _written(folder: Path, headers: Mapping[str, Header], anew: set[str]) -> Path:
-    target = Path(tempfile.mkdtemp(prefix="mlx-fusekit-"))
-    atexit.register(shutil.rmtree, target, ignore_errors=True)
-    for path in folder.iterdir():
-        if path.name not in anew:
-            (target / path.name).symlink_to(path.resolve())
-    types = decoded_types(headers)
-    for name in anew:
-        _write(headers[name], target, types)
+    with contextlib.ExitStack() as stack:
+        target = stack.enter_context(temporary_folder())
+        for path in folder.iterdir():
+            if path.name not in anew:
+                calls.make_link(target / path.name, path.resolve())
+        types = decoded_types(headers)
+        for name in anew:
+            _write(headers[name], target, types)
+        atexit.register(stack.pop_all().close)
     return target
 
 

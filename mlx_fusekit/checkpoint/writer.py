@@ -19,9 +19,10 @@ from typing import Self
 
 import numpy as np
 
-from mlx_fusekit.checkpoint.clone import copy_range, reflink
 from mlx_fusekit.checkpoint.header import Header, TensorRef
 from mlx_fusekit.formats.floats import STORAGE, Array
+from mlx_fusekit.writing import calls
+from mlx_fusekit.writing.files import copy_range, reflink
 
 _COPY_PIECE = 256 << 20
 
@@ -119,13 +120,13 @@ class FileWriter:
         self.path = folder / layout.name
         base = layout.base
         self.cloned = clone and base is not None and reflink(base.file, self.path)
-        self._file = open(self.path, "r+b" if self.cloned else "xb", buffering=0)  # noqa: SIM115
+        self._file = os.open(self.path, os.O_RDWR) if self.cloned else calls.create(self.path)
         self._written: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._computed = {tensor.name: tensor for tensor in layout.tensors if not tensor.copied}
         if not self.cloned:
-            self._file.truncate(layout.nbytes)
-            os.pwrite(self._file.fileno(), layout.prefix, 0)
+            calls.resize(self._file, layout.nbytes)
+            calls.write(self._file, layout.prefix, 0)
 
     def __enter__(self) -> Self:
         return self
@@ -136,7 +137,7 @@ class FileWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        calls.close(self._file)
 
     def copies(self) -> Iterator[CopyRange]:
         """What must be copied with :meth:`copy`; neighbours are joined, and long ranges cut."""
@@ -165,7 +166,7 @@ class FileWriter:
         with open(span.source, "rb", buffering=0) as source:
             copy_range(
                 source.fileno(),
-                self._file.fileno(),
+                self._file,
                 span.source_offset,
                 span.target_offset,
                 span.length,
@@ -183,10 +184,7 @@ class FileWriter:
         if rows.shape[1:] != (columns,) or rows.dtype.itemsize != item:
             raise AssertionError(f"{name}: {rows.dtype} {rows.shape} written into {tensor}")
         data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
-        offset = self.layout.starts[name] + first_row * columns * item
-        while data:
-            count = os.pwrite(self._file.fileno(), data, offset)
-            data, offset = data[count:], offset + count
+        calls.write(self._file, data, self.layout.starts[name] + first_row * columns * item)
         with self._lock:
             self._written[name] += rows.nbytes
 
@@ -197,21 +195,7 @@ class FileWriter:
                 raise AssertionError(
                     f"{name}: {self._written[name]} of {tensor.nbytes} bytes written"
                 )
-        sync(self._file.fileno())
-
-
-def sync(descriptor: int) -> None:
-    """Bring a file or folder to the disk itself, past the drive's cache where the OS allows."""
-    import fcntl
-
-    full = getattr(fcntl, "F_FULLFSYNC", None)
-    if full is not None:
-        try:
-            fcntl.fcntl(descriptor, full)
-            return
-        except OSError:
-            pass  # a network volume; fsync is what it has
-    os.fsync(descriptor)
+        calls.sync(self._file)
 
 
 def _follows(span: CopyRange, ref: TensorRef, start: int) -> bool:

@@ -15,7 +15,9 @@ from mlx_fusekit.bench.options import Workload
 from mlx_fusekit.cli import options, output
 from mlx_fusekit.cli.failures import INTERRUPTED
 from mlx_fusekit.cli.options import PATH
-from mlx_fusekit.errors import ConfigurationError, OutputError
+from mlx_fusekit.errors import ConfigurationError
+from mlx_fusekit.writing.staging import write_file
+from mlx_fusekit.writing.targets import FileTarget
 
 if TYPE_CHECKING:
     from mlx_fusekit.bench.report import BenchReport
@@ -120,16 +122,13 @@ class _Files:
     def check(self, *, overwrite: bool) -> None:
         """Refuse what cannot be written, before anything is timed."""
         flags = {"--json": self.json, "--csv": self.csv, "--plot": self.plot}
-        for flag, name in flags.items():
-            if name is None or (name == "-" and flag == "--json"):
-                continue
-            path = Path(name)
-            if not path.parent.is_dir():
-                raise OutputError(f"{flag} {name}: there is no folder {path.parent}")
-            if path.is_dir():
-                raise OutputError(f"{flag} {name}: that is a folder; name a file")
-            if path.exists() and not overwrite:
-                raise OutputError(f"{flag} {name} exists; choose another, or give --overwrite")
+        self._targets = {
+            flag: FileTarget(Path(name).expanduser(), flag, overwrite)
+            for flag, name in flags.items()
+            if name is not None and (name != "-" or flag != "--json")
+        }
+        for target in self._targets.values():
+            target.check()
         if self.plot is not None:
             _check_plot(self.plot)
 
@@ -138,14 +137,15 @@ class _Files:
         if self.json == "-":
             output.print_json(reports[0].as_json())
         elif self.json is not None:
-            text = json.dumps(reports[0].as_json(), indent=1, ensure_ascii=False)
-            Path(self.json).write_text(text + "\n", "utf-8")
+            text = json.dumps(reports[0].as_json(), indent=1, ensure_ascii=False) + "\n"
+            write_file(self._targets["--json"], text.encode())
         if self.csv is not None:
-            Path(self.csv).write_text(reports[0].as_csv(), "utf-8")
+            write_file(self._targets["--csv"], reports[0].as_csv().encode())
         if self.plot is not None:
             from mlx_fusekit.bench import plots
 
-            plots.draw(reports, Path(self.plot))
+            target = self._targets["--plot"]
+            write_file(target, plots.picture(reports, target.path.suffix))
 
 
 def _check_plot(name: str) -> None:

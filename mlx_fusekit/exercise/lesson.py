@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -21,8 +20,7 @@ from mlx_fusekit import (
 from mlx_fusekit.adapters.sources import Sources
 from mlx_fusekit.adapters.updates import LowRankUpdate
 from mlx_fusekit.bench.workload import Shape, check_context
-from mlx_fusekit.checkpoint.staging import can_make, staging_folder
-from mlx_fusekit.errors import ConfigurationError, OutputError
+from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.exercise import parts, plots, report
 from mlx_fusekit.exercise.findings import (
     ADAPTED,
@@ -42,6 +40,9 @@ from mlx_fusekit.exercise.trade_off import speed_sentence
 from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.progress import StepProgress
 from mlx_fusekit.tables import Table
+from mlx_fusekit.writing.files import write_new
+from mlx_fusekit.writing.staging import staged
+from mlx_fusekit.writing.targets import FolderTarget
 
 #: Folders of the fused models, in the exercise's.
 FOLDERS = {ROUNDED: "mlx-lm", CALIBRATED: "fused"}
@@ -70,39 +71,23 @@ class Audience(Protocol):
         """What work that takes long reports to; while timing, nothing may move on its own."""
 
 
-def check_out(out: Path, *, overwrite: bool, sources: Sequence[Path]) -> None:
-    """Refuse a folder that must not be written to, before any work.
+def exercise_target(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> FolderTarget:
+    """The folder to be made, which replaces nothing but an earlier exercise.
 
     Args:
-        out: the folder to make.
+        out: the folder.
         overwrite: whether an earlier exercise may be replaced.
         sources: folders that are read.
-
-    Raises:
-        OutputError: with the cure.
     """
-    if out.is_symlink():
-        raise OutputError(f"--out {out}: is a link; give the folder itself")
-    real = out.resolve()
-    for source in (path.resolve() for path in sources):
-        if source.is_relative_to(real) or real.is_relative_to(source):
-            raise OutputError(f"--out {out}: is or holds what is read ({source}); choose another")
-    if not can_make(out.parent):
-        raise OutputError(f"--out {out}: {out.parent} cannot be made; choose another")
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise OutputError(f"--out {out}: is a file; choose another")
-    if not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise OutputError(f"--out {out} exists; choose another, or give --overwrite")
+    return FolderTarget(out, "--out", _refusal, overwrite, sources)
+
+
+def _refusal(out: Path) -> str | None:
     try:
         read_findings_file(out / JSON_NAME)
-    except ConfigurationError as error:
-        raise OutputError(
-            f"--out {out}: holds no exercise, so --overwrite does not replace it; choose another"
-        ) from error
+    except ConfigurationError:
+        return "holds no exercise"
+    return None
 
 
 def run_lesson(
@@ -122,15 +107,15 @@ def run_lesson(
             as it was before.
     """
     lesson = _Lesson(settings, language, audience)
-    check_out(out, overwrite=overwrite, sources=(lesson.model.path, lesson.adapter.path))
-    with staging_folder(out) as staging:
+    sources = (lesson.model.path, lesson.adapter.path)
+    with staged(exercise_target(out, overwrite=overwrite, sources=sources)) as staging:
         findings = lesson.run(staging)
         value = findings.as_json()
         written = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-        (staging / JSON_NAME).write_text(written, "utf-8")
+        write_new(staging / JSON_NAME, written.encode())
         # From what a reader of the file will find in it.
         words = report.render(json.loads(written), language)
-        (staging / report.NAME).write_text(words, "utf-8")
+        write_new(staging / report.NAME, words.encode())
     return findings
 
 

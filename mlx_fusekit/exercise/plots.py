@@ -8,6 +8,7 @@ from typing import Any
 from mlx_fusekit.bench.report import BenchReport
 from mlx_fusekit.exercise.findings import ADAPTED, BASE, CALIBRATED, ROUNDED, Closeness
 from mlx_fusekit.figures import nats, share
+from mlx_fusekit.writing.files import write_new
 
 PARITY, TIMING = "parity.png", "timing.png"
 #: Okabe and Ito's grey, vermilion and blue; the fused model is blue in the other picture too.
@@ -37,15 +38,17 @@ def draw(folder: Path, parity: Mapping[str, Closeness], bench: BenchReport) -> t
         return ()
     from mlx_fusekit.bench import plots
 
-    _draw_parity(parity, folder / PARITY)
-    plots.draw([bench], folder / TIMING)
+    write_new(folder / PARITY, _parity_picture(parity))
+    write_new(folder / TIMING, plots.picture([bench], ".png"))
     return (PARITY, TIMING)
 
 
-def _draw_parity(parity: Mapping[str, Closeness], path: Path) -> None:
+def _parity_picture(parity: Mapping[str, Closeness]) -> bytes:
     """How far each model is from base+adapter: one dot each, on a logarithmic axis."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+
+    from mlx_fusekit.bench import plots
 
     models = [name for name in (BASE, ROUNDED, CALIBRATED) if name in parity]
     distances = {name: parity[name].kl_mean or 0.0 for name in models}
@@ -73,7 +76,7 @@ def _draw_parity(parity: Mapping[str, Closeness], path: Path) -> None:
         axes.set_ylim(len(models) - 0.5, -0.5)
         axes.set_yticks(range(len(models)), [_name(name) for name in models])
         axes.set_xlabel(f"KL divergence from {ADAPTED}, nats a token (left is better)")
-        figure.savefig(path, dpi=150)
+        return plots.drawn(figure, ".png")
 
 
 def _name(model: str) -> str:

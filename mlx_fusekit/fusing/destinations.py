@@ -31,11 +31,11 @@ def check(base: BaseModel, target: Path, options: FuseOptions) -> tuple[str, ...
     notes = []
     if options.export_gguf:
         from mlx_fusekit.gguf.exporting import check_export
-        from mlx_fusekit.gguf.file.staging import check_gguf_target
+        from mlx_fusekit.gguf.file.target import gguf_target
 
         file = _gguf_file(target, options)
         check_export(base, options.outtype)
-        check_gguf_target(file, overwrite=options.overwrite)
+        gguf_target(file, overwrite=options.overwrite).check()
         if options.upload_repo is not None and file.resolve().parent != target.resolve():
             notes.append(f"--gguf-path {file}: is not in {target}, and is not uploaded")
     if options.upload_repo is not None:

@@ -10,12 +10,12 @@ from typing import Any, Self
 
 from mlx_fusekit.checkpoint import beside_text, recipe
 from mlx_fusekit.checkpoint.belongings import Companions
-from mlx_fusekit.checkpoint.clone import copy_file, reflink
 from mlx_fusekit.checkpoint.folder import INDEX_NAME, Checkpoint, index_fault
-from mlx_fusekit.checkpoint.writer import sync
 from mlx_fusekit.errors import OutputError
 from mlx_fusekit.fusing.report import dtype_name
 from mlx_fusekit.merging.plan import FusePlan
+from mlx_fusekit.writing import calls
+from mlx_fusekit.writing.files import copy_file, reflink, write_new
 
 
 class Hashing:
@@ -63,7 +63,7 @@ def check_disk(plan: FusePlan, target: Path, staging: Path, *, clone: bool) -> N
         return
     base_file = next((file.base for file in plan.files if file.base), None)
     if clone and base_file is not None and reflink(base_file.file, staging / ".probe"):
-        (staging / ".probe").unlink()
+        calls.unlink(staging / ".probe")
         needed = plan.computed_bytes
     if free < needed:
         raise OutputError(
@@ -78,26 +78,23 @@ def write_beside_weights(
     """Write everything but the weights and the recipe, and bring it to the disk."""
     folder = plan.base.folder
     for name in companions.copied:
-        (staging / name).parent.mkdir(exist_ok=True)
+        if not (staging / name).parent.exists():
+            calls.make_folder((staging / name).parent)
         copy_file(folder / name, staging / name)
     config = _changed_config(plan, text_only=text_only)
     if config is None:
         copy_file(folder / "config.json", staging / "config.json")
     else:
-        (staging / "config.json").write_text(config, "utf-8")
+        write_new(staging / "config.json", config.encode())
     _write_index(plan, staging)
-    for path in staging.rglob("*"):
-        if path.is_file() and path.suffix != ".safetensors":
-            with open(path, "rb") as file:
-                sync(file.fileno())
+    for path in staging.iterdir():
+        if path.is_dir():
+            calls.sync_folder(path)
 
 
 def write_recipe(staging: Path, content: dict[str, Any]) -> None:
     """Write ``fusekit.json``."""
-    with open(staging / recipe.RECIPE_NAME, "x", encoding="utf-8") as file:
-        file.write(recipe.as_text(content))
-        file.flush()
-        sync(file.fileno())
+    write_new(staging / recipe.RECIPE_NAME, recipe.as_text(content).encode())
 
 
 def check_written(plan: FusePlan, staging: Path) -> None:
@@ -142,4 +139,4 @@ def _write_index(plan: FusePlan, staging: Path) -> None:
             return
     total = sum(tensor.nbytes for file in plan.files for tensor in file.tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (staging / INDEX_NAME).write_text(json.dumps(index, indent=4) + "\n", "utf-8")
+    write_new(staging / INDEX_NAME, (json.dumps(index, indent=4) + "\n").encode())

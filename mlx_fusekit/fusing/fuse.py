@@ -16,7 +16,7 @@ from mlx_fusekit.checkpoint.belongings import Companions, find_companions
 from mlx_fusekit.checkpoint.beside_text import in_words
 from mlx_fusekit.checkpoint.front_matter import front_matter
 from mlx_fusekit.checkpoint.sanitized import beside_text
-from mlx_fusekit.checkpoint.staging import check_target, staging_folder
+from mlx_fusekit.checkpoint.target import model_target
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.fusing import destinations, folder, history
 from mlx_fusekit.fusing.execute import execute, working_memory
@@ -37,6 +37,8 @@ from mlx_fusekit.publishing.licenses import License
 from mlx_fusekit.requantize.options import CALIBRATION_TOKENS, CalibrationReport
 from mlx_fusekit.requantize.requantizer import Prepared, RequantizedWeight, Request
 from mlx_fusekit.requantize.strategy import Strategy
+from mlx_fusekit.writing.staging import staged
+from mlx_fusekit.writing.targets import FolderTarget
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class PreparedFuse:
     """
 
     sources: Sources
-    target: Path
+    target: FolderTarget
     plan: FusePlan
     companions: Companions
     options: FuseOptions
@@ -72,7 +74,7 @@ class PreparedFuse:
         """What will be done, from the plan alone."""
         plan = self.plan
         return FuseReport(
-            save_path=str(self.target),
+            save_path=str(self.target.path),
             base=self.sources.model.public_name,
             revision=self.sources.model.revision,
             adapters=self.sources.adapter_names,
@@ -85,7 +87,7 @@ class PreparedFuse:
             output_bytes=plan.output_bytes,
             computed_bytes=plan.computed_bytes,
             memory_bytes=working_memory(plan, default_workers()),
-            disk_free_bytes=free_disk_bytes(self.target),
+            disk_free_bytes=free_disk_bytes(self.target.path),
             files=tuple(file.name for file in plan.files),
             cloned=cloned,
             seconds=seconds,
@@ -128,11 +130,11 @@ class PreparedFuse:
         start = time.perf_counter()
         destinations.check_upload(self.options)
         files = self._hashed_files()
-        with staging_folder(self.target) as staging, folder.Hashing(files) as hashing:
-            folder.check_disk(self.plan, self.target, staging, clone=clone)
+        with staged(self.target) as staging, folder.Hashing(files) as hashing:
+            folder.check_disk(self.plan, self.target.path, staging, clone=clone)
             final, ready = self._made_ready(progress)
             if final is not self:
-                folder.check_disk(final.plan, self.target, staging, clone=clone)
+                folder.check_disk(final.plan, self.target.path, staging, clone=clone)
             cloned = execute(
                 final.plan,
                 staging,
@@ -252,8 +254,9 @@ def prepare_fuse(
     named = NamedSources.find(
         model, adapter_path, revision=revision, trust_remote_code=trust_remote_code, scale=scale
     )
-    target = Path(save_path).expanduser()
-    check_target(target, overwrite=asked.overwrite, sources=named.folders)
+    path = Path(save_path).expanduser()
+    target = model_target(path, overwrite=asked.overwrite, sources=named.folders)
+    target.check()
     sources = named.open()
     if not asked.again:
         history.refuse_twice(sources)
@@ -266,7 +269,7 @@ def prepare_fuse(
         named.model.path, trust_remote_code=trust_remote_code, text_only=asked.text_only
     )
     strategy, notes = chosen_strategy(plan, sources.model, asked)
-    notes += destinations.check(sources.base, target, asked)
+    notes += destinations.check(sources.base, path, asked)
     notes += tuple(_beside_the_text(plan, text_only=asked.text_only))
     return PreparedFuse(
         sources=sources,

@@ -15,7 +15,7 @@ from mlx_fusekit.checkpoint.folder import read_json
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.gguf.file.encoding import TensorEncoding
 from mlx_fusekit.gguf.file.plan import plan_gguf
-from mlx_fusekit.gguf.file.staging import check_gguf_target
+from mlx_fusekit.gguf.file.target import gguf_target
 from mlx_fusekit.gguf.file.writer import write_gguf
 from mlx_fusekit.gguf.model_facts import add_facts, read_model_facts
 from mlx_fusekit.gguf.modelfile import Modelfile
@@ -159,12 +159,13 @@ def export_gguf(
         FusekitError: before the first byte is written, for what cannot be exported.
     """
     start = time.perf_counter()
-    target = Path(gguf_path).expanduser()
+    target = gguf_target(Path(gguf_path).expanduser(), overwrite=overwrite)
     _check_outtype(outtype)
-    check_gguf_target(target, overwrite=overwrite)
-    beside = Modelfile(target, system, ollama) if modelfile or system or ollama else None
-    if beside is not None:
-        beside.check(overwrite=overwrite)
+    target.check()
+    beside = None
+    if modelfile or system or ollama:
+        beside = Modelfile(target.path, system, ollama, overwrite)
+        beside.check()
     found = hub.resolve(model, revision=revision, code=trust_remote_code)
     base = open_model(found)
     exportable = _Exportable.of(base)
@@ -173,9 +174,7 @@ def export_gguf(
     encodings, nbytes = plan.encodings, plan.data_bytes
     if not dry_run:
         keys, told = exportable.keys(found), of_step(progress, "writing")
-        written = write_gguf(
-            plan, keys, target, overwrite=overwrite, workers=workers, progress=told
-        )
+        written = write_gguf(plan, keys, target, workers=workers, progress=told)
         encodings, nbytes = written.tensors, written.nbytes
         if beside is not None:
             beside.write(text)

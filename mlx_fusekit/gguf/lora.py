@@ -21,13 +21,17 @@ from mlx_fusekit.adapters.updates import AdapterFolder, LowRankUpdate
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.errors import AdapterError
 from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.gguf.file.header import read_gguf_header
-from mlx_fusekit.gguf.file.staging import check_gguf_target, staged_gguf
+from mlx_fusekit.gguf.file.front import front_bytes
+from mlx_fusekit.gguf.file.header import padded, read_gguf_header
+from mlx_fusekit.gguf.file.target import gguf_target
 from mlx_fusekit.gguf.model_facts import add_facts, base_model, read_model_facts
 from mlx_fusekit.gguf.models.architectures import Layout, lay_out
 from mlx_fusekit.gguf.models.naming import in_file_order, leaf
 from mlx_fusekit.gguf.models.tensors import GgufTensor
 from mlx_fusekit.hub import LocalFolder
+from mlx_fusekit.writing.files import write_into
+from mlx_fusekit.writing.staging import staged
+from mlx_fusekit.writing.targets import FileTarget
 
 _CURE = "fuse the adapter and export the model instead: mlx-fusekit fuse --export-gguf"
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
@@ -130,8 +134,8 @@ def export_lora(
         FusekitError: for what cannot be found or written. No file is left behind.
     """
     start = time.perf_counter()
-    target = Path(gguf_path).expanduser()
-    check_gguf_target(target, overwrite=overwrite)
+    target = gguf_target(Path(gguf_path).expanduser(), overwrite=overwrite)
+    target.check()
     named = NamedSources.find(
         model,
         adapter_path,
@@ -153,7 +157,7 @@ def export_lora(
         for pair in _Module(folder, layout, module).pairs(update, rank)
     )
     keys = _keys(named.model, named.adapters[0].folder, layout.architecture, alpha)
-    size = _write(keys, pairs, target, overwrite=overwrite)
+    size = _write(keys, pairs, target)
     return LoraReport(
         gguf_path=str(gguf_path),
         architecture=layout.architecture,
@@ -272,21 +276,18 @@ def _keys(
     return writer
 
 
-def _write(
-    writer: gguf.GGUFWriter, pairs: Sequence[_Pair], target: Path, *, overwrite: bool
-) -> int:
+def _write(writer: gguf.GGUFWriter, pairs: Sequence[_Pair], target: FileTarget) -> int:
     """Write a file that exists complete or not at all; its size."""
     tensors = {name: values for pair in pairs for name, values in pair.tensors.items()}
-    with staged_gguf(target, overwrite=overwrite) as path:
-        for name, values in tensors.items():
-            writer.add_tensor(name, values)
-        try:
-            writer.write_header_to_file(path)
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
-        found = {tensor.name: tensor.shape for tensor in read_gguf_header(path).tensors.values()}
-        if found != {name: values.shape for name, values in tensors.items()}:
-            raise AssertionError(f"{target}: written and planned tensors differ")
-        return path.stat().st_size
+    for name, values in tensors.items():
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+    pieces = [front_bytes(writer), *(values.tobytes() for values in tensors.values())]
+    content = b"".join(piece.ljust(padded(len(piece)), b"\0") for piece in pieces)
+    with staged(target) as path:
+        write_into(path, content)
+        header = read_gguf_header(path)
+        found = {tensor.name: tensor.shape for tensor in header.tensors.values()}
+        planned = {name: values.shape for name, values in tensors.items()}
+        if found != planned or path.read_bytes() != content:
+            raise AssertionError(f"{target.path}: what was written and what is read differ")
+    return len(content)

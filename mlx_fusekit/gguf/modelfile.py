@@ -12,6 +12,8 @@ from typing import Any
 
 from mlx_fusekit.checkpoint.belongings import MODELFILE_NAME
 from mlx_fusekit.errors import CheckpointError, ConfigurationError, OutputError
+from mlx_fusekit.writing.staging import write_file
+from mlx_fusekit.writing.targets import FileTarget
 
 #: Ollama's parameters, and what ``generation_config.json`` calls them.
 _PARAMETERS = {
@@ -37,11 +39,13 @@ class Modelfile:
         gguf_path: the GGUF file.
         system: the system prompt, where one is wanted.
         ollama: name of the Ollama model, where one is to be made.
+        overwrite: whether an existing Modelfile may be replaced.
     """
 
     gguf_path: Path
     system: str | None = None
     ollama: str | None = None
+    overwrite: bool = False
 
     @property
     def path(self) -> Path:
@@ -49,21 +53,22 @@ class Modelfile:
         return self.gguf_path.with_name(MODELFILE_NAME)
 
     @property
+    def _target(self) -> FileTarget:
+        return FileTarget(self.path, "--gguf-path", self.overwrite)
+
+    @property
     def ollama_command(self) -> str:
         """The line that makes an Ollama model of it."""
         return create_line(self.ollama or _model_name(self.gguf_path), self.path)
 
-    def check(self, *, overwrite: bool) -> None:
+    def check(self) -> None:
         """Refuse what could not be written or made, before any work.
 
         Raises:
             ConfigurationError: for a name that Ollama does not allow, or when it is not there.
             OutputError: for a file that must not be written to.
         """
-        if self.path.is_dir():
-            raise OutputError(f"{self.path}: is a folder; choose a --gguf-path in another one")
-        if self.path.exists() and not overwrite:
-            raise OutputError(f"{self.path}: exists already; add --overwrite to replace it")
+        self._target.check()
         if self.ollama is not None:
             ollama_program(self.ollama, self.path)
 
@@ -79,15 +84,10 @@ class Modelfile:
         Raises:
             OutputError: when disk or rights do not let it be written, or Ollama fails.
         """
-        partial = self.path.with_name(f".{self.path.name}.partial")
         try:
-            partial.write_text(text, "utf-8")
-            partial.replace(self.path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise OutputError(
-                f"{self.path}: could not be written ({error.strerror}); the GGUF file is there"
-            ) from error
+            write_file(self._target, text.encode())
+        except OutputError as error:
+            raise OutputError(f"{error}; the GGUF file is there") from error
         if self.ollama is not None:
             create_in_ollama(self.ollama, self.path)
 

@@ -6,7 +6,6 @@ uploaded is laid out beside it, as links to its files.
 """
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,9 @@ from mlx_fusekit.publishing.evidence import read_evidence
 from mlx_fusekit.publishing.files import LeftOut, PublishedFile, PublishedModel
 from mlx_fusekit.publishing.foreign_text import public_source
 from mlx_fusekit.publishing.licenses import License, languages_of
+from mlx_fusekit.writing import calls
+from mlx_fusekit.writing.files import write_new
+from mlx_fusekit.writing.staging import temporary_folder
 
 _MAIN = "main"
 
@@ -252,10 +254,10 @@ def _upload(
         notes.append(f"{report.repo} exists and is private, and stays so")
     if progress is not None:
         progress("uploading", 0, report.bytes)
-    with tempfile.TemporaryDirectory(prefix="fusekit-publish-") as staging:
-        _lay_out(model, report.card, Path(staging))
+    with temporary_folder() as staging:
+        _lay_out(model, report.card, staging)
         made = hub_upload.upload(
-            Path(staging),
+            staging,
             report.repo,
             commit_message=commit_message or f"Upload {model.folder.resolve().name}",
             create_pr=create_pr,
@@ -280,9 +282,10 @@ def _lay_out(model: PublishedModel, card: str, staging: Path) -> None:
     recipe = _public_recipe(model)
     for name in model.names:
         target = staging / name
-        target.parent.mkdir(exist_ok=True)
+        if not target.parent.exists():
+            calls.make_folder(target.parent)
         if name == RECIPE_NAME and recipe is not None:
-            target.write_text(recipe, "utf-8")
+            write_new(target, recipe.encode())
         else:
-            target.symlink_to((model.folder / name).resolve())
-    (staging / CARD_NAME).write_text(card, "utf-8")
+            calls.make_link(target, (model.folder / name).resolve())
+    write_new(staging / CARD_NAME, card.encode())

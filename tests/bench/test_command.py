@@ -66,7 +66,7 @@ def test_tables_fit_80_columns_and_files_are_written(folder: Path) -> None:
 
     again = run(*ARMS, *SMALL, "--json", "b.json", cwd=folder)
     assert again.returncode == 1
-    assert again.stderr == ("error: --json b.json exists; choose another, or give --overwrite\n")
+    assert again.stderr == ("error: b.json: exists already; add --overwrite to replace it\n")
 
     shown = run("report", "b.json", cwd=folder)
     assert shown.returncode == 0, shown.stderr
@@ -97,8 +97,12 @@ def test_json_on_stdout_is_one_object(folder: Path) -> None:
         ((*ARMS, "--prompt-file", "missing"), 1, "--prompt-file missing"),
         ((*ARMS, "--prompt", "x"), 1, "tokenizer cannot be loaded"),
         ((*ARMS, "--plot", "b.gif"), 1, "--plot b.gif: name a .png, .svg, .pdf file"),
-        ((*ARMS, "--json", "no/b.json"), 1, "there is no folder no"),
-        ((*ARMS, "--json", "base"), 1, "that is a folder"),
+        (
+            (*ARMS, "--json", "adapter/adapter_config.json/b.json"),
+            1,
+            "cannot be made; choose another",
+        ),
+        ((*ARMS, "--json", "base"), 1, "base: is a folder; give a file name in it as --json"),
         ((*ARMS, "--fused", "a=fused", "--fused", "a=fused"), 2, "a is taken"),
         ((*ARMS, "--fused", "adapter"), 1, "adapter: is an adapter, not a model"),
         (("report", "missing.json"), 1, "missing.json: there is no such file"),

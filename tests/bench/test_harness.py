@@ -159,7 +159,7 @@ def test_a_plot_is_drawn_and_the_same_again(
 ) -> None:
     paths = [tmp_path / f"{number}{suffix}" for number in range(2)]
     for path in paths:
-        plots.draw([report, report], path)
+        path.write_bytes(plots.picture([report, report], path.suffix))
     contents = [path.read_bytes() for path in paths]
     assert contents[0] == contents[1]
     assert contents[0].startswith({".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[suffix])

@@ -28,7 +28,7 @@ from mlx_fusekit.exercise.findings import (
     digest,
     read_findings,
 )
-from mlx_fusekit.exercise.lesson import check_out, run_lesson
+from mlx_fusekit.exercise.lesson import exercise_target, run_lesson
 from mlx_fusekit.exercise.options import Settings
 from mlx_fusekit.exercise.peer import fuse_by_rounding
 from mlx_fusekit.exercise.texts import LANGUAGES, TEXTS
@@ -177,7 +177,7 @@ def test_it_is_not_replaced_unasked(
     assert exit_code(monkeypatch, "exercise", "--out", "out") == 1
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1
-    assert "out exists; choose another, or give --overwrite" in message
+    assert "out: exists already; add --overwrite to replace it" in message
     assert (done.out / "report.md").read_bytes() == before
 
 
@@ -215,11 +215,11 @@ def test_a_mistake_is_told_at_once(
 
 
 def test_overwrite_replaces_an_earlier_exercise_only(done: Done, tmp_path: Path) -> None:
-    check_out(done.out, overwrite=True, sources=())
-    check_out(tmp_path, overwrite=False, sources=())
+    exercise_target(done.out, overwrite=True, sources=()).check()
+    exercise_target(tmp_path, overwrite=False, sources=()).check()
     (tmp_path / "link").symlink_to(done.out)
     with pytest.raises(OutputError, match="is a link"):
-        check_out(tmp_path / "link", overwrite=True, sources=())
+        exercise_target(tmp_path / "link", overwrite=True, sources=()).check()
 
 
 class _Silent:

@@ -14,6 +14,7 @@ from support.tiny_architectures import CONFIGS, VOCABULARY, make_model
 
 from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.gguf.file.plan import plan_gguf
+from mlx_fusekit.gguf.file.target import gguf_target
 from mlx_fusekit.gguf.file.writer import write_gguf
 from mlx_fusekit.gguf.models import hyperparameters
 from mlx_fusekit.gguf.models.architectures import lay_out
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mlx_fusekit.formats.floats import Float32
-    from mlx_fusekit.gguf.file.writer import WrittenFile
+    from mlx_fusekit.gguf.file.target import gguf_target
+from mlx_fusekit.gguf.file.writer import WrittenFile
 
 pytest.importorskip("llama_cpp")
 
@@ -69,7 +71,7 @@ def export(folder: Path, path: Path, outtype: str) -> WrittenFile:
     keys = gguf.GGUFWriter(None, layout.architecture)
     hyperparameters.write(layout.hyperparameters, keys)
     keys.add_tokenizer_model("none")
-    return write_gguf(plan_gguf(base, layout.tensors, outtype=outtype), keys, path)
+    return write_gguf(plan_gguf(base, layout.tensors, outtype=outtype), keys, gguf_target(path))
 
 
 def compare(folder: Path, path: Path) -> Comparison:

@@ -26,6 +26,7 @@ from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.gguf import lora
 from mlx_fusekit.gguf.exporting import export_gguf
 from mlx_fusekit.gguf.file.plan import plan_gguf
+from mlx_fusekit.gguf.file.target import gguf_target
 from mlx_fusekit.gguf.file.writer import write_gguf
 from mlx_fusekit.gguf.lora import export_lora
 from mlx_fusekit.gguf.models import hyperparameters
@@ -67,7 +68,7 @@ def export(folder: Path, path: Path, outtype: str = "f32") -> Path:
     keys = gguf.GGUFWriter(None, layout.architecture)
     hyperparameters.write(layout.hyperparameters, keys)
     keys.add_tokenizer_model("none")
-    write_gguf(plan_gguf(base, layout.tensors, outtype=outtype), keys, path)
+    write_gguf(plan_gguf(base, layout.tensors, outtype=outtype), keys, gguf_target(path))
     return path
 
 

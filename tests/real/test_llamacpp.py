@@ -13,6 +13,7 @@ from support.tiny_architectures import VOCABULARY, make_model
 from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.gguf.file.plan import plan_gguf
+from mlx_fusekit.gguf.file.target import gguf_target
 from mlx_fusekit.gguf.file.writer import write_gguf
 from mlx_fusekit.gguf.models import hyperparameters
 from mlx_fusekit.gguf.models.architectures import lay_out
@@ -50,7 +51,7 @@ def export(folder: Path, path: Path, *, end: int) -> Path:
     keys.add_token_types([gguf.TokenType.NORMAL] * END + [gguf.TokenType.CONTROL])
     keys.add_token_merges(["A B"])
     keys.add_eos_token_id(end)
-    write_gguf(plan_gguf(base, layout.tensors, outtype="f32"), keys, path)
+    write_gguf(plan_gguf(base, layout.tensors, outtype="f32"), keys, gguf_target(path))
     return path
 
 

@@ -1,7 +1,6 @@
 """One tensor on its way into a GGUF file: rows read, encoded, measured, written."""
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +25,7 @@ from mlx_fusekit.gguf.file.encoding import TensorEncoding
 from mlx_fusekit.gguf.file.plan import GgufPlan, PlannedTensor
 from mlx_fusekit.gguf.file.rows import TensorRows
 from mlx_fusekit.machine import Task
+from mlx_fusekit.writing import calls
 
 #: Bits of the exponent; all of them are set in NaN and infinity only.
 _EXPONENTS: dict[str, np.unsignedinteger[Any]] = {
@@ -141,11 +141,7 @@ class TensorJob:
         )
 
     def _write(self, offset: int, rows: Bytes) -> int:
-        data = rows.reshape(-1).data
-        position = self._start + offset
-        while data:
-            written = os.pwrite(self._file, data, position)
-            data, position = data[written:], position + written
+        calls.write(self._file, rows.reshape(-1).data, self._start + offset)
         return rows.nbytes
 
     def _not_finite(self) -> CheckpointError:

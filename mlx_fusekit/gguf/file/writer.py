@@ -16,12 +16,15 @@ import numpy as np
 
 from mlx_fusekit.errors import OutputError
 from mlx_fusekit.gguf.file.encoding import TensorEncoding
+from mlx_fusekit.gguf.file.front import front_bytes
 from mlx_fusekit.gguf.file.header import padded, read_gguf_header
 from mlx_fusekit.gguf.file.plan import GgufPlan
-from mlx_fusekit.gguf.file.staging import staged_gguf
 from mlx_fusekit.gguf.file.streaming import TensorJob
 from mlx_fusekit.machine import default_workers, run_tasks
 from mlx_fusekit.progress import Progress
+from mlx_fusekit.writing import calls
+from mlx_fusekit.writing.staging import staged
+from mlx_fusekit.writing.targets import FileTarget
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,8 @@ class WrittenFile:
 def write_gguf(
     plan: GgufPlan,
     keys: gguf.GGUFWriter,
-    target: Path,
+    target: FileTarget,
     *,
-    overwrite: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> WrittenFile:
@@ -54,7 +56,6 @@ def write_gguf(
         keys: a writer made without a path, with all metadata added and no tensor. This function
             adds ``general.file_type`` and ``general.quantization_version``; the writer is used up.
         target: the file; its folder is made where there is none.
-        overwrite: whether an existing GGUF file is replaced.
         workers: threads; the bytes do not depend on their number.
         progress: called with bytes of tensors done, and in all.
 
@@ -62,13 +63,19 @@ def write_gguf(
         CheckpointError: for a value that is NaN or infinite, or that the asked type cannot hold.
         OutputError: when the target must not or cannot be written.
     """
-    with staged_gguf(target, overwrite=overwrite) as path:
-        _check_disk(plan, target, path)
-        start = _write_header(plan, keys, path)
-        tensors = _write_tensors(plan, path, start, workers or default_workers(), progress)
+    front = _front(plan, keys)
+    start = padded(len(front))
+    with staged(target) as path:
+        _check_disk(plan, target.path, path)
+        file = os.open(path, os.O_RDWR)
+        try:
+            calls.resize(file, start + plan.data_bytes)
+            calls.write(file, front, 0)
+            tensors = _write_tensors(plan, file, start, workers or default_workers(), progress)
+        finally:
+            calls.close(file)
         _check_written(plan, keys, path, start)
-        size = path.stat().st_size
-    return WrittenFile(target, size, tensors)
+    return WrittenFile(target.path, start + plan.data_bytes, tensors)
 
 
 def _check_disk(plan: GgufPlan, target: Path, path: Path) -> None:
@@ -80,8 +87,8 @@ def _check_disk(plan: GgufPlan, target: Path, path: Path) -> None:
         )
 
 
-def _write_header(plan: GgufPlan, keys: gguf.GGUFWriter, path: Path) -> int:
-    """Write all that comes before the tensors; the offset of the first."""
+def _front(plan: GgufPlan, keys: gguf.GGUFWriter) -> bytes:
+    """All that comes before the tensors."""
     keys.add_quantization_version(gguf.GGML_QUANT_VERSION)
     keys.add_file_type(plan.file_type)
     for planned in plan.tensors:
@@ -93,19 +100,11 @@ def _write_header(plan: GgufPlan, keys: gguf.GGUFWriter, path: Path) -> int:
             encoding.nbytes,
             raw_dtype=encoding.ggml_type,
         )
-    try:
-        keys.write_header_to_file(path)
-        keys.write_kv_data_to_file()
-        keys.write_ti_data_to_file()
-    finally:
-        keys.close()
-    start = padded(path.stat().st_size)
-    os.truncate(path, start + plan.data_bytes)
-    return start
+    return front_bytes(keys)
 
 
 def _write_tensors(
-    plan: GgufPlan, path: Path, start: int, workers: int, progress: Progress | None
+    plan: GgufPlan, file: int, start: int, workers: int, progress: Progress | None
 ) -> tuple[TensorEncoding, ...]:
     total, done = plan.tensor_bytes, 0
 
@@ -116,9 +115,8 @@ def _write_tensors(
             progress(done, total)
 
     with ExitStack() as stack:
-        file = stack.enter_context(open(path, "r+b", buffering=0))
         pool = stack.enter_context(ThreadPoolExecutor(workers))
-        jobs = [TensorJob(planned, file.fileno(), start) for planned in plan.tensors]
+        jobs = [TensorJob(planned, file, start) for planned in plan.tensors]
         tasks = (task for job in jobs for task in job.tasks(plan))
         try:
             run_tasks(pool, tasks, 2 * workers, count)

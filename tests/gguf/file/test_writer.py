@@ -19,6 +19,7 @@ from mlx_fusekit.checkpoint.sanitized import LazyTensor, SanitizedModel, open_ba
 from mlx_fusekit.errors import CheckpointError, OutputError
 from mlx_fusekit.formats.quantization import QuantSpec
 from mlx_fusekit.gguf.file.plan import plan_gguf
+from mlx_fusekit.gguf.file.target import gguf_target
 from mlx_fusekit.gguf.file.writer import WrittenFile, write_gguf
 from mlx_fusekit.gguf.models.tensors import GgufTensor
 from mlx_fusekit.gguf.outtypes import OUTTYPES
@@ -80,7 +81,8 @@ def all_tensors(base: BaseModel) -> list[GgufTensor]:
 def export(folder: Path, target: Path, outtype: str = "auto", **more: Any) -> WrittenFile:
     base = open_base(folder)
     plan = plan_gguf(base, all_tensors(base), outtype=outtype, workers=more.get("workers"))
-    return write_gguf(plan, keys(), target, **more)
+    place = gguf_target(target, overwrite=more.pop("overwrite", False))
+    return write_gguf(plan, keys(), place, **more)
 
 
 def true_values(folder: Path) -> dict[str, np.ndarray]:
@@ -232,8 +234,12 @@ def test_row_permutations(tmp_path: Path, models: Any, name: str) -> None:
         GgufTensor("part", source, (40, 128), np.arange(30, 70)),
         GgufTensor("bias", source.replace("weight", "bias"), (128,)),
     ]
-    write_gguf(plan_gguf(base, tensors), keys(), tmp_path / "m.gguf")
-    write_gguf(plan_gguf(base, [GgufTensor("w", source, (128, 128))]), keys(), tmp_path / "w.gguf")
+    write_gguf(plan_gguf(base, tensors), keys(), gguf_target(tmp_path / "m.gguf"))
+    write_gguf(
+        plan_gguf(base, [GgufTensor("w", source, (128, 128))]),
+        keys(),
+        gguf_target(tmp_path / "w.gguf"),
+    )
     found, plain = read_back(tmp_path / "m.gguf"), read_back(tmp_path / "w.gguf")["w"]
     for tensor in tensors[:3]:
         assert np.array_equal(found[tensor.name], plain[tensor.rows])
@@ -260,7 +266,7 @@ def test_expert_stacks(tmp_path: Path, global_scale: bool) -> None:
     rows = np.random.default_rng(0).permutation(4 * 64)
     tensors = [GgufTensor("experts", source, (4, 64, 128), rows)]
     plan = plan_gguf(base, tensors, outtype="f32")
-    write_gguf(plan, keys(), tmp_path / "p.gguf")
+    write_gguf(plan, keys(), gguf_target(tmp_path / "p.gguf"))
     found = read_back(tmp_path / "p.gguf")["experts"]
     assert np.array_equal(found, true[source].reshape(256, 128)[rows].reshape(4, 64, 128))
 
@@ -276,7 +282,7 @@ def test_columns_transforms_and_forced_float32(tmp_path: Path, models: Any) -> N
         GgufTensor("reshaped", norm, (1, 128)),
     ]
     plan = plan_gguf(open_base(folder), tensors, outtype="f32")
-    written = write_gguf(plan, keys(), tmp_path / "m.gguf")
+    written = write_gguf(plan, keys(), gguf_target(tmp_path / "m.gguf"))
     found, true = read_back(tmp_path / "m.gguf"), true_values(folder)
     assert np.array_equal(found["doubled"], 2 * true[source].reshape(64, 256))
     assert np.array_equal(found["turned"], true[source][:, ::-1])
@@ -322,8 +328,10 @@ def test_tensors_that_mlx_lm_computes_are_written_as_stored_ones(
     )
     tensors = all_tensors(checkpoint)
     twice = GgufTensor("output.weight", tensors[0].source, tensors[0].shape)
-    write_gguf(plan_gguf(lazy, [*tensors, twice]), keys(), tmp_path / "lazy.gguf")
-    write_gguf(plan_gguf(checkpoint, [*tensors, twice]), keys(), tmp_path / "plain.gguf")
+    write_gguf(plan_gguf(lazy, [*tensors, twice]), keys(), gguf_target(tmp_path / "lazy.gguf"))
+    write_gguf(
+        plan_gguf(checkpoint, [*tensors, twice]), keys(), gguf_target(tmp_path / "plain.gguf")
+    )
     assert (tmp_path / "lazy.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
 
 

@@ -12,8 +12,8 @@ import pytest
 from support.tiny import make_adapter, make_model
 
 from mlx_fusekit import prepare_fuse
-from mlx_fusekit.checkpoint import clone
-from mlx_fusekit.checkpoint.clone import copy_range, reflink
+from mlx_fusekit.writing import calls, files
+from mlx_fusekit.writing.files import copy_range, reflink
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_clone_is_a_file_of_its_own(cloning: Path) -> None:
 def test_a_clone_does_not_replace_a_file(cloning: Path) -> None:
     (cloning / "source").write_bytes(b"a")
     (cloning / "taken").write_bytes(b"b")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(calls.WriteError, match="File exists"):
         reflink(cloning / "source", cloning / "taken")
     assert (cloning / "taken").read_bytes() == b"b"
 
@@ -97,8 +97,8 @@ def test_ranges_are_copied_with_and_without_the_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: bool
 ) -> None:
     if not kernel:
-        monkeypatch.delattr(clone.os, "copy_file_range", raising=False)
-        monkeypatch.setattr(clone, "_COPY_CHUNK", 7)
+        monkeypatch.delattr(calls.os, "copy_file_range", raising=False)
+        monkeypatch.setattr(files, "_COPY_CHUNK", 7)
     (tmp_path / "source").write_bytes(bytes(range(100)))
     with open(tmp_path / "source", "rb") as source, open(tmp_path / "target", "wb") as target:
         copy_range(source.fileno(), target.fileno(), 10, 3, 40)

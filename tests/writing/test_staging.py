@@ -6,14 +6,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlx_lm.utils import load_model
 from support.tiny import make_adapter, make_model
 
 from mlx_fusekit import fuse, prepare_fuse
-from mlx_fusekit.checkpoint.staging import staged_file, staging_folder
+from mlx_fusekit.checkpoint.target import model_target
 from mlx_fusekit.errors import OutputError
+from mlx_fusekit.writing.staging import staged
+from mlx_fusekit.writing.targets import FileTarget, FolderTarget
+
+
+def folder_target(path: Path, **how: Any) -> FolderTarget:
+    """A folder that replaces only folders with a marker in them."""
+
+    def refusal(folder: Path) -> str | None:
+        return None if (folder / "marker").exists() else "has no marker"
+
+    return FolderTarget(path, "--flag", refusal, **how)
 
 
 @pytest.fixture
@@ -97,7 +109,10 @@ def test_the_base_stays_as_it_was(tmp_path: Path, base: Path, adapter: Path) -> 
 
 
 def test_an_error_leaves_no_trace(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), staging_folder(tmp_path / "a" / "b" / "target") as staging:
+    with (
+        pytest.raises(RuntimeError),
+        staged(model_target(tmp_path / "a" / "b" / "target")) as staging,
+    ):
         (staging / "file").write_text("x")
         raise RuntimeError
     assert not any(tmp_path.iterdir())
@@ -105,27 +120,29 @@ def test_an_error_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_an_error_keeps_the_old_target(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
-    (tmp_path / "target" / "old").write_text("x")
-    with pytest.raises(RuntimeError), staging_folder(tmp_path / "target"):
+    (tmp_path / "target" / "config.json").write_text("x")
+    target = model_target(tmp_path / "target", overwrite=True)
+    with pytest.raises(RuntimeError), staged(target):
         raise RuntimeError
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
-    assert (tmp_path / "target" / "old").exists()
+    assert (tmp_path / "target" / "config.json").exists()
 
 
-def test_another_running_fuse_keeps_its_folder(tmp_path: Path) -> None:
-    with staging_folder(tmp_path / "target") as running:
-        with staging_folder(tmp_path / "target") as second:
+def test_of_two_runs_on_one_target_the_second_to_end_is_refused(tmp_path: Path) -> None:
+    target = model_target(tmp_path / "target")
+    with pytest.raises(OutputError, match="exists already"), staged(target) as running:
+        with staged(target) as second:
             (second / "file").write_text("2")
         assert running.exists()
         (running / "file").write_text("1")
-    assert (tmp_path / "target" / "file").read_text() == "1"
+    assert (tmp_path / "target" / "file").read_text() == "2"
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
 def test_a_glob_character_in_the_name_is_no_pattern(tmp_path: Path) -> None:
-    other = tmp_path / ".ab.fusekit-new-0000"
+    other = tmp_path / ".ab.fusekit-new-00000000"
     other.mkdir()
-    with staging_folder(tmp_path / "[a]b") as staging:
+    with staged(folder_target(tmp_path / "[a]b")) as staging:
         (staging / "file").write_text("x")
     assert other.exists()
 
@@ -133,8 +150,9 @@ def test_a_glob_character_in_the_name_is_no_pattern(tmp_path: Path) -> None:
 _KILLED = """
 import sys, time
 from pathlib import Path
-from mlx_fusekit.checkpoint.staging import staged_file
-with staged_file(Path(sys.argv[1]), lambda: None) as path:
+from mlx_fusekit.writing.staging import staged
+from mlx_fusekit.writing.targets import FileTarget, FolderTarget
+with staged(FileTarget(Path(sys.argv[1]), "--flag", overwrite=True)) as path:
     path.write_bytes(b"half a file")
     print("written", flush=True)
     time.sleep(60)
@@ -142,7 +160,7 @@ with staged_file(Path(sys.argv[1]), lambda: None) as path:
 
 
 def write_staged(target: Path) -> None:
-    with staged_file(target, lambda: None) as path:
+    with staged(FileTarget(target, "--flag", overwrite=True)) as path:
         path.write_bytes(b"a whole file")
 
 
@@ -153,7 +171,7 @@ def test_a_file_that_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) ->
         assert run.stdout is not None
         run.stdout.readline()
         (left,) = tmp_path.iterdir()
-        assert left.name.startswith(".m.gguf.partial-")
+        assert left.name.startswith(".m.gguf.fusekit-new-")
         write_staged(tmp_path / "n.gguf")
         write_staged(target)
         assert left.exists()  # its process lives
@@ -253,7 +271,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, base: Path, adap
         [sys.executable, "-c", code, "fuse", *paths], capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
-    assert "fused: could not be written (File too large)" in result.stderr
+    assert "fused: could not be written: it is larger than a file may be there" in result.stderr
     assert "Traceback" not in result.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 

@@ -1,0 +1,1 @@
+"""The one room through which everything is written: files and folders."""

@@ -1,0 +1,110 @@
+"""Runs operations in processes of their own, with a fault at one of the calls that write.
+
+``python -m support.fault_server`` reads a request a line and answers with a line; each run is a
+fork of it, made before MLX has computed anything, so that it costs no start of Python.
+"""
+
+import atexit
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import mlx_fusekit
+from mlx_fusekit.errors import FusekitError
+from mlx_fusekit.fusing.fuse import prepare_fuse
+from mlx_fusekit.gguf.exporting import export_gguf
+from mlx_fusekit.gguf.lora import export_lora
+from mlx_fusekit.writing import calls
+from mlx_fusekit.writing.staging import write_file
+from mlx_fusekit.writing.targets import FileTarget
+from support.faults import FAULTS, Calls
+
+
+def _fuse(folder: Path, base: str = "base", adapter: str = "adapter", **more: Any) -> None:
+    prepare_fuse(
+        folder / base, folder / adapter, folder / "out" / "fused", requantize="nearest", **more
+    ).run(workers=2)
+
+
+def _fuse_in_two(folder: Path, **more: Any) -> None:
+    """As on a file system that cannot let two folders change places."""
+    calls.exchange = lambda first, second: False
+    _fuse(folder, **more)
+
+
+def _convert(folder: Path, **more: Any) -> None:
+    """A base that mlx-lm converts, with a type that MLX does not have."""
+    _fuse(folder, "raw", "raw-adapter", **more)
+
+
+def _export(folder: Path, **more: Any) -> None:
+    target = folder / "out" / "model.gguf"
+    export_gguf(folder / "exportable", target, modelfile=True, workers=2, **more)
+
+
+def _export_lora(folder: Path, **more: Any) -> None:
+    target = folder / "out" / "adapter.gguf"
+    export_lora(folder / "base", folder / "adapter", target, **more)
+
+
+def _report(folder: Path, **more: Any) -> None:
+    target = FileTarget(folder / "out" / "bench.json", "--json", **more)
+    write_file(target, b"x" * 3000)
+
+
+OPERATIONS = {
+    "fuse": _fuse,
+    "fuse in two": _fuse_in_two,
+    "convert": _convert,
+    "export-gguf": _export,
+    "export-lora": _export_lora,
+    "report": _report,
+}
+
+
+def _run(request: dict[str, Any], answer: int) -> None:
+    """In the fork: one operation, and what came of it."""
+    os.environ["TMPDIR"] = str(Path(request["folder"], "tmp"))
+    fault = FAULTS.get(request["fault"])
+    made = Calls(request["at"], fault, lasting=request["lasting"])
+    calls._once = made
+    told, code = "", 0
+    try:
+        OPERATIONS[request["operation"]](Path(request["folder"]), overwrite=request["overwrite"])
+    except FusekitError as error:
+        told, code = str(error), 1
+    except BaseException:  # noqa: BLE001 - the test wants to see it
+        told, code = traceback.format_exc(), 2
+    atexit._run_exitfuncs()
+    os.write(answer, json.dumps({"made": made.made, "told": told, "code": code}).encode())
+    os._exit(0)
+
+
+def main() -> None:
+    """Serve until there are no more requests."""
+    _answer({"version": mlx_fusekit.__version__})
+    for line in sys.stdin:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reader)
+            os.dup2(2, 1)
+            _run(json.loads(line), writer)
+        os.close(writer)
+        with open(reader, "rb") as answers:
+            answer = answers.read()
+        _, status = os.waitpid(child, 0)
+        found = json.loads(answer) if answer else {"made": [], "told": "", "code": None}
+        _answer(found | {"signal": os.WTERMSIG(status)})
+
+
+def _answer(found: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
