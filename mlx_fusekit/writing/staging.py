@@ -56,7 +56,7 @@ def staged(target: Target) -> Iterator[Path]:
                 calls.sync(descriptor)
             target.check()
             replaced = _put_in_place(staging, target)
-        _settle(path)
+        _settle(path, replaced)
         if replaced is not None:
             held.discard(path, replaced)
 
@@ -203,10 +203,11 @@ def _replace_in_two(staging: Path, path: Path) -> Path:
     return old
 
 
-def _settle(path: Path) -> None:
+def _settle(path: Path, replaced: Path | None) -> None:
     """Bring the new name to the disk."""
     try:
         calls.sync_folder(path.parent)
     except WriteError as error:
-        error.add_note("it is in its place, but the disk may not keep it; run it again")
+        kept = f"; what it replaced is kept as {replaced.name} until then" if replaced else ""
+        error.add_note(f"it is in its place, but the disk may lose it; run it again{kept}")
         raise

@@ -1,10 +1,13 @@
 """Runs operations in processes of their own, with a fault at one of the calls that write.
 
 ``python -m support.fault_server`` reads a request a line and answers with a line; each run is a
-fork of it, made before MLX has computed anything, so that it costs no start of Python.
+fork of it, made before MLX has computed anything. What a run imports, the server imports too, so
+that the next one need not.
 """
 
 import atexit
+import contextlib
+import importlib
 import json
 import os
 import sys
@@ -68,6 +71,7 @@ OPERATIONS = {
 def _run(request: dict[str, Any], answer: int) -> None:
     """In the fork: one operation, and what came of it."""
     os.environ["TMPDIR"] = str(Path(request["folder"], "tmp"))
+    known = set(sys.modules)
     fault = FAULTS.get(request["fault"])
     made = Calls(request["at"], fault, lasting=request["lasting"])
     calls._once = made
@@ -79,7 +83,10 @@ def _run(request: dict[str, Any], answer: int) -> None:
     except BaseException:  # noqa: BLE001 - the test wants to see it
         told, code = traceback.format_exc(), 2
     atexit._run_exitfuncs()
-    os.write(answer, json.dumps({"made": made.made, "told": told, "code": code}).encode())
+    modules = sorted(sys.modules.keys() - known)
+    found = {"made": made.made, "told": told, "code": code, "modules": modules}
+    with open(answer, "w") as stream:
+        json.dump(found, stream)
     os._exit(0)
 
 
@@ -98,6 +105,9 @@ def main() -> None:
             answer = answers.read()
         _, status = os.waitpid(child, 0)
         found = json.loads(answer) if answer else {"made": [], "told": "", "code": None}
+        for module in found.pop("modules", ()):
+            with contextlib.suppress(Exception):
+                importlib.import_module(module)
         _answer(found | {"signal": os.WTERMSIG(status)})
 
 
