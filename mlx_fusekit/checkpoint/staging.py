@@ -18,6 +18,7 @@ from pathlib import Path
 from mlx_fusekit.checkpoint.mlx_lm import is_pattern
 from mlx_fusekit.checkpoint.writer import sync
 from mlx_fusekit.errors import OutputError
+from mlx_fusekit.signals import held_back
 
 #: What a disk or its rights can do to us; any other OSError is a bug of ours.
 _DISK_ERRORS = (
@@ -46,6 +47,7 @@ def check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) ->
     Raises:
         OutputError: with the cure.
     """
+    check_place(target, "--save-path")
     if target.is_symlink():
         raise OutputError(f"{target}: is a link; give the folder itself as --save-path")
     real = target.resolve()
@@ -75,6 +77,22 @@ def check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) ->
                 f"{target}: is not empty and no model folder, so --overwrite does not replace it; "
                 "choose another --save-path"
             )
+
+
+def check_place(target: Path, flag: str) -> None:
+    """Refuse what cannot be renamed at the end: a mount point, or what the shell stands in.
+
+    Raises:
+        OutputError: naming the flag.
+    """
+    here = Path.cwd()
+    if target.is_dir() and os.path.ismount(target):
+        what = "is a mount point, which cannot be replaced"
+    elif not target.name or target.name == ".." or target.resolve() in (here, *here.parents):
+        what = "is the current folder, or holds it"
+    else:
+        return
+    raise OutputError(f"{target}: {what}; name a new folder as {flag}")
 
 
 def in_hub_cache(path: Path) -> bool:
@@ -221,10 +239,11 @@ def _undone_on_failure(
     try:
         yield
     except BaseException as error:
-        remove()
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        with held_back():
+            remove()
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise OutputError(
                 f"{target}: could not be written ({error.strerror}); nothing was left behind"

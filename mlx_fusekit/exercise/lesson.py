@@ -21,7 +21,7 @@ from mlx_fusekit import (
 from mlx_fusekit.adapters.sources import Sources
 from mlx_fusekit.adapters.updates import LowRankUpdate
 from mlx_fusekit.bench.workload import Shape, check_context
-from mlx_fusekit.checkpoint.staging import can_make, staging_folder
+from mlx_fusekit.checkpoint.staging import can_make, check_place, staging_folder
 from mlx_fusekit.errors import ConfigurationError, OutputError
 from mlx_fusekit.exercise import parts, plots, report
 from mlx_fusekit.exercise.findings import (
@@ -42,6 +42,7 @@ from mlx_fusekit.exercise.trade_off import speed_sentence
 from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.progress import StepProgress
 from mlx_fusekit.tables import Table
+from mlx_fusekit.texts.data import check_text
 
 #: Folders of the fused models, in the exercise's.
 FOLDERS = {ROUNDED: "mlx-lm", CALIBRATED: "fused"}
@@ -81,6 +82,7 @@ def check_out(out: Path, *, overwrite: bool, sources: Sequence[Path]) -> None:
     Raises:
         OutputError: with the cure.
     """
+    check_place(out, "--out")
     if out.is_symlink():
         raise OutputError(f"--out {out}: is a link; give the folder itself")
     real = out.resolve()
@@ -149,6 +151,8 @@ class _Lesson:
             self._data = samples.evaluation_data_path()
         if self._data is not None and not self._data.is_file():
             raise ConfigurationError(f"--data {settings.data}: there is no such file")
+        if self._data is not None:
+            check_text(self._data)
 
     def run(self, folder: Path) -> Findings:
         prepared = self._prepared(folder / FOLDERS[CALIBRATED])

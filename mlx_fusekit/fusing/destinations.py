@@ -1,11 +1,12 @@
 """Where a fused model goes on to, when that was asked for: a GGUF file, the Hub."""
 
 import shlex
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from mlx_fusekit.checkpoint.base import BaseModel
-from mlx_fusekit.errors import FusekitError
+from mlx_fusekit.errors import FusekitError, OutputError
 from mlx_fusekit.fusing.options import FuseOptions
 from mlx_fusekit.fusing.report import FuseReport
 from mlx_fusekit.progress import StepProgress
@@ -13,13 +14,16 @@ from mlx_fusekit.progress import StepProgress
 _FLAG = "--upload-repo"
 
 
-def check(base: BaseModel, target: Path, options: FuseOptions) -> tuple[str, ...]:
+def check(
+    base: BaseModel, target: Path, options: FuseOptions, sources: Iterable[Path]
+) -> tuple[str, ...]:
     """Refuse what can be refused without a network, before anything is fused.
 
     Args:
         base: what the fused model will be like.
         target: its folder.
         options: what was asked for.
+        sources: folders that are read: the base and the adapters.
 
     Returns:
         Warnings, one line each.
@@ -36,6 +40,11 @@ def check(base: BaseModel, target: Path, options: FuseOptions) -> tuple[str, ...
         file = _gguf_file(target, options)
         check_export(base, options.outtype)
         check_gguf_target(file, overwrite=options.overwrite)
+        for source in sources:
+            if file.resolve().is_relative_to(source.resolve()):
+                raise OutputError(
+                    f"--gguf-path {file}: lies in what is read ({source}); choose another"
+                )
         if options.upload_repo is not None and file.resolve().parent != target.resolve():
             notes.append(f"--gguf-path {file}: is not in {target}, and is not uploaded")
     if options.upload_repo is not None:

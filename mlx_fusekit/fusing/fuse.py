@@ -266,7 +266,7 @@ def prepare_fuse(
         named.model.path, trust_remote_code=trust_remote_code, text_only=asked.text_only
     )
     strategy, notes = chosen_strategy(plan, sources.model, asked)
-    notes += destinations.check(sources.base, target, asked)
+    notes += destinations.check(sources.base, target, asked, named.folders)
     notes += tuple(_beside_the_text(plan, text_only=asked.text_only))
     return PreparedFuse(
         sources=sources,

@@ -28,6 +28,8 @@ def check_gguf_target(target: Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: with the cure.
     """
+    if target.suffix != ".gguf":
+        raise OutputError(f"{target}: the name of a GGUF file ends in .gguf; change --gguf-path")
     if target.is_symlink():
         raise OutputError(f"{target}: is a link; give the file itself as --gguf-path")
     real = target.resolve()
