@@ -25,6 +25,7 @@ from mlx_fusekit.fusing.report import (
     FuseReport,
     calibration_warnings,
     dtype_name,
+    format_warnings,
     formats_of,
     rounding_warnings,
     unmeasured_warnings,
@@ -104,6 +105,7 @@ class PreparedFuse:
             *self.notes,
             *(unmeasured_warnings(self.options.max_kl) if self.strategy is None else ()),
             *(rounding_warnings(self.plan) if rounds else ()),
+            *format_warnings(self.plan),
             *(calibration_warnings(calibration) if calibration else ()),
         )
 

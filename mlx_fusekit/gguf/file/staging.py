@@ -28,8 +28,6 @@ def check_gguf_target(target: Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: with the cure.
     """
-    if target.suffix != ".gguf":
-        raise OutputError(f"{target}: the name of a GGUF file ends in .gguf; change --gguf-path")
     if target.is_symlink():
         raise OutputError(f"{target}: is a link; give the file itself as --gguf-path")
     real = target.resolve()
@@ -40,6 +38,9 @@ def check_gguf_target(target: Path, *, overwrite: bool) -> None:
     if not real.parent.is_dir() and not can_make(real.parent):
         raise OutputError(f"{target.parent}: cannot be made; choose another --gguf-path")
     if not real.exists():
+        # Another name may be that of a file that the model gets.
+        if target.suffix != ".gguf":
+            raise OutputError(f"{target}: a GGUF file's name ends in .gguf; change --gguf-path")
         return
     if not overwrite:
         raise OutputError(f"{target}: exists already; add --overwrite to replace it")
