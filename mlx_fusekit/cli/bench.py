@@ -152,7 +152,9 @@ class _Files:
             if path.exists() and not overwrite:
                 raise OutputError(f"{flag} {name} exists; choose another, or give --overwrite")
             if (real := path.resolve()) in taken:
-                raise OutputError(f"{flag} {name}: is the same file as {taken[real]}; choose another")
+                raise OutputError(
+                    f"{flag} {name}: is the same file as {taken[real]}; choose another"
+                )
             taken[real] = f"{flag} {name}"
         if self.plot is not None:
             _check_plot(self.plot)

@@ -82,6 +82,7 @@ def _told(error: BaseException) -> int:
         say(f"{signal or 'interrupted'}; {notes[0]}", after_echo=True)
         return signal.status if signal else INTERRUPTED
     if isinstance(error, click.ClickException):
+        error.message = one_line(error.message)
         shown = io.StringIO()
         error.show(shown)
         sys.stderr.write(shown.getvalue())

@@ -30,9 +30,9 @@ class _PathName(click.types.StringParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         text = str(super().convert(value, param, ctx))
-        flag = f"{param.opts[-1]}: " if isinstance(param, click.Option) else ""
+        flag = f"{param.opts[-1]} " if isinstance(param, click.Option) else ""
         if not text:
-            raise ConfigurationError(f"{flag}the name is empty; name a file or folder")
+            raise ConfigurationError(f"{flag}'': the name is empty; name a file or folder")
         if not text.startswith("~"):
             path = Path(text)
         else:

@@ -44,7 +44,7 @@ def say(text: str = "") -> None:
 def print_table(table: Table) -> None:
     """A table without a frame, on stdout."""
     drawn = rich.table.Table(
-        title=one_line(table.title),
+        title=visible(table.title),
         title_justify="left",
         box=None,
         show_header=bool(table.header),
@@ -53,12 +53,12 @@ def print_table(table: Table) -> None:
     if table.header:
         for place, name in enumerate(table.header):
             text = place < table.text_columns
-            drawn.add_column(one_line(name), justify="left" if text else "right", overflow="fold")
+            drawn.add_column(visible(name), justify="left" if text else "right", overflow="fold")
     else:
         drawn.add_column(style="bold", no_wrap=True)
         drawn.add_column(overflow="fold")
     for row in table.rows:
-        drawn.add_row(*(visible(cell, BREAKS) for cell in row))
+        drawn.add_row(*(visible(cell) for cell in row))
     stdout().print(drawn)
 
 
@@ -113,7 +113,7 @@ def steps_bar(*, animated: bool = True) -> Iterator[StepProgress | None]:
 
         def report(step: str, done: int, total: int) -> None:
             if step not in tasks:
-                tasks[step] = bar.add_task(escape(one_line(step)), total=total)
+                tasks[step] = bar.add_task(escape(visible(step)), total=total)
             bar.update(tasks[step], completed=done, total=total, refresh=not animated)
 
         yield report

@@ -52,9 +52,7 @@ def shell(line: str, folder: Path, **environment: str) -> tuple[int, str, str]:
         pytest.param("inspect none >/dev/full", (1, "", NONE), id="an error, stdout full"),
     ],
 )
-def test_streams_that_take_nothing(
-    line: str, expected: tuple[int, str, str], folder: Path
-) -> None:
+def test_streams_that_take_nothing(line: str, expected: tuple[int, str, str], folder: Path) -> None:
     if "/dev/full" in line and not Path("/dev/full").exists():
         pytest.skip("needs Linux's /dev/full")
     assert shell(f"{FUSEKIT} {line}", folder) == expected
