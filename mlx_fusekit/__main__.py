@@ -22,7 +22,7 @@ def main() -> None:
             raise
         signals.ignore()
         if sys.stderr is not None:
-            sys.stderr.write(f"error: {ended}; nothing was left behind\n")
+            sys.stderr.write(f"error: {ended}; nothing half-made was left behind\n")
         sys.exit(ended.status)
 
 

@@ -78,14 +78,13 @@ def _told(error: BaseException) -> int:
     signal = signals.received()
     if signal is not None or isinstance(error, click.exceptions.Abort | KeyboardInterrupt):
         # What was left behind on purpose is noted on the way.
-        notes = _notes(error) or ["nothing was left behind"]
+        notes = _notes(error) or ["nothing half-made was left behind"]
         say(f"{signal or 'interrupted'}; {notes[0]}", after_echo=True)
         return signal.status if signal else INTERRUPTED
     if isinstance(error, click.ClickException):
-        error.message = one_line(error.message)
-        shown = io.StringIO()
-        error.show(shown)
-        sys.stderr.write(shown.getvalue())
+        error.show(shown := io.StringIO())
+        usage, label, _ = shown.getvalue().partition("Error: ")
+        sys.stderr.write(f"{usage}{label}{one_line(error.format_message())}\n")
         return error.exit_code
     if isinstance(error, StdoutError):
         if not error.reader_gone:

@@ -1,7 +1,8 @@
 """Where a fused model goes on to, when that was asked for: a GGUF file, the Hub."""
 
+import contextlib
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,14 +88,15 @@ def bring(
     if options.export_gguf:
         from mlx_fusekit.gguf.exporting import export_gguf
 
-        exported = export_gguf(
-            target,
-            _gguf_file(target, options),
-            outtype=options.outtype,
-            overwrite=options.overwrite,
-            trust_remote_code=trusted,
-            progress=progress,
-        )
+        with _saying(f"the fused model is in {target}, without a GGUF file"):
+            exported = export_gguf(
+                target,
+                _gguf_file(target, options),
+                outtype=options.outtype,
+                overwrite=options.overwrite,
+                trust_remote_code=trusted,
+                progress=progress,
+            )
         report = replace(report, gguf=exported)
     if options.upload_repo is None:
         return report
@@ -109,16 +111,22 @@ def bring(
 def _uploaded(report: FuseReport, target: Path, repo: str, *, trusted: bool) -> FuseReport:
     from mlx_fusekit.publishing.publish import publish
 
-    line = _how_to_publish(target, repo)
-    try:
+    with _saying(_how_to_publish(target, repo)):
         published = publish(target, repo, trust_remote_code=trusted)
+    warnings = (*report.warnings, *published.warnings)
+    return replace(report, published=published, warnings=warnings)
+
+
+@contextlib.contextmanager
+def _saying(line: str) -> Iterator[None]:
+    """Whatever ends the block, its message says too what is there."""
+    try:
+        yield
     except FusekitError as error:
         raise type(error)(f"{error}; {line}") from error
     except KeyboardInterrupt as error:
         error.add_note(line)
         raise
-    warnings = (*report.warnings, *published.warnings)
-    return replace(report, published=published, warnings=warnings)
 
 
 def _gguf_file(target: Path, options: FuseOptions) -> Path:

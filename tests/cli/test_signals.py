@@ -12,10 +12,12 @@ import pytest
 from support.command import exit_code
 from support.tiny import make_adapter, make_model
 
-from mlx_fusekit import signals
+from mlx_fusekit import samples, signals
 from mlx_fusekit.checkpoint import staging
 from mlx_fusekit.fusing import fuse as fusing
+from mlx_fusekit.gguf import exporting
 
+LEFT = "nothing half-made was left behind"
 CODES = {
     signal.SIGINT: (130, "interrupted"),
     signal.SIGTERM: (143, "terminated"),
@@ -76,7 +78,10 @@ def test_in_the_first_moments(number: signal.Signals, module: str, folder: Path)
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     code, words = CODES[number]
-    assert (done.returncode, done.stderr) == (code, f"error: {words}; nothing was left behind\n")
+    assert (done.returncode, done.stderr) == (
+        code,
+        f"error: {words}; {LEFT}\n",
+    )
     assert sorted(path.name for path in folder.iterdir()) == ["adapters", "mlx_model"]
 
 
@@ -103,7 +108,7 @@ def test_repeated_while_staging_is_removed(
     code, words = CODES[number]
     assert exit_code(monkeypatch, "fuse", "--save-path", "a/b/c", "--requantize", "nearest") == code
     lines = capfd.readouterr().err.splitlines()
-    assert lines[-1] == f"error: {words}; nothing was left behind"
+    assert lines[-1] == f"error: {words}; {LEFT}"
     assert len(lines) == 2, "a warning of the plan, and the error"
     assert removed
     assert sorted(path.name for path in folder.iterdir()) == ["adapters", "mlx_model"]
@@ -126,7 +131,7 @@ def test_while_another_failure_cleans_up(
     monkeypatch.setattr(staging, "_remove", slow_remove)
     monkeypatch.chdir(folder)
     assert exit_code(monkeypatch, "fuse", "--save-path", "a/b", "--requantize", "nearest") == 130
-    assert capfd.readouterr().err.splitlines()[-1] == "error: interrupted; nothing was left behind"
+    assert capfd.readouterr().err.splitlines()[-1] == f"error: interrupted; {LEFT}"
     assert sorted(path.name for path in folder.iterdir()) == ["adapters", "mlx_model"]
 
 
@@ -145,7 +150,25 @@ def test_one_that_became_another_error(
     monkeypatch.setattr(fusing, "execute", execute)
     monkeypatch.chdir(folder)
     assert exit_code(monkeypatch, "fuse", "--save-path", "a", "--requantize", "nearest") == 130
-    assert capfd.readouterr().err.splitlines()[-1] == "error: interrupted; nothing was left behind"
+    assert capfd.readouterr().err.splitlines()[-1] == f"error: interrupted; {LEFT}"
+
+
+def test_while_the_fused_model_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """What is done stays, and is said."""
+
+    def write(*_: object, **__: object) -> None:
+        send(signal.SIGTERM)
+
+    monkeypatch.setattr(exporting, "write_gguf", write)
+    monkeypatch.chdir(tmp_path)
+    paths = ("--model", str(samples.model_path()), "--adapter-path", str(samples.adapter_path()))
+    code = exit_code(monkeypatch, "fuse", *paths, "--requantize", "nearest", "--export-gguf")
+    assert code == 143
+    line = "error: terminated; the fused model is in fused_model, without a GGUF file"
+    assert capfd.readouterr().err.splitlines()[-1] == line
+    assert (tmp_path / "fused_model" / "model.safetensors").exists()
 
 
 def test_one_that_python_drops_comes_again() -> None:
