@@ -145,6 +145,7 @@ def test_on_a_terminal_colors_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
             assert progress is not None
             progress(EVIL, 1, 2)
         output.print_table(Table(EVIL, (EVIL,), ((EVIL,),)))
+        output.say(EVIL)
         sys.stderr.write("\rbar\x1b[A\x1b[1mbold\x1b[0m" + "\x1b]0;title\x07\x1b[2J")
         shown = sys.stdout.getvalue()
     said = terminal.getvalue()

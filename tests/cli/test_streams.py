@@ -58,6 +58,18 @@ def test_streams_that_take_nothing(line: str, expected: tuple[int, str, str], fo
     assert shell(f"{FUSEKIT} {line}", folder) == expected
 
 
+def test_no_file_gets_the_number_of_a_closed_stream(folder: Path) -> None:
+    """Or what MLX prints by itself would be written into a model."""
+    code = (
+        "import os\n"
+        "from mlx_fusekit.cli.streams import guarded\n"
+        "with guarded():\n"
+        "    assert os.open('/dev/null', os.O_RDONLY) > 2\n"
+    )
+    line = f"'{sys.executable}' -c \"{code}\" <&- >&- 2>&-"
+    assert shell(line, folder) == (0, "", "")
+
+
 def test_a_warning_that_cannot_be_written_does_not_end_the_work(folder: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs Linux's /dev/full")
