@@ -59,7 +59,10 @@ def resolve(
     Raises:
         HubError: with the cure, when there is no such folder or repository.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise HubError(f"{what} {name}: there is no such user; check the name") from error
     if path.is_file():
         raise HubError(f"{what} {name}: is a file; {_folder_of(path)}")
     if path.exists():

@@ -57,6 +57,7 @@ def _no_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("inspect", "~no-one-here/x"), "~no-one-here/x: there is no user"),
         ((*BENCH, "--csv", "~no-one-here/x"), "--csv ~no-one-here/x: there is no user"),
         (("exercise", "--out", "~no-one-here/x"), "--out ~no-one-here/x: there is no user"),
+        ((*BENCH, "--fused", "a=~no-one-here/x"), "--fused ~no-one-here/x: there is no such user"),
         (("fuse", "--save-path", LONG), "the name is too long for a file"),
         (("fuse", "--save-path", f"{LONG}/x"), "the name is too long for a file"),
         (("fuse", "--calibration", LONG), "the name is too long for a file"),
