@@ -141,7 +141,7 @@ def peer(runs: int) -> None:
     for _ in range(turns):
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "mlx_lm", "benchmark", "--model", str(source.folder)),
+                *(sys.executable, "-P", "-m", "mlx_lm", "benchmark", "--model", str(source.folder)),
                 *("-p", str(prompt), "-g", str(generation), "-n", "5"),
             ],
             capture_output=True,

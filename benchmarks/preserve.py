@@ -349,7 +349,7 @@ def _fuse(contender: Contender, base: Path, adapter: Path, target: Path) -> Cost
     load = os.getloadavg()[0]
     with open(output, "wb") as out, open(log, "wb") as errors:
         subprocess.run(
-            [sys.executable, "-c", _LAUNCHER, str(usage), *command],
+            [sys.executable, "-P", "-c", _LAUNCHER, str(usage), *command],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=errors,

@@ -1,8 +1,9 @@
 """The errors this package raises on purpose.
 
 Every one has a message of one line that names the file, the tensor or the flag, and the cure. The
-command line prints that line; anything that is not a :class:`FusekitError` is a bug of ours and is
-left to crash loudly. Each kind also inherits the standard class a caller would expect to catch.
+command line prints that line; of what is neither a :class:`FusekitError` nor a failure of the
+system it says that it is a bug of ours, with a traceback to report. Each kind also inherits the
+standard class a caller would expect to catch.
 """
 
 

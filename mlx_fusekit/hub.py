@@ -11,6 +11,8 @@ from mlx_fusekit.errors import HubError
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
+#: What huggingface_hub makes of an answer that is no JSON, or has other keys or types.
+_NONSENSE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError)
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -57,7 +59,10 @@ def resolve(
     Raises:
         HubError: with the cure, when there is no such folder or repository.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise HubError(f"{what} {name}: there is no such user; check the name") from error
     if path.is_file():
         raise HubError(f"{what} {name}: is a file; {_folder_of(path)}")
     if path.exists():
@@ -123,6 +128,13 @@ def _download(repo_id: str, revision: str | None, what: str, code: bool) -> Loca
     except OSError as error:
         raise HubError(
             f"{what} {repo_id}: could not be downloaded ({type(error).__name__})"
+        ) from error
+    except errors.HFValidationError as error:
+        raise HubError(f"{what} {repo_id}: no name of a repository; check it") from error
+    except _NONSENSE as error:
+        raise HubError(
+            f"{what} {repo_id}: the Hub's answer makes no sense ({type(error).__name__}); try "
+            "again later, or check HF_ENDPOINT"
         ) from error
     return LocalFolder(path, repo_id, path.name)
 

@@ -145,7 +145,7 @@ def run(program: str, arguments: Sequence[str]) -> str:
     """Run a command from the repository; exit if it fails."""
     console.print(f"$ {shlex.join([program, *arguments])}", soft_wrap=True)
     done = subprocess.run(
-        [sys.executable, "-m", *MODULES[program], *arguments],
+        [sys.executable, "-P", "-m", *MODULES[program], *arguments],
         cwd=ROOT,
         env=os.environ | {"COLUMNS": "100"},
         stdout=subprocess.PIPE,

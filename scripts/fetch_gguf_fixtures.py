@@ -95,7 +95,7 @@ def _extract_vocabularies(staging: Path, cache: Path) -> None:
 
 def _download_source(folder: Path) -> None:
     requirement = LLAMA_CPP.replace("_", "-").replace("-0.", "==0.")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--no-binary", ":all:", "--dest", str(folder), requirement]
     if subprocess.run(command, stdout=sys.stderr, check=False).returncode != 0:
         raise RuntimeError(f"pip could not download {requirement}: its message is above")

@@ -119,7 +119,7 @@ def write_json(path: Path, content: Json) -> None:
 
 
 def _pip_download(requirement: str, folder: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps"]
     # Wheels only: building from source would run the package's own code.
     command += ["--only-binary", ":all:", "--dest", str(folder), requirement]
     if subprocess.run(command, stdout=sys.stderr, check=False).returncode != 0:

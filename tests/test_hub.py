@@ -11,6 +11,7 @@ import pytest
 from support.hub_server import COMMIT, Hub
 from support.tiny import make_adapter, make_model
 
+from mlx_fusekit.errors import HubError
 from mlx_fusekit.hub import LocalFolder, resolve
 from mlx_fusekit.publishing.files import PublishedModel
 
@@ -38,16 +39,20 @@ def hub(repositories: dict[str, Path]) -> Iterator[Hub]:
 def run(
     hub: Hub, home: Path, *arguments: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    variables |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, **environment}
     return subprocess.run(
         [sys.executable, "-m", "mlx_fusekit", *arguments],
         capture_output=True,
         text=True,
-        env=variables,
+        env=variables(hub, home) | environment,
         check=False,
         timeout=120,
     )
+
+
+def variables(hub: Hub, home: Path) -> dict[str, str]:
+    """The environment of a process for which this is the Hub."""
+    others = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    return {**others, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN}
 
 
 BASE_AND_ADAPTER = ("--model", "owner/tiny-4bit", "--adapter-path", "owner/tiny-lora")
@@ -166,6 +171,11 @@ def test_an_unknown_revision_is_said(hub: Hub, tmp_path: Path) -> None:
     assert "--revision v9: owner/tiny-4bit has no such revision" in result.stderr
 
 
+def test_what_cannot_be_the_name_of_a_repository_is_said() -> None:
+    with pytest.raises(HubError, match=r"--model owner/a--b: no name of a repository"):
+        resolve("owner/a--b")
+
+
 def test_a_revision_of_a_folder_makes_no_sense(
     hub: Hub, tmp_path: Path, repositories: dict[str, Path]
 ) -> None:
@@ -173,6 +183,40 @@ def test_a_revision_of_a_folder_makes_no_sense(
     result = run(hub, tmp_path, "fuse", "--model", folder, "--revision", "v1")
     assert result.returncode == 1
     assert "drop the flag" in result.stderr
+
+
+def test_an_answer_that_makes_no_sense_is_said(hub: Hub, tmp_path: Path) -> None:
+    bodies = [b"", b"{}", b"[]", b"null", b"no JSON", b"\xff\xfe", b"9" * 5000, b"[" * 100_000]
+    bodies += [
+        json.dumps({"id": "a/b", "sha": "1" * 40, "siblings": []} | wrong).encode()
+        for wrong in (
+            {"id": 1, "sha": 2},
+            {"sha": None},
+            {"siblings": 3},
+            {"siblings": [{"rfilename": 7}]},
+            {"siblings": [None]},
+        )
+    ]
+    hub.nonsense = {f"owner/{place}": body for place, body in enumerate(bodies)}
+    code = (
+        "from mlx_fusekit import hub\n"
+        "from mlx_fusekit.errors import HubError\n"
+        f"for place in range({len(bodies)}):\n"
+        "    try: hub.resolve(f'owner/{place}')\n"
+        "    except HubError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=variables(hub, tmp_path),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(bodies)
+    for place, line in enumerate(lines):
+        assert line.startswith(f"--model owner/{place}: the Hub's answer makes no sense (")
 
 
 def test_no_network_is_said(hub: Hub, tmp_path: Path) -> None:

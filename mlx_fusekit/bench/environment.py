@@ -3,13 +3,12 @@
 import os
 import platform
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_fusekit import processes
 from mlx_fusekit.checkpoint import recipe
 from mlx_fusekit.machine import memory_bytes
 
@@ -78,7 +77,7 @@ def _system() -> str:
 
 def _chip() -> str:
     if platform.system() == "Darwin":
-        return _output("sysctl", "-n", "machdep.cpu.brand_string") or "unknown"
+        return _output("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string") or "unknown"
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
     except OSError:
@@ -89,10 +88,10 @@ def _chip() -> str:
 
 def _power() -> str | None:
     if platform.system() == "Darwin":
-        drawn = _output("pmset", "-g", "batt")
+        drawn = _output("/usr/bin/pmset", "-g", "batt")
         if drawn is None:
             return None
-        saving = re.search(r"lowpowermode\s+1", _output("pmset", "-g") or "")
+        saving = re.search(r"lowpowermode\s+1", _output("/usr/bin/pmset", "-g") or "")
         source = "battery" if "Battery Power" in drawn else "ac"
         return f"{source}, low power mode" if saving else source
     for supply in sorted(Path("/sys/class/power_supply").glob("*")):
@@ -107,17 +106,8 @@ def _power() -> str | None:
 
 def _output(program: str, *arguments: str) -> str | None:
     """What a system's program prints; None where it is missing or fails."""
-    path = shutil.which(program)
-    if path is None:
-        return None
     try:
-        done = subprocess.run(  # noqa: S603 - a fixed program of the system
-            [path, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_SECONDS,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
+        done = processes.run([program, *arguments], timeout=_TIMEOUT_SECONDS)
+    except (OSError, processes.TimeoutExpired):
         return None
-    return done.stdout.strip()
+    return done.stdout.strip() if done.returncode == 0 else None

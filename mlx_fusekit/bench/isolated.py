@@ -7,7 +7,6 @@ stdout, both as JSON.
 import json
 import re
 import resource
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_fusekit import processes
 from mlx_fusekit.bench.arms import ArmSource, load_arm
 from mlx_fusekit.bench.timing import time_generation
 from mlx_fusekit.errors import FusekitError
@@ -58,14 +58,8 @@ def measure_isolated(
         "prompts": [list(prompt) for prompt in prompts],
         "generation_tokens": generation_tokens,
     }
-    done = subprocess.run(
-        # -P: modules that lie in the current folder are not imported.
-        [sys.executable, "-P", "-m", "mlx_fusekit.bench.isolated"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = processes.python_module("mlx_fusekit.bench.isolated")
+    done = processes.run(command, text=json.dumps(request))
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise FusekitError(f"{source.name}: measuring it in its own process failed ({last})")

@@ -48,7 +48,7 @@ def comparison(reports: Mapping[str, "BenchReport"]) -> Table:
             figures.milliseconds(first.median(timed, "tpot_seconds"))
             for timed in (report.reference, arm)
         )
-        where = f"{name}\n  {report.environment.chip}"
+        where = f"{name} ({report.environment.chip})"
         rows.append((where, str(first.shape), unfused, fused, _ratio(found)))
     header = ("run", "shape", "unfused", "fused", "times as fast")
     return Table("Time a token, unfused and fused", header, rows)

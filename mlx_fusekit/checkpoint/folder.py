@@ -60,7 +60,7 @@ class Checkpoint:
         """
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: there is no such model folder")
-        if not (folder / "config.json").exists() and (folder / ADAPTER_CONFIG_NAME).exists():
+        if is_adapter(folder):
             raise CheckpointError(
                 f"{folder}: is an adapter, not a model; give it as --adapter-path, and the model "
                 "that it was trained on as --model"
@@ -193,6 +193,11 @@ def layer_count(config: Mapping[str, Any]) -> int | None:
             if isinstance(block.get(key), int):
                 return int(block[key])
     return None
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and no model."""
+    return not (folder / "config.json").exists() and (folder / ADAPTER_CONFIG_NAME).exists()
 
 
 def read_json(path: Path) -> dict[str, Any]:

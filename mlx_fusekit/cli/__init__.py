@@ -36,6 +36,13 @@ class _LazyGroup(click.Group):
         command: click.Command = module.command
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            # Of an interrupt itself, click prints an empty line.
+            raise click.Abort from error
+
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         # A group of click's would import every command, to ask whether it is hidden.
         names = [

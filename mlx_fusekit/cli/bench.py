@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from mlx_fusekit.bench.options import Workload
 from mlx_fusekit.cli import options, output
 from mlx_fusekit.cli.failures import INTERRUPTED
 from mlx_fusekit.cli.options import PATH
-from mlx_fusekit.errors import ConfigurationError
+from mlx_fusekit.errors import ConfigurationError, OutputError
 from mlx_fusekit.writing.staging import write_file
 from mlx_fusekit.writing.targets import FileTarget
 
@@ -64,7 +65,7 @@ _plot = click.option(
 @click.option(
     "--delay",
     "delay_seconds",
-    type=click.FloatRange(min=0),
+    type=options.NOT_NEGATIVE,
     default=Workload.delay_seconds,
     metavar="S",
     help="Seconds to wait before each trial, for the machine to cool.",
@@ -78,7 +79,7 @@ _plot = click.option(
 @click.option("--skip-base", is_flag=True, help="Leave out the base by itself.")
 @click.option(
     "--fuse-seconds",
-    type=click.FloatRange(min=0),
+    type=options.NOT_NEGATIVE,
     metavar="S",
     help="What fusing took, to see after how many tokens that is won back.",
 )
@@ -105,12 +106,26 @@ def command(context: click.Context, /, **options: Any) -> int | None:
     mlx-fusekit bench report mac.json linux.json
     """  # noqa: D301 - click reads the backspace
     if context.invoked_subcommand is not None:
+        _refuse_beside_a_command(context)
         return None
     if options["model"] is None:
         raise click.UsageError("Missing option '--model'.", context)
     files = _Files(*(options.pop(f"{kind}_path") for kind in ("json", "csv", "plot")))
-    files.check(overwrite=options.pop("overwrite"))
+    files.check(overwrite=options.pop("overwrite"), read=(options["prompt_file"],))
+    if options["skip_base"] and options["adapter_path"] is None:
+        raise click.UsageError("--skip-base goes with --adapter-path: nothing else is the base")
     return _run(options, files)
+
+
+def _refuse_beside_a_command(context: click.Context) -> None:
+    """Refuse what would silently be left aside."""
+    for parameter in context.command.params:
+        if context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"{parameter.opts[-1]}: give it behind {context.invoked_subcommand}, if that "
+                "takes it",
+                context,
+            )
 
 
 class _Files:
@@ -119,16 +134,27 @@ class _Files:
     def __init__(self, json_path: str | None, csv_path: str | None, plot_path: str | None) -> None:
         self.json, self.csv, self.plot = json_path, csv_path, plot_path
 
-    def check(self, *, overwrite: bool) -> None:
-        """Refuse what cannot be written, before anything is timed."""
+    def check(self, *, overwrite: bool, read: Sequence[str | None]) -> None:
+        """Refuse what cannot be written, before anything is timed.
+
+        Args:
+            overwrite: whether files that exist may be replaced.
+            read: files that are read, which may not.
+        """
+        taken = {Path(name).resolve(): name for name in read if name is not None}
         flags = {"--json": self.json, "--csv": self.csv, "--plot": self.plot}
         self._targets = {
             flag: FileTarget(Path(name).expanduser(), flag, overwrite)
             for flag, name in flags.items()
             if name is not None and (name != "-" or flag != "--json")
         }
-        for target in self._targets.values():
+        for flag, target in self._targets.items():
             target.check()
+            if (real := target.path.resolve()) in taken:
+                raise OutputError(
+                    f"{flag} {target.path}: is the same file as {taken[real]}; choose another"
+                )
+            taken[real] = f"{flag} {target.path}"
         if self.plot is not None:
             _check_plot(self.plot)
 
@@ -212,8 +238,12 @@ def _prompt(options: dict[str, Any]) -> str | None:
         return None if text is None else str(text)
     try:
         return Path(file).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--prompt-file {file}: {error}") from error
+    except OSError as error:
+        raise ConfigurationError(f"--prompt-file {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"--prompt-file {file}: not UTF-8 text at byte {error.start}; convert it to UTF-8"
+        ) from error
 
 
 def _named(values: Sequence[str]) -> dict[str, str]:
@@ -248,7 +278,7 @@ def report_command(
     if csv_path is not None and len(files) > 1:
         raise click.UsageError("--csv takes one FILE.json")
     written = _Files(None, csv_path, plot_path)
-    written.check(overwrite=overwrite)
+    written.check(overwrite=overwrite, read=files)
     reports = {}
     for name in files:
         if not Path(name).is_file():
@@ -256,7 +286,7 @@ def report_command(
         reports[name] = read_report(read_json(Path(name)), name)
     for name, report in reports.items():
         if len(reports) > 1:
-            click.echo(f"{name}\n")
+            output.say(f"{name}\n")
         output.print_blocks(tables.all_tables(report))
     if len(reports) > 1:
         output.print_table(tables.comparison(reports))

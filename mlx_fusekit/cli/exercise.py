@@ -11,6 +11,8 @@ import click
 from mlx_fusekit import figures
 from mlx_fusekit.cli import options, output
 from mlx_fusekit.cli.failures import BELOW_THRESHOLD
+from mlx_fusekit.cli.options import PATH
+from mlx_fusekit.cli.streams import one_line, visible
 from mlx_fusekit.exercise.options import Settings
 from mlx_fusekit.exercise.texts import LANGUAGES, step, text
 from mlx_fusekit.progress import StepProgress
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 @options.adapter_path("Your adapter for it: folder or Hub id.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
-    default=Path("exercise"),
+    type=PATH,
+    default="exercise",
     show_default=True,
     metavar="DIR",
     help="Folder to make: report.md, report.json, pictures, both fused models.",
@@ -60,7 +62,7 @@ if TYPE_CHECKING:
 @click.option(
     "--check",
     "checked",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="REPORT.md",
     help="Tell whether a report is complete; exits with 3 if it is not.",
 )
@@ -69,9 +71,9 @@ if TYPE_CHECKING:
 def command(
     context: click.Context,
     /,
-    checked: Path | None,
+    checked: str | None,
     any_machine: bool,
-    out: Path,
+    out: str,
     overwrite: bool,
     language: str,
     **options: Any,
@@ -88,7 +90,7 @@ def command(
     """  # noqa: D301 - click knows this backslash
     if checked is not None:
         _alone(context)
-        return _check(checked, any_machine=any_machine)
+        return _check(Path(checked), any_machine=any_machine)
     if any_machine:
         raise click.UsageError("--any-machine goes with --check", context)
     if (options["model"] is None) != (options["adapter_path"] is None):
@@ -99,15 +101,15 @@ def command(
     from mlx_fusekit.exercise.lesson import run_lesson
 
     start, terminal = time.perf_counter(), _Terminal(language)
-    run_lesson(Settings(**options), out.expanduser(), language, terminal, overwrite=overwrite)
-    written = out / report.NAME
+    run_lesson(Settings(**options), Path(out), language, terminal, overwrite=overwrite)
+    written = Path(out) / report.NAME
     terminal.heading(text(language, "step_answer"))
     terminal.say(text(language, "question"))
-    click.echo(text(language, "written", path=written))
-    click.echo(text(language, "took", seconds=figures.in_seconds(time.perf_counter() - start)))
-    click.echo()
-    click.echo(text(language, "next"))
-    click.echo(f"  mlx-fusekit exercise --check {written}")
+    output.say(text(language, "written", path=written))
+    output.say(text(language, "took", seconds=figures.in_seconds(time.perf_counter() - start)))
+    output.say()
+    output.say(text(language, "next"))
+    output.say(f"  mlx-fusekit exercise --check {written}")
     return 0
 
 
@@ -123,13 +125,13 @@ def _alone(context: click.Context) -> None:
 def _check(path: Path, *, any_machine: bool) -> int:
     from mlx_fusekit.exercise.check import check_report
 
-    found = check_report(path.expanduser(), any_machine=any_machine)
+    found = check_report(path, any_machine=any_machine)
     if not found.complaints:
-        click.echo(text(found.language, "check_complete", name=path))
+        output.say(text(found.language, "check_complete", name=path))
         return 0
-    click.echo(text(found.language, "check_incomplete", name=path))
+    output.say(text(found.language, "check_incomplete", name=path))
     for line in found.complaints:
-        click.echo(f"- {line}")
+        output.say(f"- {line}")
     return BELOW_THRESHOLD
 
 
@@ -137,15 +139,14 @@ class _Terminal:
     """The lesson's audience."""
 
     def __init__(self, language: str) -> None:
-        from rich.console import Console
-
         self._language = language
-        self._console = Console(highlight=False, markup=False)
-        self._warnings = Console(stderr=True, highlight=False, markup=False)
+        self._console = output.stdout()
+        self._warnings = output.stderr(markup=False)
 
     def heading(self, words: str) -> None:
         from rich.cells import cell_len
 
+        words = one_line(words)
         width = min(cell_len(words), self._console.width)
         self._console.print(f"{words}\n{'-' * width}\n", style="bold")
 
@@ -153,6 +154,7 @@ class _Terminal:
         from rich.text import Text
 
         # In bold what has backticks in the report; where nothing is bold, they stay.
+        words = visible(words, output.BREAKS)
         pieces = words.split("`") if self._console.is_terminal else [words]
         bold = Text.assemble(*((piece, "bold" * (n % 2)) for n, piece in enumerate(pieces)))
         self._console.print(bold, end="\n\n")
@@ -163,7 +165,7 @@ class _Terminal:
 
     def warn(self, words: str) -> None:
         label = text(self._language, "warning")
-        self._warnings.print(f"{label}: {words}\n", style="yellow", soft_wrap=True)
+        self._warnings.print(f"{label}: {one_line(words)}\n", style="yellow", soft_wrap=True)
 
     @contextlib.contextmanager
     def watching(self, *, animated: bool = True) -> Iterator[StepProgress | None]:

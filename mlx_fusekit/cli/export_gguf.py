@@ -71,7 +71,7 @@ def show(report: "ExportReport") -> None:
     output.print_facts(f"{verb} {report.gguf_path}", facts)
     if report.ollama_command is not None:
         # Not in the table, which would break a long line that is to be pasted.
-        click.echo(f"\nTo run it in Ollama:\n{report.ollama_command}")
+        output.say(f"\nTo run it in Ollama:\n{report.ollama_command}")
     for note in report.notes:
         output.warn(note)
 

@@ -73,6 +73,7 @@ if TYPE_CHECKING:
 @click.option("--export-gguf", is_flag=True, help="Write the fused model as a GGUF file too.")
 @click.option(
     "--gguf-path",
+    type=PATH,
     default="model.gguf",
     show_default=True,
     metavar="FILE",

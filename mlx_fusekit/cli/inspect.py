@@ -62,7 +62,7 @@ def _print_model(facts: "ModelFacts") -> None:
         rows.append(("fused from", str(facts.fused.get("base", {}).get("id"))))
     output.print_facts(f"Model {facts.path}", rows)
     if facts.exceptions:
-        click.echo()
+        output.say()
         rows = list(facts.exceptions.items())
         output.print_table(Table("Other formats", ("module", "format"), rows))
 
@@ -84,7 +84,7 @@ def _print_adapter(facts: "AdapterFacts") -> None:
     if facts.deltas:
         header = ("module", "format", "rank", "delta", "step", "delta/step")
         deltas = [_row(delta) for delta in sorted(facts.deltas, key=_in_order)]
-        click.echo()
+        output.say()
         output.print_table(Table("Update against the base", header, deltas))
 
 

@@ -3,12 +3,16 @@
 ``more`` is what else :func:`click.option` takes: a default, whether it is required or repeats.
 """
 
+import contextlib
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
+from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.gguf.outtypes import OUTTYPES
 
 _Command = TypeVar("_Command", bound=Callable[..., Any] | click.Command)
@@ -17,11 +21,34 @@ _Command = TypeVar("_Command", bound=Callable[..., Any] | click.Command)
 class _PathName(click.types.StringParamType):
     """A path as the user wrote it, for which a shell offers file names.
 
-    Unlike ``click.Path`` it checks and converts nothing: a Hub id, ``NAME=PATH`` or ``PATH:WEIGHT``
-    may stand in its place, and the functions tell better what is wrong with one.
+    Unlike ``click.Path`` it checks no more than what every name has to hold: a Hub id,
+    ``NAME=PATH`` or ``PATH:WEIGHT`` may stand in its place, and the functions tell better what is
+    wrong with one. ``~`` is the user's home folder.
     """
 
     name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(super().convert(value, param, ctx))
+        flag = f"{param.opts[-1]} " if isinstance(param, click.Option) else ""
+        if not text:
+            raise ConfigurationError(f"{flag}'': the name is empty; name a file or folder")
+        if not text.startswith("~"):
+            path = Path(text)
+        else:
+            try:
+                path = Path(text).expanduser()
+            except RuntimeError as error:
+                user = text.split("/", 1)[0]
+                raise ConfigurationError(
+                    f"{flag}{text}: there is no user {user[1:]}; write ./{text} for what has that "
+                    "name here"
+                ) from error
+            text = str(path)
+        # What is there or not, the functions find; a circle of links, or a name too long, nobody.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+        return text
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
@@ -30,6 +57,21 @@ class _PathName(click.types.StringParamType):
 
 
 PATH = _PathName()
+
+
+class _Finite(click.FloatRange):
+    """Takes no nan, which is in no range and out of none, and no infinity."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+NOT_NEGATIVE = _Finite(min=0)
 
 
 def model(
@@ -68,7 +110,7 @@ def data(words: str) -> Callable[[_Command], _Command]:
 
 def max_kl(words: str) -> Callable[[_Command], _Command]:
     """``--max-kl``, in nats a token."""
-    return click.option("--max-kl", type=click.FloatRange(min=0), metavar="X", help=words)
+    return click.option("--max-kl", type=NOT_NEGATIVE, metavar="X", help=words)
 
 
 def outtype(words: str) -> Callable[[_Command], _Command]:

@@ -1,4 +1,7 @@
-"""The one place that prints: data on stdout, progress and warnings on stderr."""
+"""The one place that prints: data on stdout, progress and warnings on stderr.
+
+What others wrote, as names in files, comes out :func:`~mlx_fusekit.cli.streams.visible`.
+"""
 
 import contextlib
 import json
@@ -8,6 +11,7 @@ from typing import Any
 
 import rich.table
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -17,19 +21,30 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mlx_fusekit.cli import streams
+from mlx_fusekit.cli.streams import one_line, visible
 from mlx_fusekit.progress import StepProgress
 from mlx_fusekit.tables import Table
+
+#: Control characters that text of several lines has.
+BREAKS = "\n\t"
 
 
 def print_json(value: Any) -> None:
     """Exactly one JSON object on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    streams.styled(sys.stdout).write(streams.json_text(text, sys.stdout) + "\n")
+
+
+def say(text: str = "") -> None:
+    """Lines of text on stdout."""
+    sys.stdout.write(f"{visible(text, BREAKS)}\n")
 
 
 def print_table(table: Table) -> None:
     """A table without a frame, on stdout."""
     drawn = rich.table.Table(
-        title=table.title,
+        title=visible(table.title),
         title_justify="left",
         box=None,
         show_header=bool(table.header),
@@ -38,13 +53,13 @@ def print_table(table: Table) -> None:
     if table.header:
         for place, name in enumerate(table.header):
             text = place < table.text_columns
-            drawn.add_column(name, justify="left" if text else "right", overflow="fold")
+            drawn.add_column(visible(name), justify="left" if text else "right", overflow="fold")
     else:
         drawn.add_column(style="bold", no_wrap=True)
         drawn.add_column(overflow="fold")
     for row in table.rows:
-        drawn.add_row(*row)
-    _stdout().print(drawn)
+        drawn.add_row(*(visible(cell) for cell in row))
+    stdout().print(drawn)
 
 
 def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
@@ -58,14 +73,12 @@ def print_blocks(blocks: Iterable[Table | str]) -> None:
         if isinstance(block, Table):
             print_table(block)
         else:
-            sys.stdout.write(block + "\n")
+            say(block)
 
 
 def warn(message: str) -> None:
     """A warning on stderr."""
-    Console(stderr=True, highlight=False).print(
-        f"[yellow]warning:[/] {_plain(message)}", soft_wrap=True
-    )
+    stderr().print(f"[yellow]warning:[/] {escape(one_line(message))}", soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -77,7 +90,7 @@ def steps_bar(*, animated: bool = True) -> Iterator[StepProgress | None]:
     Args:
         animated: draw the bars all the time, from a thread; else only when something is reported.
     """
-    console = Console(stderr=True)
+    console = stderr()
     if not console.is_terminal:
         yield None
         return
@@ -87,22 +100,30 @@ def steps_bar(*, animated: bool = True) -> Iterator[StepProgress | None]:
         TaskProgressColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, auto_refresh=animated) as bar:
+    # rich would take what libraries print meanwhile past what makes it visible.
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        auto_refresh=animated,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    ) as bar:
         tasks: dict[str, TaskID] = {}
 
         def report(step: str, done: int, total: int) -> None:
             if step not in tasks:
-                tasks[step] = bar.add_task(step, total=total)
+                tasks[step] = bar.add_task(escape(visible(step)), total=total)
             bar.update(tasks[step], completed=done, total=total, refresh=not animated)
 
         yield report
 
 
-def _stdout() -> Console:
-    return Console(highlight=False, markup=False, soft_wrap=False)
+def stdout() -> Console:
+    """A console for what was made visible."""
+    return Console(file=streams.styled(sys.stdout), highlight=False, markup=False, soft_wrap=False)
 
 
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def stderr(*, markup: bool = True) -> Console:
+    """The same of standard error."""
+    return Console(file=streams.styled(sys.stderr), highlight=False, markup=markup)

@@ -81,12 +81,12 @@ def run(path: str | Path, repo: str, **options: Any) -> "PublishReport":
 def show(report: "PublishReport") -> None:
     """What was uploaded, for people; of a dry run, the card too."""
     if report.dry_run:
-        click.echo(report.card)
+        output.say(report.card)
     rows = [(file.name, figures.size(file.bytes)) for file in report.files]
     title = "Would upload" if report.dry_run else f"Uploaded to {report.repo}"
     output.print_table(Table(title, ("file", "size"), rows))
     if report.left_out:
-        click.echo()
+        output.say()
         stayed = [(item.name, item.reason) for item in report.left_out]
         output.print_table(Table("Left out", ("file", "why"), stayed, text_columns=2))
     facts = [
@@ -101,5 +101,5 @@ def show(report: "PublishReport") -> None:
         facts.append(("pull request", report.pull_request_url))
     if report.commit_url is not None:
         facts += [("commit", report.commit_url), ("time", figures.in_seconds(report.seconds))]
-    click.echo()
+    output.say()
     output.print_facts("", facts)

@@ -40,6 +40,7 @@ from mlx_fusekit.exercise.trade_off import speed_sentence
 from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.progress import StepProgress
 from mlx_fusekit.tables import Table
+from mlx_fusekit.texts.data import check_text
 from mlx_fusekit.writing.files import write_new
 from mlx_fusekit.writing.staging import staged
 from mlx_fusekit.writing.targets import FolderTarget
@@ -134,6 +135,8 @@ class _Lesson:
             self._data = samples.evaluation_data_path()
         if self._data is not None and not self._data.is_file():
             raise ConfigurationError(f"--data {settings.data}: there is no such file")
+        if self._data is not None:
+            check_text(self._data)
 
     def run(self, folder: Path) -> Findings:
         prepared = self._prepared(folder / FOLDERS[CALIBRATED])

@@ -1,10 +1,9 @@
 """``mlx_lm.fuse`` as anybody would run it: in a process of its own."""
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+from mlx_fusekit import processes
 from mlx_fusekit.exercise.findings import Fusing
 
 
@@ -27,13 +26,7 @@ def fuse_by_rounding(
     if trust_remote_code:
         options.append("--trust-remote-code")
     start = time.perf_counter()
-    done = subprocess.run(  # noqa: S603 - this Python's own mlx-lm
-        [sys.executable, "-m", "mlx_lm", "fuse", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    done = processes.run(processes.python_module("mlx_lm", "fuse", *options), merged=True)
     seconds = time.perf_counter() - start
     if done.returncode != 0:
         return (done.stdout.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -1,6 +1,8 @@
 """Where a fused model goes on to, when that was asked for: a GGUF file, the Hub."""
 
+import contextlib
 import shlex
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +15,16 @@ from mlx_fusekit.progress import StepProgress
 _FLAG = "--upload-repo"
 
 
-def check(base: BaseModel, target: Path, options: FuseOptions) -> tuple[str, ...]:
+def check(
+    base: BaseModel, target: Path, options: FuseOptions, sources: Iterable[Path]
+) -> tuple[str, ...]:
     """Refuse what can be refused without a network, before anything is fused.
 
     Args:
         base: what the fused model will be like.
         target: its folder.
         options: what was asked for.
+        sources: folders that are read: the base and the adapters.
 
     Returns:
         Warnings, one line each.
@@ -35,7 +40,7 @@ def check(base: BaseModel, target: Path, options: FuseOptions) -> tuple[str, ...
 
         file = _gguf_file(target, options)
         check_export(base, options.outtype)
-        gguf_target(file, overwrite=options.overwrite).check()
+        gguf_target(file, overwrite=options.overwrite, sources=tuple(sources)).check()
         if options.upload_repo is not None and file.resolve().parent != target.resolve():
             notes.append(f"--gguf-path {file}: is not in {target}, and is not uploaded")
     if options.upload_repo is not None:
@@ -78,14 +83,15 @@ def bring(
     if options.export_gguf:
         from mlx_fusekit.gguf.exporting import export_gguf
 
-        exported = export_gguf(
-            target,
-            _gguf_file(target, options),
-            outtype=options.outtype,
-            overwrite=options.overwrite,
-            trust_remote_code=trusted,
-            progress=progress,
-        )
+        with _saying(f"the fused model is in {target}, without a GGUF file"):
+            exported = export_gguf(
+                target,
+                _gguf_file(target, options),
+                outtype=options.outtype,
+                overwrite=options.overwrite,
+                trust_remote_code=trusted,
+                progress=progress,
+            )
         report = replace(report, gguf=exported)
     if options.upload_repo is None:
         return report
@@ -100,16 +106,22 @@ def bring(
 def _uploaded(report: FuseReport, target: Path, repo: str, *, trusted: bool) -> FuseReport:
     from mlx_fusekit.publishing.publish import publish
 
-    line = _how_to_publish(target, repo)
-    try:
+    with _saying(_how_to_publish(target, repo)):
         published = publish(target, repo, trust_remote_code=trusted)
+    warnings = (*report.warnings, *published.warnings)
+    return replace(report, published=published, warnings=warnings)
+
+
+@contextlib.contextmanager
+def _saying(line: str) -> Iterator[None]:
+    """Whatever ends the block, its message says too what is there."""
+    try:
+        yield
     except FusekitError as error:
         raise type(error)(f"{error}; {line}") from error
     except KeyboardInterrupt as error:
         error.add_note(line)
         raise
-    warnings = (*report.warnings, *published.warnings)
-    return replace(report, published=published, warnings=warnings)
 
 
 def _gguf_file(target: Path, options: FuseOptions) -> Path:

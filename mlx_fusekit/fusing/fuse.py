@@ -25,6 +25,7 @@ from mlx_fusekit.fusing.report import (
     FuseReport,
     calibration_warnings,
     dtype_name,
+    format_warnings,
     formats_of,
     rounding_warnings,
     unmeasured_warnings,
@@ -106,6 +107,7 @@ class PreparedFuse:
             *self.notes,
             *(unmeasured_warnings(self.options.max_kl) if self.strategy is None else ()),
             *(rounding_warnings(self.plan) if rounds else ()),
+            *format_warnings(self.plan),
             *(calibration_warnings(calibration) if calibration else ()),
         )
 
@@ -269,7 +271,7 @@ def prepare_fuse(
         named.model.path, trust_remote_code=trust_remote_code, text_only=asked.text_only
     )
     strategy, notes = chosen_strategy(plan, sources.model, asked)
-    notes += destinations.check(sources.base, path, asked)
+    notes += destinations.check(sources.base, path, asked, named.folders)
     notes += tuple(_beside_the_text(plan, text_only=asked.text_only))
     return PreparedFuse(
         sources=sources,

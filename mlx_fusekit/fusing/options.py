@@ -14,7 +14,11 @@ from mlx_fusekit.requantize.options import (
     CalibrationOptions,
 )
 from mlx_fusekit.requantize.strategy import STRATEGIES, Strategy
+from mlx_fusekit.texts.data import check_text
 from mlx_fusekit.verifying.options import check_max_kl
+
+#: The file of --export-gguf, seen from --save-path.
+GGUF_NAME = "model.gguf"
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class FuseOptions:
     text_only: bool = False
     overwrite: bool = False
     export_gguf: bool = False
-    gguf_path: str | Path = "model.gguf"
+    gguf_path: str | Path = GGUF_NAME
     outtype: str = "auto"
     upload_repo: str | None = None
 
@@ -53,6 +57,11 @@ class FuseOptions:
         if self.outtype != "auto" and not self.export_gguf:
             raise ConfigurationError(
                 f"--outtype {self.outtype} is for the file of --export-gguf; add that, or drop it"
+            )
+        if Path(self.gguf_path) != Path(GGUF_NAME) and not self.export_gguf:
+            raise ConfigurationError(
+                f"--gguf-path {self.gguf_path} names the file of --export-gguf; add that, or drop "
+                "it"
             )
         _ = self.formats
 
@@ -84,9 +93,30 @@ class FuseOptions:
             raise ConfigurationError(
                 f"--calibration-tokens {self.calibration_tokens}: must be 1 or more"
             )
-        if self._text is not None and not self._text.exists():
+        if self._text is not None:
+            if not self._text.exists():
+                raise ConfigurationError(
+                    f"--calibration {self.calibration}: there is no such file or folder"
+                )
+            check_text(self._text)
+
+    def refuse_calibration(self) -> None:
+        """Refuse settings of a calibration where nothing is re-quantized, and so calibrated.
+
+        A bound on the KL is reported as not measured instead.
+
+        Raises:
+            ConfigurationError: naming the flag.
+        """
+        given = {
+            "--calibration": self.calibration is not None,
+            "--calibration-tokens": self.calibration_tokens != CALIBRATION_TOKENS,
+            "--max-growth": self.max_growth is not None,
+        }
+        flag = next((flag for flag, asked in given.items() if asked), None)
+        if flag is not None:
             raise ConfigurationError(
-                f"--calibration {self.calibration}: there is no such file or folder"
+                f"{flag}: nothing is re-quantized here, so nothing is calibrated; drop the flag"
             )
 
     @property

@@ -100,6 +100,17 @@ def rounding_warnings(plan: FusePlan) -> Iterator[str]:
         )
 
 
+def format_warnings(plan: FusePlan) -> Iterator[str]:
+    """What to tell when wider bits take another format than the base's."""
+    changed = Counter(
+        (step.source_spec.mode, str(step.target_spec))
+        for step in plan.merged
+        if step.source_spec and step.target_spec and step.source_spec.mode != step.target_spec.mode
+    )
+    for (mode, target), count in changed.items():
+        yield f"{count} modules leave {mode}: wider bits are affine ({target})"
+
+
 def unmeasured_warnings(max_kl: float | None) -> Iterator[str]:
     """What to tell when there is a bound, and nothing that would be measured."""
     if max_kl is not None:

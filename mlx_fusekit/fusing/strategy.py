@@ -23,6 +23,7 @@ def chosen_strategy(
     """
     specs = [step.target_spec for step in plan.merged if step.target_spec is not None]
     if not specs:
+        options.refuse_calibration()
         return None, ()
     strategy = options.strategy
     if not strategy.calibrates:

@@ -11,8 +11,8 @@ import gguf
 from mlx_fusekit import hub
 from mlx_fusekit.adapters.sources import open_model
 from mlx_fusekit.checkpoint.base import BaseModel
-from mlx_fusekit.checkpoint.folder import read_json
-from mlx_fusekit.errors import ConfigurationError
+from mlx_fusekit.checkpoint.folder import is_adapter, read_json
+from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.gguf.file.encoding import TensorEncoding
 from mlx_fusekit.gguf.file.plan import plan_gguf
 from mlx_fusekit.gguf.file.target import gguf_target
@@ -167,6 +167,11 @@ def export_gguf(
         beside = Modelfile(target.path, system, ollama, overwrite)
         beside.check()
     found = hub.resolve(model, revision=revision, code=trust_remote_code)
+    if is_adapter(found.path):
+        raise CheckpointError(
+            f"--model {model}: is an adapter, not a model; `mlx-fusekit export-lora` writes it for "
+            "llama.cpp, and `mlx-fusekit fuse` makes a model of it and its base"
+        )
     base = open_model(found)
     exportable = _Exportable.of(base)
     text = exportable.modelfile_text(beside, found.path) if beside is not None else ""

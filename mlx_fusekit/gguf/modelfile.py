@@ -3,13 +3,12 @@
 import math
 import re
 import shlex
-import shutil
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_fusekit import processes
 from mlx_fusekit.checkpoint.belongings import MODELFILE_NAME
 from mlx_fusekit.errors import CheckpointError, ConfigurationError, OutputError
 from mlx_fusekit.writing.staging import write_file
@@ -144,7 +143,7 @@ def ollama_program(name: str, modelfile: Path) -> str:
     Raises:
         ConfigurationError: for a name that Ollama does not allow, or when it is not on the PATH.
     """
-    program = shutil.which(create_command(name, modelfile)[0])
+    program = processes.program(create_command(name, modelfile)[0])
     if program is None:
         raise ConfigurationError(
             f"--ollama {name}: the program ollama is not on the PATH; install it from "
@@ -161,12 +160,7 @@ def create_in_ollama(name: str, modelfile: Path) -> None:
         OutputError: when it fails.
     """
     program = ollama_program(name, modelfile)
-    done = subprocess.run(  # noqa: S603 - no shell, and the name was checked
-        [program, *create_command(name, modelfile)[1:]],
-        stdin=subprocess.DEVNULL,
-        stdout=2,
-        check=False,
-    )
+    done = processes.run([program, *create_command(name, modelfile)[1:]], shown=True)
     if done.returncode:
         raise OutputError(
             f"--ollama {name}: `ollama create` failed with status {done.returncode}, see its "

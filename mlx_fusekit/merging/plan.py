@@ -184,8 +184,15 @@ def _check_left_out(adapter: Adapter, options: FormatOptions) -> None:
 
 def _check_bits(options: FormatOptions, steps: Iterable[Step]) -> None:
     """``--bits`` widens what is narrower; where nothing is, it was a mistake."""
+    if options.bits is None:
+        return
     specs = [s.source_spec for s in steps if isinstance(s, WeightStep) and s.source_spec]
-    if options.bits is not None and specs and all(spec.bits > options.bits for spec in specs):
+    if not specs:
+        raise ConfigurationError(
+            f"--bits {options.bits}: the merged modules are not quantized, and stay as they are; "
+            "drop the flag"
+        )
+    if all(spec.bits > options.bits for spec in specs):
         raise ConfigurationError(
             f"--bits {options.bits}: the merged modules have {min(s.bits for s in specs)} bits "
             "already, and the flag only widens; give a larger number or drop it"
@@ -234,9 +241,7 @@ def _target_spec(
     if spec is None or options.dequantize:
         return None
     bits = options.widths.get(module, options.bits)
-    if bits is None or spec.bits > bits:
-        return spec
-    if spec.affine and spec.bits == bits:
+    if bits is None or spec.bits >= bits:
         return spec
     group_size = spec.group_size if spec.group_size in AFFINE_GROUPS else 32
     if columns is not None and columns % group_size:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fusekit.checkpoint.belongings import CARD_NAME
+from mlx_fusekit.checkpoint.folder import is_adapter
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME, as_text
 from mlx_fusekit.errors import CheckpointError, ConfigurationError, HubError
 from mlx_fusekit.progress import StepProgress
@@ -117,7 +118,7 @@ def publish(
     _check_branch(revision, create_pr)
     identifier = licence if license is None else license
     asked = None if identifier is None else License.asked(identifier)
-    model = PublishedModel.open(Path(path).expanduser(), trust_remote_code=trust_remote_code)
+    model = PublishedModel.open(_folder(path), trust_remote_code=trust_remote_code)
     evidence = read_evidence(model, repo, verify_report, bench_report)
     own_card = _own_card(model)
     # Nothing was asked of the Hub so far.
@@ -132,6 +133,23 @@ def publish(
     if not dry_run:
         report = _upload(model, report, public, create_pr, commit_message, progress)
     return replace(report, seconds=time.perf_counter() - start)
+
+
+def _folder(path: str | Path) -> Path:
+    """The folder of a model, as far as its kind tells."""
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        raise CheckpointError(
+            f"--path {path}: is a file; give the folder that it lies in, {folder.parent}"
+        )
+    if not folder.is_dir():
+        raise CheckpointError(f"--path {path}: there is no such folder; name that of a model")
+    if is_adapter(folder) and not any(folder.glob("*.gguf")):
+        raise CheckpointError(
+            f"--path {path}: is an adapter, not a model; publish what `mlx-fusekit fuse` makes of "
+            "it and its base"
+        )
+    return folder
 
 
 def _check_branch(revision: str | None, create_pr: bool) -> None:

@@ -98,6 +98,19 @@ def read_sequences(
     return usable
 
 
+def check_text(path: Path) -> None:
+    """Refuse what :func:`read_sequences` would not read as text, without a tokenizer.
+
+    Whether items of JSON have text under the keys that are looked for, is left to it.
+
+    Raises:
+        ConfigurationError: if the file is missing, empty, or not UTF-8 text.
+    """
+    file = data_file(path)
+    if not _read_text(file).strip():
+        raise ConfigurationError(f"{file}: holds no text; name a file with text in it")
+
+
 def training_data(adapter_config: Mapping[str, Any], adapter_folder: Path) -> TrainingData | None:
     """The data an adapter was trained on, if its config names a folder that exists here.
 

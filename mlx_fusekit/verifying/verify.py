@@ -13,6 +13,7 @@ from mlx_fusekit.adapters.sources import AdapterNames, NamedSources
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.progress import StepProgress, of_step
+from mlx_fusekit.texts.data import check_text
 from mlx_fusekit.texts.sequences import TokenSequence
 from mlx_fusekit.verifying.judged import Judged, in_llama_cpp, in_mlx, loadable_gguf
 from mlx_fusekit.verifying.options import MAX_TOKENS, check_max_kl
@@ -59,6 +60,8 @@ def verify(
     """
     start = time.perf_counter()
     _check_options(model, adapter_path, reference, scale, max_kl, max_tokens)
+    if data is not None:
+        check_text(Path(data))
     file = loadable_gguf(fused)
     found = hub.resolve(fused, what="--fused", code=trust_remote_code) if file is None else None
     checkpoint = None

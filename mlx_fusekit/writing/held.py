@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from mlx_fusekit.signals import held_back
 from mlx_fusekit.writing import calls
 from mlx_fusekit.writing.files import remove
 
@@ -29,16 +30,18 @@ def hold(target: Path, *, folder: bool) -> Iterator[tuple[Path, int]]:
     Yields:
         Its hidden path, and a descriptor of it.
     """
-    path, descriptor = _make(lambda: _new_name(target), folder=folder)
+    with held_back():
+        path, descriptor = _make(lambda: _new_name(target), folder=folder)
     try:
         yield path, descriptor
     except BaseException as error:
         # What lies there by now may be what the target was.
-        if is_open_as(path, descriptor):
-            try:
-                remove(path)
-            except OSError:
-                error.add_note(f"what was written is left in {path}; remove it")
+        with held_back():
+            if is_open_as(path, descriptor):
+                try:
+                    remove(path)
+                except OSError:
+                    error.add_note(f"what was written is left in {path}; remove it")
         raise
     finally:
         os.close(descriptor)
@@ -55,9 +58,10 @@ def temporary_folder() -> Iterator[Path]:
     try:
         yield path
     finally:
-        with contextlib.suppress(OSError):
-            remove(path)
-        os.close(descriptor)
+        with held_back():
+            with contextlib.suppress(OSError):
+                remove(path)
+            os.close(descriptor)
 
 
 def put_in_order(target: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from mlx_fusekit.errors import OutputError
+from mlx_fusekit.signals import held_back
 from mlx_fusekit.writing import calls, held
 from mlx_fusekit.writing.calls import WriteError
 from mlx_fusekit.writing.files import write_into
@@ -55,7 +56,8 @@ def staged(target: Target) -> Iterator[Path]:
                 yield staging
                 calls.sync(descriptor)
             target.check()
-            replaced = _put_in_place(staging, target)
+            with held_back():
+                replaced = _put_in_place(staging, target)
         _settle(path, replaced)
         if replaced is not None:
             held.discard(path, replaced)
@@ -141,7 +143,7 @@ def _parents(folder: Path) -> Iterator[None]:
                     raise OutputError(f"{path}: cannot be made ({error.strerror})") from error
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
+        with held_back(), contextlib.suppress(OSError):
             for path in missing:
                 calls.remove_folder(path)
         raise

@@ -18,12 +18,16 @@ class FileTarget:
         flag: the option that named it.
         overwrite: whether an existing file may be replaced.
         refusal: says of an existing file why it may not be, None where it may.
+        suffix: that a new file's name must have; another may be that of a file a model has.
+        sources: folders that are read.
     """
 
     path: Path
     flag: str
     overwrite: bool = False
     refusal: Callable[[Path], str | None] = lambda _: None
+    suffix: str = ""
+    sources: tuple[Path, ...] = ()
 
     def check(self) -> None:
         """Refuse what must not be written to.
@@ -33,7 +37,12 @@ class FileTarget:
         """
         path, flag = self.path, self.flag
         mode = _check_place(path, "file", flag)
+        for source in self.sources:
+            if path.resolve().is_relative_to(source.resolve()):
+                raise OutputError(f"{path}: lies in what is read ({source}); choose another {flag}")
         if mode is None:
+            if not path.name.endswith(self.suffix):
+                raise OutputError(f"{path}: the name must end in {self.suffix}; change {flag}")
             return
         if stat.S_ISDIR(mode):
             raise OutputError(f"{path}: is a folder; give a file name in it as {flag}")

@@ -103,7 +103,7 @@ def measure(model: Path, adapter: Path | None, data: Path, as_loaded: bool = Fal
 def fuse_with_mlx_lm(model: Path, adapter: Path, fused: Path) -> None:
     """Fuse with mlx-lm's command, which re-quantizes to 4 bits by rounding to nearest."""
     paths = ["--model", model, "--adapter-path", adapter, "--save-path", fused]
-    command = [sys.executable, "-m", "mlx_lm", "fuse", *map(str, paths)]
+    command = [sys.executable, "-P", "-m", "mlx_lm", "fuse", *map(str, paths)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 

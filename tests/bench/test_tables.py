@@ -65,5 +65,5 @@ def test_several_runs_and_their_machines() -> None:
     report = make_bench(environment=here, noise=0)
     assert machine(here) == "M9, 8 cores, 16.00 GB, macOS 99"
     found = comparison({"a.json": report, "b.json": make_bench()})
-    assert found.rows[0] == ("a.json\n  M9", "p32 g4", "12.1 ms", "10.1 ms", found.rows[0][-1])
+    assert found.rows[0] == ("a.json (M9)", "p32 g4", "12.1 ms", "10.1 ms", found.rows[0][-1])
     assert found.rows[0][-1] == "1.200 [1.200, 1.200]"

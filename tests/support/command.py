@@ -30,11 +30,15 @@ def exit_code(patch: pytest.MonkeyPatch, *arguments: str) -> int:
     """Run ``mlx-fusekit`` here, where nothing has to be imported again, to where it exits."""
     patch.setattr(sys, "argv", ["mlx-fusekit", *arguments])
     patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    handler = signal.getsignal(signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    hook = sys.unraisablehook
     try:
         with pytest.raises(SystemExit) as ended:
             main()
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        sys.unraisablehook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     assert isinstance(ended.value.code, int)
     return ended.value.code

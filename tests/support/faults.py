@@ -42,9 +42,11 @@ def killed_before(call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
 
 
 def killed_after(call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """The process dies after the call."""
-    call(*arguments)
-    os.kill(os.getpid(), signal.SIGKILL)
+    """The process dies after the call, whatever came of it."""
+    try:
+        call(*arguments)
+    finally:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 #: By name; all but the last two can happen within this process.

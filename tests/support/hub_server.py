@@ -12,11 +12,14 @@ COMMIT = "1234567890abcdef1234567890abcdef12345678"
 
 
 class Hub:
-    """Serves folders as repositories; ``refusals`` maps a repository to a status and error code."""
+    """Serves folders as repositories; ``refusals`` maps a repository to a status and error code,
+    ``nonsense`` to the body of every answer.
+    """
 
     def __init__(self, repositories: dict[str, Path]) -> None:
         self.repositories = repositories
         self.refusals: dict[str, tuple[int, str]] = {}
+        self.nonsense: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         hub = self
 
@@ -46,7 +49,9 @@ class Hub:
         if parts[:2] == ["api", "models"]:
             parts = parts[2:]
         repo, rest = "/".join(parts[:2]), parts[2:]
-        if repo in self.refusals or repo not in self.repositories or not rest:
+        if repo in self.nonsense:
+            send(request, 200, self.nonsense[repo], {"Content-Type": "application/json"})
+        elif repo in self.refusals or repo not in self.repositories or not rest:
             status, code = self.refusals.get(repo, (404, "RepoNotFound"))
             send(request, status, b"{}", {"X-Error-Code": code})
         elif rest[0] == "revision" and rest[1] not in ("main", "v1", COMMIT):
