@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fusekit.checkpoint.belongings import CARD_NAME
-from mlx_fusekit.checkpoint.recipe import RECIPE_NAME, as_text
+from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError, ConfigurationError, HubError
 from mlx_fusekit.progress import StepProgress
 from mlx_fusekit.publishing import upload as hub_upload
 from mlx_fusekit.publishing.card import Card, CardFacts, write_card
 from mlx_fusekit.publishing.evidence import read_evidence
 from mlx_fusekit.publishing.files import LeftOut, PublishedFile, PublishedModel
-from mlx_fusekit.publishing.foreign_text import public_source
 from mlx_fusekit.publishing.licenses import License, languages_of
 
 _MAIN = "main"
@@ -126,7 +125,9 @@ def publish(
         CardFacts(repo_id, model, evidence, asked, trust_remote_code=trust_remote_code), card
     )
     warnings = (*_warnings(facts, card), *_replaced(own_card, there))
-    report = _planned(facts, write_card(facts, card), revision, public, warnings)
+    written = write_card(facts, card)
+    model.refuse_private(CARD_NAME, written)
+    report = _planned(facts, written, revision, public, warnings)
     if not dry_run:
         report = _upload(model, report, public, create_pr, commit_message, progress)
     return replace(report, seconds=time.perf_counter() - start)
@@ -188,7 +189,7 @@ def _planned(
 def _warnings(facts: CardFacts, card: Card | None) -> Iterator[str]:
     yield from facts.model.warnings
     yield from facts.evidence.warnings
-    if _public_recipe(facts.model) is not None:
+    if facts.model.public_recipe is not None:
         yield f"{RECIPE_NAME} is published without the folder of the calibration text"
     if facts.license is None:
         yield "the license is not known; name it with --license, as the base's asks for"
@@ -224,19 +225,6 @@ def _base_card(base_id: str | None) -> Mapping[str, Any]:
     return {}
 
 
-def _public_recipe(model: PublishedModel) -> str | None:
-    """``fusekit.json`` without folders of this machine; None where the file itself has none."""
-    recipe = model.recipe or {}
-    calibration = recipe.get("calibration")
-    source = calibration.get("source") if isinstance(calibration, dict) else None
-    if not isinstance(calibration, dict) or not isinstance(source, str):
-        return None
-    shown = public_source(source).strip("`")
-    if shown == source:
-        return None
-    return as_text({**recipe, "calibration": {**calibration, "source": shown}})
-
-
 def _upload(
     model: PublishedModel,
     report: PublishReport,
@@ -261,6 +249,11 @@ def _upload(
             create_pr=create_pr,
             revision=report.revision,
         )
+    if (changed := model.changed_weights()) is not None:
+        raise CheckpointError(
+            f"{changed}: was changed while it was uploaded, so that {made.commit_url} may have "
+            "some of each; publish it again"
+        )
     if progress is not None:
         progress("uploading", report.bytes, report.bytes)
     return replace(
@@ -276,13 +269,12 @@ def _upload(
 
 
 def _lay_out(model: PublishedModel, card: str, staging: Path) -> None:
-    """What is uploaded, and nothing else: links to the files, and what is written for the Hub."""
-    recipe = _public_recipe(model)
+    """What is uploaded, and nothing else: the texts that were checked, links to the weights."""
     for name in model.names:
         target = staging / name
         target.parent.mkdir(exist_ok=True)
-        if name == RECIPE_NAME and recipe is not None:
-            target.write_text(recipe, "utf-8")
+        if (content := model.checked(name)) is not None:
+            target.write_bytes(content)
         else:
             target.symlink_to((model.folder / name).resolve())
     (staging / CARD_NAME).write_text(card, "utf-8")

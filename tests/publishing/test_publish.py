@@ -149,6 +149,65 @@ class TestCards:
             assert any("without the folder" in line for line in report.warnings)
 
 
+class TestWhatIsPrivate:
+    def test_the_recipe_without_the_folder_of_the_text(self, hub: UploadHub, fused: Path) -> None:
+        recipe = json.loads((fused / "fusekit.json").read_text())
+        recipe["calibration"] = {"source": str(fused / "text.txt"), "tokens": 100}
+        recipe["adapters"][0]["id"] = str(fused.parent / "adapter")
+        (fused / "fusekit.json").write_text(json.dumps(recipe))
+        message = 'fusekit.json: tells a path of this machine .*, at "adapters.id"'
+        refused(hub, CheckpointError, message, fused, REPO)
+        assert hub.requests == []
+
+    def test_a_card_on_the_hub(self, hub: UploadHub, fused: Path) -> None:
+        there = f"---\nlicense: mit\n---\nMade in {fused}."
+        hub.repositories[REPO] = Repository(True, {"main": {"README.md": there.encode()}})
+        message = "README.md: its text as it would be published tells a path of this machine"
+        refused(hub, CheckpointError, message, fused, REPO)
+        assert hub.writes == []
+
+
+class TestChangedMeanwhile:
+    @pytest.mark.parametrize("name", ["LICENSE", "config.json", "fusekit.json", WEIGHTS])
+    def test_after_it_was_checked(
+        self, hub: UploadHub, fused: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        (fused / "LICENSE").write_text("MIT License")
+        ask = hub.whoami
+
+        def answer_and_change(*request: Any, **names: str) -> None:
+            content = (fused / name).read_bytes()
+            (fused / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            ask(*request, **names)
+
+        monkeypatch.setattr(hub, "whoami", answer_and_change)
+        message = f"{name}: was changed after it was checked, and nothing was uploaded"
+        refused(hub, CheckpointError, message, fused, REPO)
+
+    def test_while_it_is_uploaded(
+        self, hub: UploadHub, fused: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (fused / "LICENSE").write_text("MIT License")
+        ask, weights = hub.preupload, (fused / WEIGHTS).read_bytes()
+
+        def answer_and_change(*request: Any, **names: str) -> None:
+            (fused / "LICENSE").write_text(f"MIT License of {fused}")
+            ask(*request, **names)
+
+        monkeypatch.setattr(hub, "preupload", answer_and_change)
+        publish(fused, REPO)
+        assert hub.repositories[REPO].files["LICENSE"] == b"MIT License"
+
+        def answer_and_touch(*request: Any, **names: str) -> None:
+            (fused / WEIGHTS).write_bytes(weights)
+            ask(*request, **names)
+
+        (fused / "LICENSE").unlink()
+        monkeypatch.setattr(hub, "preupload", answer_and_touch)
+        with pytest.raises(CheckpointError, match=f"{WEIGHTS}: was changed while it was uploaded"):
+            publish(fused, REPO)
+
+
 class TestPreflight:
     def test_what_is_wrong_here_is_refused_before_the_hub_is_asked(
         self, hub: UploadHub, fused: Path, tmp_path: Path
