@@ -1,11 +1,13 @@
 """From what a user names, a folder or a Hugging Face Hub id, to a local folder."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_fusekit.checkpoint.belongings import download_patterns
+from mlx_fusekit.checkpoint.recipe import holds_its_name
 from mlx_fusekit.errors import HubError
 
 if TYPE_CHECKING:
@@ -94,6 +96,7 @@ def _download(repo_id: str, revision: str | None, what: str, code: bool) -> Loca
     from huggingface_hub import errors, snapshot_download
 
     patterns = download_patterns(trust_remote_code=code)
+    before = _blobs(repo_id)
     at = f" at revision {revision}" if revision else ""
     try:
         path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
@@ -124,7 +127,42 @@ def _download(repo_id: str, revision: str | None, what: str, code: bool) -> Loca
         raise HubError(
             f"{what} {repo_id}: could not be downloaded ({type(error).__name__})"
         ) from error
+    except Exception as error:  # huggingface_hub takes the form of an answer for granted
+        raise HubError(
+            f"{what} {repo_id}: the Hub's answer makes no sense ({type(error).__name__}); try "
+            "again later"
+        ) from error
+    _check_arrived(path, before, f"{what} {repo_id}")
     return LocalFolder(path, repo_id, path.name)
+
+
+def _check_arrived(snapshot: Path, before: Collection[str], what: str) -> None:
+    """Refuse, and remove, a file that is not what the Hub lists; huggingface_hub looks at sizes.
+
+    Args:
+        snapshot: of links to blobs; large ones are named by their SHA-256.
+        before: names of the blobs that were there before the download.
+    """
+    for path in sorted(snapshot.rglob("*")):
+        blob = path.resolve()
+        if blob.parent.name != "blobs" or blob.name in before or not blob.is_file():
+            continue
+        if not holds_its_name(blob):
+            path.unlink()
+            blob.unlink()
+            raise HubError(
+                f"{what}: {path.relative_to(snapshot)} arrived damaged (its hash is not the one "
+                "that the Hub lists), and was removed; run it again to download it anew"
+            )
+
+
+def _blobs(repo_id: str) -> frozenset[str]:
+    """Names of the files that the cache has of a repository, be they complete or not."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
+    return frozenset(path.name for path in folder.glob("blobs/*"))
 
 
 def _refusal(what: str, repo_id: str, error: "HfHubHTTPError") -> HubError:
