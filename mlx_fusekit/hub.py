@@ -123,10 +123,9 @@ def _download(repo_id: str, revision: str | None, what: str, code: bool) -> Loca
         ) from error
     except errors.HfHubHTTPError as error:
         raise _refusal(what, repo_id, error) from error
-    except OSError as error:
-        raise HubError(
-            f"{what} {repo_id}: could not be downloaded ({type(error).__name__})"
-        ) from error
+    # The bases are the HTTP library's error, which is no OSError, and OSError.
+    except errors.HfHubHTTPError.__bases__ as error:  # type: ignore[misc]
+        raise HubError(f"{what} {repo_id}: could not be downloaded ({_cause(error)})") from error
     except Exception as error:  # huggingface_hub takes the form of an answer for granted
         raise HubError(
             f"{what} {repo_id}: the Hub's answer makes no sense ({type(error).__name__}); try "
@@ -154,6 +153,13 @@ def _check_arrived(snapshot: Path, before: Collection[str], what: str) -> None:
                 f"{what}: {path.relative_to(snapshot)} arrived damaged (its hash is not the one "
                 "that the Hub lists), and was removed; run it again to download it anew"
             )
+
+
+def _cause(error: BaseException) -> str:
+    """The system's words, and its file, or the kind of error; the text may hold addresses."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return type(error).__name__
+    return error.strerror + (f": {error.filename}" if error.filename else "")
 
 
 def _blobs(repo_id: str) -> frozenset[str]:

@@ -281,9 +281,17 @@ def test_a_damaged_file_is_refused_and_removed(
     assert resolve(TINY).path / weights.name == arrived
 
 
-@pytest.mark.parametrize("answer", ["short", "refused", "dropped", "loop"])
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("short", "arrived damaged"),
+        ("refused", "the Hub answered 500; try again later"),
+        ("dropped", "could not be downloaded"),
+        ("loop", "could not be downloaded"),
+    ],
+)
 def test_a_file_that_does_not_arrive(
-    online: Hub, tmp_path: Path, repositories: dict[str, Path], answer: str
+    online: Hub, tmp_path: Path, repositories: dict[str, Path], answer: str, message: str
 ) -> None:
     found = entry(repositories[TINY] / "model.safetensors", "model.safetensors")
     headers = {"ETag": f'"{found["lfs"]["oid"]}"', "X-Repo-Commit": COMMIT}
@@ -293,7 +301,7 @@ def test_a_file_that_does_not_arrive(
         "dropped": None,
         "loop": (302, b"", {"Location": f"/{TINY}/resolve/main/model.safetensors"}),
     }[answer]
-    refused(tmp_path)
+    refused(tmp_path, message)
     online.answers.clear()
     assert (resolve(TINY).path / "model.safetensors").stat().st_size == found["size"]
 

@@ -77,7 +77,7 @@ class Private:
         places = [os.curdir, os.environ.get("PWD", os.curdir), _hub_cache(), *map(str, folders)]
         lying = {spelling for place in places for spelling in _spellings(place)}
         held = {str(parent) for place in lying for parent in PurePath(place).parents}
-        temporary = set(_spellings(tempfile.gettempdir()))
+        temporary = _spellings(_temporary())
         known = {p for p in lying | temporary if len(_parts(p)) > (2 if _is_system(p) else 1)}
         known |= {p for p in held if len(_parts(p)) > 1 and not _is_system(p)}
         known = (known | homes) - set(_SHARED)
@@ -262,6 +262,13 @@ def _account_homes() -> set[str]:
 
         return _spellings(pwd.getpwuid(os.getuid()).pw_dir)
     return set()
+
+
+def _temporary() -> str:
+    # There is none where the disk is full, say.
+    with contextlib.suppress(OSError):
+        return tempfile.gettempdir()
+    return "/"
 
 
 def _hub_cache() -> str:

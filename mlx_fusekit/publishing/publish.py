@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_fusekit.checkpoint.belongings import CARD_NAME
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
-from mlx_fusekit.errors import CheckpointError, ConfigurationError, HubError
+from mlx_fusekit.errors import CheckpointError, ConfigurationError, HubError, OutputError
 from mlx_fusekit.progress import StepProgress
 from mlx_fusekit.publishing import upload as hub_upload
 from mlx_fusekit.publishing.card import Card, CardFacts, write_card
@@ -106,8 +106,10 @@ def publish(
 
     Raises:
         ConfigurationError: for a flag or report that does not fit.
-        CheckpointError: for a folder that is no complete, fused model.
+        CheckpointError: for a folder that is no complete, fused model, that tells a path of this
+            machine or a token, or that is changed meanwhile.
         HubError: when the Hub refuses or cannot be reached.
+        OutputError: when there is no room in the temporary folder.
     """
     start = time.perf_counter()
     hub_upload.check_name(repo)
@@ -240,10 +242,19 @@ def _upload(
         notes.append(f"{report.repo} exists and is private, and stays so")
     if progress is not None:
         progress("uploading", 0, report.bytes)
-    with tempfile.TemporaryDirectory(prefix="fusekit-publish-") as staging:
-        _lay_out(model, report.card, Path(staging))
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = tempfile.TemporaryDirectory(prefix="fusekit-publish-")
+            staging = Path(stack.enter_context(folder))
+            _lay_out(model, report.card, staging)
+        except OSError as error:
+            raise OutputError(
+                f"{error.filename or 'the temporary folder'}: cannot be written "
+                f"({error.strerror}), and nothing was uploaded; make room there, or set TMPDIR to "
+                "another folder"
+            ) from error
         made = hub_upload.upload(
-            Path(staging),
+            staging,
             report.repo,
             commit_message=commit_message or f"Upload {model.folder.resolve().name}",
             create_pr=create_pr,

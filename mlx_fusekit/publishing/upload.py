@@ -300,8 +300,7 @@ def _explained(error: BaseException, again: str) -> str:
     failures = (*HfHubHTTPError.__bases__, RuntimeError)
     if any(isinstance(link, failures) and not isinstance(link, RecursionError) for link in chain):
         return "; ".join(filter(None, (f"the connection to the Hub failed ({said})", again)))
-    name = type(bottom).__name__
-    shown = said if said == name else f"{name}: {said}"
+    shown = _readable(f"{type(error).__name__}: {error}")
     return f"the Hub's answer makes no sense ({shown}); {again or 'try again later'}"
 
 

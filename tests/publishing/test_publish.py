@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ import pytest
 from support.hub_upload_server import TOKEN, USER, Fault, Repository, UploadHub
 
 from mlx_fusekit import PublishReport, export_gguf, publish
-from mlx_fusekit.errors import CheckpointError, ConfigurationError, FusekitError, HubError
+from mlx_fusekit.errors import (
+    CheckpointError,
+    ConfigurationError,
+    FusekitError,
+    HubError,
+    OutputError,
+)
+from mlx_fusekit.publishing.private import Private
 
 REPO = f"{USER}/sql-model"
 WEIGHTS = "model.safetensors"
@@ -159,6 +167,24 @@ class TestWhatIsPrivate:
         refused(hub, CheckpointError, message, fused, REPO)
         assert hub.requests == []
 
+    def test_what_requests_say_of_this_machine(
+        self, hub: UploadHub, fused: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        route, told = hub.route, []
+
+        def listen(request: Any, path: str, body: bytes) -> None:
+            told.extend(f"{name}: {value}" for name, value in request.headers.items())
+            told.append(request.path + body.decode(errors="replace"))
+            route(request, path, body)
+
+        monkeypatch.setattr(hub, "route", listen)
+        publish(fused, REPO)
+        assert any("user-agent: mlx-fusekit" in line.lower() for line in told)
+        private = Private.of_machine(fused)
+        for line in told:
+            if not line.lower().startswith("authorization: "):
+                assert private.in_text(line) is None
+
     def test_a_card_on_the_hub(self, hub: UploadHub, fused: Path) -> None:
         there = f"---\nlicense: mit\n---\nMade in {fused}."
         hub.repositories[REPO] = Repository(True, {"main": {"README.md": there.encode()}})
@@ -206,6 +232,14 @@ class TestChangedMeanwhile:
         monkeypatch.setattr(hub, "preupload", answer_and_touch)
         with pytest.raises(CheckpointError, match=f"{WEIGHTS}: was changed while it was uploaded"):
             publish(fused, REPO)
+
+
+def test_no_room_for_what_is_laid_out(
+    hub: UploadHub, fused: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    message = "gone/fusekit-publish-.* cannot be written .*, and nothing was uploaded; make room"
+    refused(hub, OutputError, message, fused, REPO)
 
 
 class TestPreflight:
