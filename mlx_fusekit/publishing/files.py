@@ -7,7 +7,7 @@ beside it is never uploaded by mistake.
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -113,19 +113,22 @@ class PublishedModel:
     states: Mapping[str, "_State"] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, *, trust_remote_code: bool = False) -> "PublishedModel":
+    def open(
+        cls, folder: Path, *, trust_remote_code: bool = False, sources: Collection[Path] = ()
+    ) -> "PublishedModel":
         """Check a folder, and choose its files; reads headers and settings only.
 
         Args:
             folder: a model that mlx-lm loads, with GGUF files or without; or GGUF files alone.
             trust_remote_code: whether the model's own ``*.py`` go along.
+            sources: folders that it was made of, of which its files may not tell either.
 
         Raises:
             CheckpointError: when it is not complete, is not fused, or would tell a path.
         """
         # Before anything is read: what is checked below is what lies there now, or later is not.
         states = _states(folder)
-        private = Private.of_machine(folder)
+        private = Private.of_machine(folder, *sources)
         ggufs = _read_ggufs(folder, private)
         only_gguf = ggufs and not any(
             path.name == "config.json" or path.match("model*.safetensors")
@@ -276,6 +279,16 @@ def _refuse(path: Path, told: str | None, where: str = "") -> None:
     if told is not None:
         part = f"its {where} " if where else ""
         raise CheckpointError(f"{path}: {part}tells {told}; remove it before publishing")
+
+
+def refuse_private_files(folder: Path, names: Iterable[str], private: Private) -> None:
+    """Refuse files of a base, none of them weights, that would not be published.
+
+    Raises:
+        CheckpointError: naming the file and what it tells.
+    """
+    for name in names:
+        _refuse(folder / name, private.in_file(name, _read(folder, name)))
 
 
 def _open_fused(folder: Path, trust_remote_code: bool) -> Checkpoint:

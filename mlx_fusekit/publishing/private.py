@@ -1,8 +1,9 @@
 """What must not leave this machine: where things lie on it, and tokens of the Hub.
 
 A path counts as this machine's when it leads to the user's home, the temporary folder, the current
-folder, the Hub's cache or the model, or to a folder that one of these lies in. What every machine
-has (``/usr``, ``/tmp``) does not.
+folder, the Hub's cache or the model, or to a folder that one of these lies in. Of a folder that
+others may have as well (``/tmp``, ``/mnt/data``), only what lies in it now counts, and what every
+machine has (``/usr``) does not.
 """
 
 import contextlib
@@ -73,19 +74,25 @@ class Private:
             folders: that are private besides, with the folders that they lie in.
         """
         homes = {*_spellings("~"), *_account_homes()} - {"/"}
+        own = {s for folder in (*map(str, folders), _hub_cache()) for s in _spellings(folder)}
         # PWD is how the current folder was called, where that leads through links.
-        places = [os.curdir, os.environ.get("PWD", os.curdir), _hub_cache(), *map(str, folders)]
-        lying = {spelling for place in places for spelling in _spellings(place)}
+        where = [os.curdir, os.environ.get("PWD", os.curdir), _temporary()]
+        lying = own | {spelling for folder in where for spelling in _spellings(folder)}
         held = {str(parent) for place in lying for parent in PurePath(place).parents}
-        temporary = _spellings(_temporary())
-        known = {p for p in lying | temporary if len(_parts(p)) > (2 if _is_system(p) else 1)}
-        known |= {p for p in held if len(_parts(p)) > 1 and not _is_system(p)}
-        known = (known | homes) - set(_SHARED)
-        shared = {p for p in lying | held | temporary if p != "/" and not _is_system(p)} - known
+        deep = {p for p in lying if len(_parts(p)) > 2}
+        deep |= {p for p in held if len(_parts(p)) > 2 and not _is_system(p)}
+        deep |= {p for p in own if len(_parts(p)) == 2 and not _is_system(p)}
+        known = (deep | homes) - set(_SHARED)
+        shared = {p for p in lying | held if p != "/" and not _is_system(p)} - known
+        shared |= set(_SHARED)
         users = {_account(), *(PurePath(home).name for home in homes)}
         return cls(
             places=frozenset(known),
-            shared={place: _names_in(place) for place in sorted(shared | set(_SHARED))},
+            # The longest first; of one in another, its own names count.
+            shared={
+                place: frozenset(n for n in _names_in(place) if f"{place}/{n}" not in shared)
+                for place in sorted(shared, reverse=True)
+            },
             users=frozenset(users - {"", *_ANYBODY}),
             token=_hub_token(),
         )

@@ -8,7 +8,7 @@ uploaded is laid out beside it, as links to its files.
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ def publish(
     dry_run: bool = False,
     progress: StepProgress | None = None,
     licence: str | None = None,
+    sources: Collection[Path] = (),
 ) -> PublishReport:
     """Upload a fused model, and its GGUF files if there are any, with a model card.
 
@@ -103,6 +104,7 @@ def publish(
         progress: called with the step, and how many bytes of it are done and there are in all.
             huggingface_hub draws bars of its own on a terminal.
         licence: ``license``, as it was spelt before.
+        sources: folders of base and adapters, of which no file may tell either where they lie.
 
     Raises:
         ConfigurationError: for a flag or report that does not fit.
@@ -116,7 +118,9 @@ def publish(
     _check_branch(revision, create_pr)
     identifier = licence if license is None else license
     asked = None if identifier is None else License.asked(identifier)
-    model = PublishedModel.open(Path(path).expanduser(), trust_remote_code=trust_remote_code)
+    model = PublishedModel.open(
+        Path(path).expanduser(), trust_remote_code=trust_remote_code, sources=sources
+    )
     evidence = read_evidence(model, repo, verify_report, bench_report)
     own_card = _own_card(model)
     # Nothing was asked of the Hub so far.

@@ -26,7 +26,17 @@ def private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Private:
     monkeypatch.setattr(getpass, "getuser", lambda: "jane")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "/data/hub")
     monkeypatch.chdir(tmp_path)
-    return Private.of_machine(Path("/data/models/sql"))
+    there = {
+        "/data": ["models", "hub"],
+        "/data/models": ["sql", "base"],
+        "/mnt": ["data", "disk"],
+        "/mnt/data": ["llama", "qwen"],
+        "/mnt/disk": ["work", "adapters"],
+    }
+    monkeypatch.setattr(
+        "mlx_fusekit.publishing.private._names_in", lambda folder: frozenset(there.get(folder, ()))
+    )
+    return Private.of_machine(Path("/data/models/sql"), Path("/mnt/data/llama"))
 
 
 PATHS = {
@@ -54,9 +64,12 @@ PATHS = {
     "of the account on WSL": "/mnt/c/Users/jane/runs",
     "the model": "/data/models/sql/config.json",
     "beside the model": "/data/models/base",
+    "its source": "/mnt/data/llama",
     "the Hub's cache": "/data/hub/models--me--secret/snapshots",
     "where the command runs": "/mnt/disk/work/base",
+    "beside its source": "/mnt/data/qwen",
     "beside where the command runs": "/mnt/disk/adapters",
+    "where the home is": "/home/jane/../jane",
 }
 
 
@@ -78,7 +91,8 @@ USUAL = {
     "an address": "https://example.com/home/jane/x and http://x.org/data/models/sql",
     "a longer name": "/home/janet /home/jane-doe /home/jane_doe /home/jane.doe ~janet/x",
     "a relative path": "src/home/jane ./home/jane ../home/jane",
-    "a first part": "/home /data /mnt /tmp /data/",
+    "a first part": "/home /data /mnt /tmp /data/ /data/models /mnt/disk",
+    "what is not beside the model": "/data/models/other, /data/other; the drive at '/mnt/data'",
     "what is not in the temporary folder": "/tmp/foo.txt /tmp/output/x /var/tmp/x",
     "a name": "jane Jane's ~jane",
     "another's": r"/home/trainer/llama C:\Users\trainer\llama /Users/trainer/x",
