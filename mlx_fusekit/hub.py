@@ -1,10 +1,11 @@
 """From what a user names, a folder or a Hugging Face Hub id, to a local folder."""
 
+import contextlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_fusekit.checkpoint.belongings import download_patterns
 from mlx_fusekit.checkpoint.recipe import holds_its_name
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+#: How long an answer may stay out, in seconds.
+_TIMEOUT = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +101,11 @@ def _download(repo_id: str, revision: str | None, what: str, code: bool) -> Loca
     from huggingface_hub import errors, snapshot_download
 
     patterns = download_patterns(trust_remote_code=code)
-    before = _blobs(repo_id)
     at = f" at revision {revision}" if revision else ""
     try:
-        path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        before = _blobs(repo_id)
+        with patience():
+            path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError as error:
         raise HubError(
             f"{what} {repo_id}: access is gated; ask for it on the model's page, "
@@ -126,10 +132,12 @@ def _download(repo_id: str, revision: str | None, what: str, code: bool) -> Loca
     # The bases are the HTTP library's error, which is no OSError, and OSError.
     except errors.HfHubHTTPError.__bases__ as error:  # type: ignore[misc]
         raise HubError(f"{what} {repo_id}: could not be downloaded ({_cause(error)})") from error
+    except errors.HFValidationError as error:
+        raise HubError(f"{what} {repo_id}: no name of a repository; check it") from error
     except Exception as error:  # huggingface_hub takes the form of an answer for granted
         raise HubError(
             f"{what} {repo_id}: the Hub's answer makes no sense ({type(error).__name__}); try "
-            "again later"
+            "again later, or check HF_ENDPOINT"
         ) from error
     _check_arrived(path, before, f"{what} {repo_id}")
     return LocalFolder(path, repo_id, path.name)
@@ -153,6 +161,29 @@ def _check_arrived(snapshot: Path, before: Collection[str], what: str) -> None:
                 f"{what}: {path.relative_to(snapshot)} arrived damaged (its hash is not the one "
                 "that the Hub lists), and was removed; run it again to download it anew"
             )
+
+
+@contextlib.contextmanager
+def patience() -> Iterator[None]:
+    """Let huggingface_hub wait for each answer for a while, and not without end."""
+    from huggingface_hub import get_session
+
+    # Not as the session's timeout: most requests are made with none, explicitly.
+    session = get_session()
+    hooks = session.event_hooks
+    session.event_hooks = {**hooks, "request": [*hooks.get("request", ()), _bound]}
+    try:
+        yield
+    finally:
+        session.event_hooks = hooks
+
+
+def _bound(request: Any) -> None:
+    limits = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {
+        kind: _TIMEOUT if limits.get(kind) is None else limits[kind]
+        for kind in ("connect", "read", "write", "pool")
+    }
 
 
 def _cause(error: BaseException) -> str:

@@ -231,6 +231,12 @@ def refused(tmp_path: Path, message: str = TINY) -> None:
     assert {path.name for path in tmp_path.glob("cache/*")} <= {"hub"}
 
 
+def test_what_no_repository_is_called(online: Hub) -> None:
+    with pytest.raises(HubError, match="--model owner/a--b: no name of a repository"):
+        resolve("owner/a--b")
+    assert online.requests == []
+
+
 @pytest.mark.parametrize(("status", "odd"), ANSWERS)
 @pytest.mark.parametrize("request_", ["/revision/", "/tree/"])
 def test_an_answer_that_makes_no_sense(
@@ -244,6 +250,12 @@ def test_an_answer_that_makes_no_sense(
     else:  # a listing of nothing is one
         assert odd in ("a list", "an empty object")
         assert list(found.path.glob("*")) == []
+
+
+def test_no_answer_at_all(online: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_fusekit.hub._TIMEOUT", 0.1)
+    monkeypatch.setattr(online, "answer", lambda _: time.sleep(0.5))
+    refused(tmp_path, "the Hub cannot be reached")
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,9 @@ def _in_line(text: str, what: str, start: int) -> str:
 def _shown(text: str, start: int) -> str:
     """A path that begins there, on one line and of moderate length."""
     found = _REST.match(text, start)
-    path = "".join(c if c.isprintable() else "?" for c in (found[0] if found else "")).rstrip(".")
+    # The slashes of file:// are no part of it.
+    path = re.sub(r"^(?:file:)?/+", "/", found[0] if found else "").rstrip(".")
+    path = "".join(letter if letter.isprintable() else "?" for letter in path)
     return path if len(path) <= _SHOWN else f"{path[:_SHOWN]}…"
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_fusekit.checkpoint.belongings import CARD_NAME
 from mlx_fusekit.errors import ConfigurationError, HubError
+from mlx_fusekit.hub import patience
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -270,7 +271,8 @@ def _as_hub_errors(repo: str, again: str = "") -> Iterator[None]:
     from huggingface_hub import errors
 
     try:
-        yield
+        with patience():
+            yield
     except HubError:
         raise
     except errors.OfflineModeIsEnabled as error:

@@ -110,6 +110,7 @@ def test_usual_text_is_not(private: Private, text: str) -> None:
 def test_what_is_said_of_it(private: Private) -> None:
     text = b"one\ntwo\nin (/home/jane/a;b\x1b[31m) " + b"x" * 1000
     assert private.in_file("LICENSE", text) == "a path of this machine (/home/jane/a), in line 3"
+    assert private.in_text("file:///home/jane/x.") == "a path of this machine (/home/jane/x)"
     long = json.dumps({"text_config": {"a b": ["", "\x1b/home/jane/" + "y" * 1000]}}).encode()
     told = private.in_file("config.json", long)
     assert told is not None

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
 from support.hub_upload_server import TOKEN, USER, Commit, Fault, Repository, UploadHub
@@ -39,6 +40,14 @@ def send(folder: Path, repo: str = REPO, **options: bool | str) -> Uploaded:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def publish_all(folder: Path) -> None:
+    """Everything that publishing asks the Hub, in its order."""
+    repo = check_access("sql-model")
+    read_card(repo)
+    open_repository(repo, public=False, revision="v2")
+    upload(folder, repo, commit_message="Mine", revision="v2")
 
 
 def fails(message: str, folder: Path) -> str:
@@ -147,10 +156,7 @@ class TestMalformedAnswers:
     ) -> None:
         hub.faults = [Fault(method, path, status, body=ODD[odd], times=99)]
         try:
-            repo = check_access("sql-model")
-            read_card(repo)
-            open_repository(repo, public=False, revision="v2")
-            upload(folder, repo, commit_message="Mine", revision="v2")
+            publish_all(folder)
         except HubError as error:
             text = str(error)
             assert text.startswith((f"{REPO}: ", "--repo sql-model: "))
@@ -183,6 +189,23 @@ class TestMalformedAnswers:
         with pytest.raises(HubError, match="the Hub does not say who can see it"):
             open_repository(REPO, public=False)
         assert hub.writes == []
+
+    # huggingface_hub itself waits for a card for ten seconds.
+    @pytest.mark.parametrize("request_", sorted(REQUESTS.keys() - {"the card"}))
+    def test_none_at_all(
+        self,
+        hub: UploadHub,
+        folder: Path,
+        waits: list[float],
+        monkeypatch: pytest.MonkeyPatch,
+        request_: str,
+    ) -> None:
+        monkeypatch.setattr("mlx_fusekit.hub._TIMEOUT", 0.1)
+        before = huggingface_hub.get_session().event_hooks
+        hub.faults = [Fault(*REQUESTS[request_], hang=True, times=99)]
+        with pytest.raises(HubError, match="the connection to the Hub failed"):
+            publish_all(folder)
+        assert huggingface_hub.get_session().event_hooks == before
 
     def test_a_loop_of_redirects(self, hub: UploadHub, waits: list[float]) -> None:
         there = {"Location": "/api/whoami-v2"}
