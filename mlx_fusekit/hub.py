@@ -1,12 +1,16 @@
 """From what a user names, a folder or a Hugging Face Hub id, to a local folder."""
 
+import contextlib
 import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_fusekit.checkpoint.belongings import download_patterns
+from mlx_fusekit.checkpoint.recipe import holds_its_name
 from mlx_fusekit.errors import HubError
+from mlx_fusekit.writing import calls
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -14,6 +18,10 @@ if TYPE_CHECKING:
 #: What huggingface_hub makes of an answer that is no JSON, or has other keys or types.
 _NONSENSE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError)
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+#: How long an answer may stay out, in seconds.
+_TIMEOUT = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +109,9 @@ def _download(repo_id: str, revision: str | None, what: str, code: bool) -> Loca
     patterns = download_patterns(trust_remote_code=code)
     at = f" at revision {revision}" if revision else ""
     try:
-        path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        before = _blobs(repo_id)
+        with patience():
+            path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError as error:
         raise HubError(
             f"{what} {repo_id}: access is gated; ask for it on the model's page, "
@@ -125,18 +135,77 @@ def _download(repo_id: str, revision: str | None, what: str, code: bool) -> Loca
         ) from error
     except errors.HfHubHTTPError as error:
         raise _refusal(what, repo_id, error) from error
-    except OSError as error:
-        raise HubError(
-            f"{what} {repo_id}: could not be downloaded ({type(error).__name__})"
-        ) from error
+    # The bases are the HTTP library's error, which is no OSError, and OSError.
+    except errors.HfHubHTTPError.__bases__ as error:  # type: ignore[misc]
+        raise HubError(f"{what} {repo_id}: could not be downloaded ({_cause(error)})") from error
     except errors.HFValidationError as error:
         raise HubError(f"{what} {repo_id}: no name of a repository; check it") from error
-    except _NONSENSE as error:
+    except Exception as error:  # huggingface_hub takes the form of an answer for granted
         raise HubError(
             f"{what} {repo_id}: the Hub's answer makes no sense ({type(error).__name__}); try "
             "again later, or check HF_ENDPOINT"
         ) from error
+    _check_arrived(path, before, f"{what} {repo_id}")
     return LocalFolder(path, repo_id, path.name)
+
+
+def _check_arrived(snapshot: Path, before: Collection[str], what: str) -> None:
+    """Refuse, and remove, a file that is not what the Hub lists; huggingface_hub looks at sizes.
+
+    Args:
+        snapshot: of links to blobs; large ones are named by their SHA-256.
+        before: names of the blobs that were there before the download.
+    """
+    for path in sorted(snapshot.rglob("*")):
+        blob = path.resolve()
+        if blob.parent.name != "blobs" or blob.name in before or not blob.is_file():
+            continue
+        if not holds_its_name(blob):
+            calls.unlink(path)
+            calls.unlink(blob)
+            raise HubError(
+                f"{what}: {path.relative_to(snapshot)} arrived damaged (its hash is not the one "
+                "that the Hub lists), and was removed; run it again to download it anew"
+            )
+
+
+@contextlib.contextmanager
+def patience() -> Iterator[None]:
+    """Let huggingface_hub wait for each answer for a while, and not without end."""
+    from huggingface_hub import get_session
+
+    # Not as the session's timeout: most requests are made with none, explicitly.
+    session = get_session()
+    hooks = session.event_hooks
+    session.event_hooks = {**hooks, "request": [*hooks.get("request", ()), _bound]}
+    try:
+        yield
+    finally:
+        session.event_hooks = hooks
+
+
+def _bound(request: Any) -> None:
+    limits = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {
+        kind: _TIMEOUT if limits.get(kind) is None else limits[kind]
+        for kind in ("connect", "read", "write", "pool")
+    }
+
+
+def _cause(error: BaseException) -> str:
+    """The system's words, and its file, or the kind of error; the text may hold addresses."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return type(error).__name__
+    return error.strerror + (f": {error.filename}" if error.filename else "")
+
+
+def _blobs(repo_id: str) -> frozenset[str]:
+    """Names of the files that the cache has of a repository, be they complete or not."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
+    return frozenset(path.name for path in folder.glob("blobs/*"))
 
 
 def _refusal(what: str, repo_id: str, error: "HfHubHTTPError") -> HubError:

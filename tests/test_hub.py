@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub.constants
+import huggingface_hub.utils._http
 import pytest
-from support.hub_server import COMMIT, Hub
+from support.hub_server import COMMIT, Hub, entry
 from support.tiny import make_adapter, make_model
 
 from mlx_fusekit.errors import HubError
@@ -224,6 +227,138 @@ def test_no_network_is_said(hub: Hub, tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "cannot be reached" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+# --- answers that make no sense ------------------------------------------------------------------
+
+TINY = "owner/tiny-4bit"
+ODD = {
+    "nothing": b"",
+    "no JSON": b"<html>maintenance</html>",
+    "half": b'{"sha": "12',
+    "null": b"null",
+    "a list": b"[]",
+    "a list of null": b"[null]",
+    "an empty object": b"{}",
+    "too deep": b"[" * 100_000,
+    "other types": json.dumps({"id": 7, "sha": [7], "siblings": 7, "error": [7]}).encode(),
+    "other entries": json.dumps([{"type": "file", "path": 7, "size": "x", "oid": []}]).encode(),
+}
+ANSWERS = [*((200, what) for what in ODD), (500, "a list"), (500, "no JSON"), (404, "no JSON")]
+
+
+@pytest.fixture
+def online(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    """A Hub that this process talks to, with an empty cache."""
+    constants = huggingface_hub.constants
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    clock = type("Clock", (), {"sleep": staticmethod(lambda _: None), "time": time.time})
+    monkeypatch.setattr(huggingface_hub.utils._http, "time", clock)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return hub
+
+
+def refused(tmp_path: Path, message: str = TINY) -> None:
+    """Resolving must fail with one line, and write nothing outside the cache."""
+    with pytest.raises(HubError, match=message) as caught:
+        resolve(TINY)
+    text = str(caught.value)
+    assert text.startswith(f"--model {TINY}")
+    assert "\n" not in text
+    assert TOKEN not in text
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["cache"])
+    assert {path.name for path in tmp_path.glob("cache/*")} <= {"hub"}
+
+
+def test_what_no_repository_is_called(online: Hub) -> None:
+    with pytest.raises(HubError, match="--model owner/a--b: no name of a repository"):
+        resolve("owner/a--b")
+    assert online.requests == []
+
+
+@pytest.mark.parametrize(("status", "odd"), ANSWERS)
+@pytest.mark.parametrize("request_", ["/revision/", "/tree/"])
+def test_an_answer_that_makes_no_sense(
+    online: Hub, tmp_path: Path, request_: str, status: int, odd: str
+) -> None:
+    online.answers[request_] = (status, ODD[odd], {"Content-Type": "application/json"})
+    try:
+        found = resolve(TINY)
+    except HubError:
+        refused(tmp_path)
+    else:  # a listing of nothing is one
+        assert odd in ("a list", "an empty object")
+        assert list(found.path.glob("*")) == []
+
+
+def test_no_answer_at_all(online: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_fusekit.hub._TIMEOUT", 0.1)
+    monkeypatch.setattr(online, "answer", lambda _: time.sleep(0.5))
+    refused(tmp_path, "the Hub cannot be reached")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../../../../../out.json", "/out.json", "a/../../../../../out.json", "", "..", "a\0b.json"],
+)
+def test_a_listing_with_a_way_out(online: Hub, tmp_path: Path, path: str) -> None:
+    listed = [{"type": "file", "path": path, "size": 2, "oid": "1" * 40}]
+    online.answers["/tree/"] = (200, json.dumps(listed).encode(), {})
+    headers = {"ETag": f'"{"1" * 40}"', "X-Repo-Commit": COMMIT}
+    online.answers["/resolve/"] = (200, b"{}", headers)
+    try:
+        assert list(resolve(TINY).path.glob("*")) == []  # of no name that is taken
+    except HubError:
+        refused(tmp_path)
+    assert not list(tmp_path.rglob("out.json"))
+    assert not Path("/out.json").exists()
+
+
+def test_a_damaged_file_is_refused_and_removed(
+    online: Hub, tmp_path: Path, repositories: dict[str, Path]
+) -> None:
+    """huggingface_hub compares sizes; the recipe names what was read by its SHA-256."""
+    weights = repositories[TINY] / "model.safetensors"
+    found = entry(weights, weights.name)
+    damaged = bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:]
+    headers = {"ETag": f'"{found["lfs"]["oid"]}"', "X-Repo-Commit": COMMIT}
+    online.answers["/resolve/.*model.safetensors"] = (200, damaged, headers)
+    refused(tmp_path, "model.safetensors arrived damaged .* and was removed")
+    online.answers.clear()
+    arrived = resolve(TINY).path / weights.name
+    assert arrived.read_bytes() == weights.read_bytes()
+    # What was there before is not read again, though it may be damaged since.
+    arrived.resolve().write_bytes(damaged)
+    assert resolve(TINY).path / weights.name == arrived
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("short", "arrived damaged"),
+        ("refused", "the Hub answered 500; try again later"),
+        ("dropped", "could not be downloaded"),
+        ("loop", "could not be downloaded"),
+    ],
+)
+def test_a_file_that_does_not_arrive(
+    online: Hub, tmp_path: Path, repositories: dict[str, Path], answer: str, message: str
+) -> None:
+    found = entry(repositories[TINY] / "model.safetensors", "model.safetensors")
+    headers = {"ETag": f'"{found["lfs"]["oid"]}"', "X-Repo-Commit": COMMIT}
+    online.answers["/resolve/.*model.safetensors"] = {
+        "short": (200, b"short", headers),
+        "refused": (500, b"no", {}),
+        "dropped": None,
+        "loop": (302, b"", {"Location": f"/{TINY}/resolve/main/model.safetensors"}),
+    }[answer]
+    refused(tmp_path, message)
+    online.answers.clear()
+    assert (resolve(TINY).path / "model.safetensors").stat().st_size == found["size"]
 
 
 # --- folders here -----------------------------------------------------------------------------

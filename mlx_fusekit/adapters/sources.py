@@ -125,6 +125,11 @@ class Sources:
     adapter: Adapter
 
     @property
+    def folders(self) -> tuple[Path, ...]:
+        """All that was opened."""
+        return (self.model.path, *(choice.folder.path for choice in self.choices))
+
+    @property
     def adapter_names(self) -> tuple[str, ...]:
         """Of each adapter, what may be told of it: never a path of this machine."""
         return tuple(choice.folder.public_name for choice in self.choices)

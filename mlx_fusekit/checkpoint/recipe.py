@@ -33,6 +33,14 @@ def sha256(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
     return digest.hexdigest()
 
 
+def holds_its_name(blob: Path) -> bool:
+    """Whether a blob of the Hub's cache is what its name says; only large ones are asked."""
+    if not _LFS_BLOB.fullmatch(blob.name):
+        return True
+    with open(blob, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == blob.name
+
+
 def versions() -> dict[str, str]:
     """Installed versions of what the result depends on."""
     found = {}

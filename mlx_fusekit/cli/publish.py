@@ -54,7 +54,8 @@ def command(as_json: bool, path: str, repo: str, **options: Any) -> int:
 
     Uploads what belongs to a model (weights, tokenizer, settings, license, GGUF files) and lists
     what stays. The card says what was fused into what, how close and how fast it is, and how to
-    run it; text that you wrote into it is kept. Log in with `hf auth login`, or set HF_TOKEN.
+    run it; text that you wrote into it is kept. A file that names a path of this machine, or holds
+    a token of the Hub, is refused. Log in with `hf auth login`, or set HF_TOKEN.
     An upload that was interrupted goes on when the same command is run again.
     """
     try:

@@ -2,11 +2,12 @@
 
 import contextlib
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from mlx_fusekit.checkpoint.base import BaseModel
+from mlx_fusekit.checkpoint.belongings import Step, belongs
 from mlx_fusekit.errors import FusekitError
 from mlx_fusekit.fusing.options import FuseOptions
 from mlx_fusekit.fusing.report import FuseReport
@@ -50,6 +51,30 @@ def check(
     return tuple(notes)
 
 
+def check_texts(
+    sources: Sequence[Path], copied: Collection[str], target: Path, options: FuseOptions
+) -> None:
+    """Refuse files of the base that would not be uploaded, before anything is fused.
+
+    Args:
+        sources: folders of the base, and of the adapters.
+        copied: names of the base's files that go along.
+        target: folder of the fused model.
+        options: what was asked for.
+
+    Raises:
+        CheckpointError: naming the file and what it tells of this machine.
+    """
+    if options.upload_repo is not None:
+        from mlx_fusekit.publishing.files import refuse_private_files
+        from mlx_fusekit.publishing.private import Private
+
+        # Code comes along only where it is trusted.
+        names = [name for name in copied if belongs(name, Step.PUBLISH, trust_remote_code=True)]
+        private = Private.of_machine(target, *sources)
+        refuse_private_files(sources[0], ["config.json", *names], private)
+
+
 def check_upload(options: FuseOptions) -> None:
     """Refuse a repository that cannot be written to; asks the Hub.
 
@@ -63,13 +88,19 @@ def check_upload(options: FuseOptions) -> None:
 
 
 def bring(
-    report: FuseReport, options: FuseOptions, *, trusted: bool, progress: StepProgress | None
+    report: FuseReport,
+    options: FuseOptions,
+    *,
+    sources: Sequence[Path],
+    trusted: bool,
+    progress: StepProgress | None,
 ) -> FuseReport:
     """Export and upload what was fused.
 
     Args:
         report: of the fuse.
         options: what was asked for.
+        sources: folders of the base, and of the adapters.
         trusted: whether the model's own code may run, and goes along.
         progress: told of the export.
 
@@ -100,14 +131,16 @@ def bring(
         kept = "does not hold" if report.calibration else "was not measured"
         note = f"not uploaded, since --max-kl {kept}; {line}"
         return replace(report, warnings=(*report.warnings, note))
-    return _uploaded(report, target, options.upload_repo, trusted=trusted)
+    return _uploaded(report, target, options.upload_repo, sources, trusted=trusted)
 
 
-def _uploaded(report: FuseReport, target: Path, repo: str, *, trusted: bool) -> FuseReport:
+def _uploaded(
+    report: FuseReport, target: Path, repo: str, sources: Sequence[Path], *, trusted: bool
+) -> FuseReport:
     from mlx_fusekit.publishing.publish import publish
 
     with _saying(_how_to_publish(target, repo)):
-        published = publish(target, repo, trust_remote_code=trusted)
+        published = publish(target, repo, trust_remote_code=trusted, sources=sources)
     warnings = (*report.warnings, *published.warnings)
     return replace(report, published=published, warnings=warnings)
 

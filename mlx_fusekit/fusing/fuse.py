@@ -158,7 +158,9 @@ class PreparedFuse:
             calibration=calibrated,
         )
         trusted = self.sources.model.trusted
-        return destinations.bring(report, self.options, trusted=trusted, progress=progress)
+        return destinations.bring(
+            report, self.options, sources=self.sources.folders, trusted=trusted, progress=progress
+        )
 
     def _made_ready(self, progress: StepProgress | None) -> tuple[Self, Prepared | None]:
         """This fuse, with the widths and the strategy that came of it, and the strategy, ready."""
@@ -272,6 +274,7 @@ def prepare_fuse(
     )
     strategy, notes = chosen_strategy(plan, sources.model, asked)
     notes += destinations.check(sources.base, path, asked, named.folders)
+    destinations.check_texts(named.folders, companions.copied, path, asked)
     notes += tuple(_beside_the_text(plan, text_only=asked.text_only))
     return PreparedFuse(
         sources=sources,

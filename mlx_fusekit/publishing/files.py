@@ -4,10 +4,11 @@ By the list of what belongs to a model, so that a checkpoint, a training set or 
 beside it is never uploaded by mistake.
 """
 
+import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from mlx_fusekit.checkpoint.folder import (
     read_json,
     resolve_inside,
 )
-from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
+from mlx_fusekit.checkpoint.recipe import RECIPE_NAME, as_text
 from mlx_fusekit.errors import CheckpointError
+from mlx_fusekit.publishing.foreign_text import public_source
+from mlx_fusekit.publishing.private import Private
 
 #: Why a file stays, by the first pattern that its name matches.
 _REASONS = {
@@ -48,9 +51,9 @@ _REASONS = {
 }
 _OTHER_REASON = "not part of a model"
 _ADAPTER_LEAVES = ("lora_a", "lora_b", "lora_A", "lora_B")
-#: Files that people and tools wrote, in which a path of this machine may be.
-_TEXTS = ("*config.json", RECIPE_NAME, MODELFILE_NAME, CARD_NAME)
+_WEIGHTS = (".safetensors", ".gguf")
 _LARGEST_TEXT = 10_000_000
+_LARGEST_FILE = 200_000_000
 _FROM = re.compile(r'^\s*FROM\s+"*(.+?)"*\s*$', re.MULTILINE | re.IGNORECASE)
 
 
@@ -95,6 +98,8 @@ class PublishedModel:
         formats: number of weight matrices by their quantization; empty of a GGUF-only folder.
         ggufs: its GGUF files.
         warnings: one line each.
+        private: what none of its files may tell.
+        states: of its files when they were checked.
     """
 
     folder: Path
@@ -104,19 +109,27 @@ class PublishedModel:
     formats: Mapping[str, int]
     ggufs: tuple[GgufFile, ...]
     warnings: tuple[str, ...]
+    private: Private
+    states: Mapping[str, "_State"] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, *, trust_remote_code: bool = False) -> "PublishedModel":
+    def open(
+        cls, folder: Path, *, trust_remote_code: bool = False, sources: Collection[Path] = ()
+    ) -> "PublishedModel":
         """Check a folder, and choose its files; reads headers and settings only.
 
         Args:
             folder: a model that mlx-lm loads, with GGUF files or without; or GGUF files alone.
             trust_remote_code: whether the model's own ``*.py`` go along.
+            sources: folders that it was made of, of which its files may not tell either.
 
         Raises:
             CheckpointError: when it is not complete, is not fused, or would tell a path.
         """
-        ggufs = _read_ggufs(folder)
+        # Before anything is read: what is checked below is what lies there now, or later is not.
+        states = _states(folder)
+        private = Private.of_machine(folder, *sources)
+        ggufs = _read_ggufs(folder, private)
         only_gguf = ggufs and not any(
             path.name == "config.json" or path.match("model*.safetensors")
             for path in folder.iterdir()
@@ -137,9 +150,10 @@ class PublishedModel:
             formats=_formats(checkpoint),
             ggufs=ggufs,
             warnings=tuple(_warnings(checkpoint, files)),
+            private=private,
+            states=states,
         )
-        model._check_paths()
-        return model
+        return model._checked(checkpoint)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -160,18 +174,121 @@ class PublishedModel:
         resolve_inside(self.folder, CARD_NAME)
         return _read_text(path)
 
-    def _check_paths(self) -> None:
-        """Refuse to publish where on this machine something lies."""
-        for name in (*self.names, CARD_NAME):
-            path = self.folder / name
-            # The recipe is cleaned instead: nobody should have to edit it by hand.
-            if name == RECIPE_NAME or not matches(name, _TEXTS) or not path.is_file():
+    @property
+    def public_recipe(self) -> str | None:
+        """``fusekit.json`` without folders of this machine; None where the file itself has none."""
+        calibration = (self.recipe or {}).get("calibration")
+        source = calibration.get("source") if isinstance(calibration, dict) else None
+        if self.recipe is None or not isinstance(calibration, dict) or not isinstance(source, str):
+            return None
+        shown = public_source(source).strip("`")
+        if shown == source:
+            return None
+        return as_text({**self.recipe, "calibration": {**calibration, "source": shown}})
+
+    def refuse_private(self, name: str, content: str) -> None:
+        """Refuse a text that is written for the Hub, where it tells what is private here.
+
+        Raises:
+            CheckpointError: naming the file and what it tells.
+        """
+        told = self.private.in_file(name, content.encode("utf-8", "surrogatepass"))
+        _refuse(self.folder / name, told, "text as it would be published")
+
+    def checked(self, name: str) -> bytes | None:
+        """The content to publish of a file that was checked; None of weights, which stay in it.
+
+        Raises:
+            CheckpointError: when the file is another than the one that was checked.
+        """
+        path, state = self.folder / name, self.states.get(name)
+        if name.endswith(_WEIGHTS):
+            content, same = None, state is not None and _state(path) == state
+        else:
+            content = _read(self.folder, name)
+            same = state is not None and _digest(content) == state.digest
+        if not same:
+            raise CheckpointError(
+                f"{path}: was changed after it was checked, and nothing was uploaded; publish it "
+                "again"
+            )
+        recipe = self.public_recipe if name == RECIPE_NAME else None
+        return content if recipe is None else recipe.encode()
+
+    def changed_weights(self) -> Path | None:
+        """A file of weights that is another than the one that was checked."""
+        weights = (name for name in self.names if name.endswith(_WEIGHTS))
+        changed = (name for name in weights if _state(self.folder / name) != self.states.get(name))
+        return next((self.folder / name for name in changed), None)
+
+    def _checked(self, checkpoint: Checkpoint | None) -> "PublishedModel":
+        """Itself, with what its files hold; refused where one tells what is private here."""
+        states = dict(self.states)
+        for name, header in (checkpoint.headers if checkpoint is not None else {}).items():
+            _refuse(self.folder / name, self.private.in_values(header.metadata), "__metadata__")
+        own_card = [CARD_NAME] if (self.folder / CARD_NAME).is_file() else []
+        for name in [*self.names, *own_card]:
+            if name.endswith(_WEIGHTS):
                 continue
-            told = next(_paths_of_this_machine(path, self.folder), None)
-            if told is not None:
-                raise CheckpointError(
-                    f"{path}: tells a path of this machine ({told}); remove it before publishing"
-                )
+            content = _read(self.folder, name)
+            if name in states:
+                states[name] = replace(states[name], digest=_digest(content))
+            if name == RECIPE_NAME and (recipe := self.public_recipe) is not None:
+                # Nobody should have to edit it by hand.
+                content = recipe.encode()
+            _refuse(self.folder / name, self.private.in_file(name, content))
+        return replace(self, states=states)
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """By what it is known whether a file is still the same.
+
+    Attributes:
+        digest: SHA-256 of its content; None of weights, which are too large to be read twice.
+    """
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    digest: bytes | None = None
+
+
+def _state(path: Path) -> _State | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return _State(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _states(folder: Path) -> dict[str, _State]:
+    """Of all files of a model's folder; none where there is no folder."""
+    if not folder.is_dir():
+        return {}
+    named = {path.relative_to(folder).as_posix(): _state(path) for path in data_files(folder)}
+    return {name: state for name, state in named.items() if state is not None}
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _refuse(path: Path, told: str | None, where: str = "") -> None:
+    if told is not None:
+        part = f"its {where} " if where else ""
+        raise CheckpointError(f"{path}: {part}tells {told}; remove it before publishing")
+
+
+def refuse_private_files(folder: Path, names: Iterable[str], private: Private) -> None:
+    """Refuse files of a base, none of them weights, that would not be published.
+
+    Raises:
+        CheckpointError: naming the file and what it tells.
+    """
+    for name in names:
+        _refuse(folder / name, private.in_file(name, _read(folder, name)))
 
 
 def _open_fused(folder: Path, trust_remote_code: bool) -> Checkpoint:
@@ -217,7 +334,7 @@ def _sort(
         if path.is_dir():
             left_out.append(LeftOut(f"{name}/", "a folder"))
         elif not path.is_file() or not goes:
-            left_out.append(LeftOut(name, _reason(name)))
+            left_out.append(LeftOut(name, _reason(path.name)))
         elif name == INDEX_NAME and stale is not None:
             left_out.append(LeftOut(name, f"out of date: {stale}"))
         elif name == MODELFILE_NAME and (reason := _modelfile_fault(path, weights)):
@@ -241,7 +358,7 @@ def _modelfile_fault(path: Path, weights: Collection[str]) -> str | None:
     return None if name in weights else "its FROM names no GGUF file beside it"
 
 
-def _read_ggufs(folder: Path) -> tuple[GgufFile, ...]:
+def _read_ggufs(folder: Path, private: Private) -> tuple[GgufFile, ...]:
     paths = sorted(folder.glob("*.gguf"))
     if not paths:
         return ()
@@ -251,34 +368,30 @@ def _read_ggufs(folder: Path) -> tuple[GgufFile, ...]:
     for path in paths:
         resolve_inside(folder, path.name)
         held: Counter[str] = Counter()
-        for tensor in read_gguf_header(path).tensors.values():
+        header = read_gguf_header(path)
+        _refuse(path, private.in_values(header.texts), "metadata")
+        for tensor in header.tensors.values():
             held[tensor.ggml_type.name] += tensor.nbytes
         kind = held.most_common(1)[0][0] if held else "no tensors"
         found.append(GgufFile(path.name, path.stat().st_size, kind))
     return tuple(found)
 
 
-def _paths_of_this_machine(path: Path, folder: Path) -> Iterator[str]:
-    homes = {str(folder.resolve()), str(Path.home())} - {"/"}
-    if path.suffix == ".json":
-        for text in _strings(read_json(path)):
-            if any(text == home or text.startswith(f"{home}/") for home in homes):
-                yield text
-    else:
-        text = _read_text(path)
-        yield from (f"{home}/…" for home in sorted(homes) if f"{home}/" in text)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
-
-
 def _optional(path: Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
+
+
+def _read(folder: Path, name: str) -> bytes:
+    """All of a file that is no weights."""
+    path = resolve_inside(folder, name)
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise CheckpointError(f"{folder / name}: too large for a file beside the weights")
+        return path.read_bytes()
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder / name}: cannot be read ({error.strerror})") from error
 
 
 def _read_text(path: Path) -> str:

@@ -7,21 +7,20 @@ uploaded is laid out beside it, as links to its files.
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_fusekit.checkpoint.belongings import CARD_NAME
 from mlx_fusekit.checkpoint.folder import is_adapter
-from mlx_fusekit.checkpoint.recipe import RECIPE_NAME, as_text
+from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError, ConfigurationError, HubError
 from mlx_fusekit.progress import StepProgress
 from mlx_fusekit.publishing import upload as hub_upload
 from mlx_fusekit.publishing.card import Card, CardFacts, write_card
 from mlx_fusekit.publishing.evidence import read_evidence
 from mlx_fusekit.publishing.files import LeftOut, PublishedFile, PublishedModel
-from mlx_fusekit.publishing.foreign_text import public_source
 from mlx_fusekit.publishing.licenses import License, languages_of
 from mlx_fusekit.writing import calls
 from mlx_fusekit.writing.files import write_new
@@ -84,6 +83,7 @@ def publish(
     dry_run: bool = False,
     progress: StepProgress | None = None,
     licence: str | None = None,
+    sources: Collection[Path] = (),
 ) -> PublishReport:
     """Upload a fused model, and its GGUF files if there are any, with a model card.
 
@@ -107,18 +107,21 @@ def publish(
         progress: called with the step, and how many bytes of it are done and there are in all.
             huggingface_hub draws bars of its own on a terminal.
         licence: ``license``, as it was spelt before.
+        sources: folders of base and adapters, of which no file may tell either where they lie.
 
     Raises:
         ConfigurationError: for a flag or report that does not fit.
-        CheckpointError: for a folder that is no complete, fused model.
+        CheckpointError: for a folder that is no complete, fused model, that tells a path of this
+            machine or a token, or that is changed meanwhile.
         HubError: when the Hub refuses or cannot be reached.
+        OutputError: when there is no room in the temporary folder.
     """
     start = time.perf_counter()
     hub_upload.check_name(repo)
     _check_branch(revision, create_pr)
     identifier = licence if license is None else license
     asked = None if identifier is None else License.asked(identifier)
-    model = PublishedModel.open(_folder(path), trust_remote_code=trust_remote_code)
+    model = PublishedModel.open(_folder(path), trust_remote_code=trust_remote_code, sources=sources)
     evidence = read_evidence(model, repo, verify_report, bench_report)
     own_card = _own_card(model)
     # Nothing was asked of the Hub so far.
@@ -129,7 +132,9 @@ def publish(
         CardFacts(repo_id, model, evidence, asked, trust_remote_code=trust_remote_code), card
     )
     warnings = (*_warnings(facts, card), *_replaced(own_card, there))
-    report = _planned(facts, write_card(facts, card), revision, public, warnings)
+    written = write_card(facts, card)
+    model.refuse_private(CARD_NAME, written)
+    report = _planned(facts, written, revision, public, warnings)
     if not dry_run:
         report = _upload(model, report, public, create_pr, commit_message, progress)
     return replace(report, seconds=time.perf_counter() - start)
@@ -208,7 +213,7 @@ def _planned(
 def _warnings(facts: CardFacts, card: Card | None) -> Iterator[str]:
     yield from facts.model.warnings
     yield from facts.evidence.warnings
-    if _public_recipe(facts.model) is not None:
+    if facts.model.public_recipe is not None:
         yield f"{RECIPE_NAME} is published without the folder of the calibration text"
     if facts.license is None:
         yield "the license is not known; name it with --license, as the base's asks for"
@@ -244,19 +249,6 @@ def _base_card(base_id: str | None) -> Mapping[str, Any]:
     return {}
 
 
-def _public_recipe(model: PublishedModel) -> str | None:
-    """``fusekit.json`` without folders of this machine; None where the file itself has none."""
-    recipe = model.recipe or {}
-    calibration = recipe.get("calibration")
-    source = calibration.get("source") if isinstance(calibration, dict) else None
-    if not isinstance(calibration, dict) or not isinstance(source, str):
-        return None
-    shown = public_source(source).strip("`")
-    if shown == source:
-        return None
-    return as_text({**recipe, "calibration": {**calibration, "source": shown}})
-
-
 def _upload(
     model: PublishedModel,
     report: PublishReport,
@@ -281,6 +273,11 @@ def _upload(
             create_pr=create_pr,
             revision=report.revision,
         )
+    if (changed := model.changed_weights()) is not None:
+        raise CheckpointError(
+            f"{changed}: was changed while it was uploaded, so that {made.commit_url} may have "
+            "some of each; publish it again"
+        )
     if progress is not None:
         progress("uploading", report.bytes, report.bytes)
     return replace(
@@ -296,14 +293,13 @@ def _upload(
 
 
 def _lay_out(model: PublishedModel, card: str, staging: Path) -> None:
-    """What is uploaded, and nothing else: links to the files, and what is written for the Hub."""
-    recipe = _public_recipe(model)
+    """What is uploaded, and nothing else: the texts that were checked, links to the weights."""
     for name in model.names:
         target = staging / name
         if not target.parent.exists():
             calls.make_folder(target.parent)
-        if name == RECIPE_NAME and recipe is not None:
-            write_new(target, recipe.encode())
+        if (content := model.checked(name)) is not None:
+            write_new(target, content)
         else:
             calls.make_link(target, (model.folder / name).resolve())
     write_new(staging / CARD_NAME, card.encode())

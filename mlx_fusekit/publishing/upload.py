@@ -12,14 +12,14 @@ import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_fusekit.checkpoint.belongings import CARD_NAME
 from mlx_fusekit.errors import ConfigurationError, HubError
+from mlx_fusekit.hub import patience
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.hf_api import ModelInfo
 
 #: What mlx-lm reads all of: one of another upload that stayed would be loaded with the model.
@@ -27,6 +27,7 @@ _WEIGHTS = re.compile(r"model[^/]*\.safetensors|model\.safetensors\.index\.json"
 _TOKEN = re.compile(r"hf_\w+")
 _QUERY = re.compile(r"\?[^\s'\"]+")
 _LONGEST = 300
+_LARGEST_CARD = 10_000_000
 _AGAIN = "`mlx-fusekit publish` goes on from there: what has arrived is not sent twice"
 _CURES = {
     400: "",
@@ -106,9 +107,10 @@ def check_access(repo: str, *, create_pr: bool = False, what: str = "--repo") ->
         )
     with _as_hub_errors(f"{what} {repo}"):
         account = _api().whoami()
-    name = str(account["name"])
-    role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
-    if role == "read":
+    name = _at(account, "name")
+    if not isinstance(name, str):
+        raise HubError(f"{what} {repo}: the Hub did not say whose token this is; try again later")
+    if _at(account, "auth", "accessToken", "role") == "read":
         raise HubError(
             f"{what} {repo}: your token may only read; make one that may write at "
             "https://huggingface.co/settings/tokens"
@@ -116,7 +118,9 @@ def check_access(repo: str, *, create_pr: bool = False, what: str = "--repo") ->
     owner, slash, _ = repo.rpartition("/")
     if not slash:
         return f"{name}/{repo}"
-    owners = [name, *(str(org.get("name")) for org in account.get("orgs") or ())]
+    organizations = _at(account, "orgs")
+    listed = organizations if isinstance(organizations, list) else []
+    owners = [name, *(_at(organization, "name") for organization in listed)]
     if owner not in owners and not create_pr:
         raise HubError(
             f"{what} {repo}: you are {name}, and {owner} is not among your organizations; publish "
@@ -145,7 +149,7 @@ def read_card(repo_id: str, revision: str | None = None) -> str | None:
                 path = hf_hub_download(
                     repo_id, CARD_NAME, revision=wanted, token=token, force_download=True
                 )
-                return Path(path).read_text("utf-8-sig")
+                return _card_text(repo_id, Path(path))
     return None
 
 
@@ -169,14 +173,16 @@ def open_repository(repo_id: str, *, public: bool, revision: str | None = None) 
         if info is None:
             api.create_repo(repo_id, private=not public, exist_ok=True)
             info = _find(api, repo_id)
-        if info is not None and info.private is False and not public:
+        if info is not None and not isinstance(info.private, bool):
+            raise HubError(f"{repo_id}: the Hub does not say who can see it; try again later")
+        if info is not None and not info.private and not public:
             raise HubError(
                 f"{repo_id}: exists, and everybody can see it; add --public to publish there all "
                 "the same, or choose another name"
             )
         if revision is not None and revision != "main" and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return info is None or info.private is not False
+    return info is None or info.private is True
 
 
 def upload(
@@ -213,7 +219,27 @@ def upload(
             delete_patterns=[glob.escape(name) for name in removed] or None,
         )
     said = dict.fromkeys(_readable(str(warning.message)) for warning in caught)
+    if not isinstance(made.oid, str) or not isinstance(made.commit_url, str):
+        raise HubError(f"{repo_id}: the Hub does not say what it committed; see whether it did")
     return Uploaded(made.oid, made.commit_url, made.pr_url, removed, tuple(said))
+
+
+def _at(value: Any, *keys: str) -> Any:
+    """What lies at a path in an answer of the Hub; None where it has another form."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _card_text(repo_id: str, path: Path) -> str:
+    try:
+        if path.stat().st_size > _LARGEST_CARD:
+            raise HubError(f"{repo_id}: its {CARD_NAME} is too large for a text that people read")
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise HubError(
+            f"{repo_id}: its {CARD_NAME} is no text in UTF-8; put it right on the Hub"
+        ) from error
 
 
 def _api() -> "HfApi":
@@ -245,15 +271,16 @@ def _as_hub_errors(repo: str, again: str = "") -> Iterator[None]:
     from huggingface_hub import errors
 
     try:
-        yield
+        with patience():
+            yield
     except HubError:
         raise
     except errors.OfflineModeIsEnabled as error:
         raise HubError(f"{repo}: HF_HUB_OFFLINE is set; unset it to publish") from error
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{repo}: has no such revision; check --revision") from error
-    # The bases are the HTTP library's error, which is no OSError, and OSError.
-    except (*errors.HfHubHTTPError.__bases__, RuntimeError, ValueError) as error:  # type: ignore[misc]
+    # Whatever it is: huggingface_hub takes the form of an answer for granted.
+    except Exception as error:
         raise HubError(f"{repo}: {_explained(error, again)}") from error
 
 
@@ -261,20 +288,32 @@ def _explained(error: BaseException, again: str) -> str:
     """The Hub's answer, a file of ours, or the connection: what an error comes from."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    bottom, cause = error, error.__cause__ or error.__context__
-    while not isinstance(bottom, HfHubHTTPError) and cause is not None:
-        bottom, cause = cause, cause.__cause__ or cause.__context__
-    if isinstance(bottom, HfHubHTTPError):
-        return _refusal(bottom, again)
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    answered = ((link, status) for link in chain if (status := _status(link)) is not None)
+    if (refused := next(answered, None)) is not None:
+        return _refusal(*refused, again)
+    bottom = chain[-1]
     said = _readable(str(bottom)) or type(bottom).__name__
     if isinstance(bottom, FileNotFoundError | PermissionError):
         return said
-    return "; ".join(filter(None, (f"the connection to the Hub failed ({said})", again)))
+    # The bases are the HTTP library's error, which is no OSError, and OSError.
+    failures = (*HfHubHTTPError.__bases__, RuntimeError)
+    if any(isinstance(link, failures) and not isinstance(link, RecursionError) for link in chain):
+        return "; ".join(filter(None, (f"the connection to the Hub failed ({said})", again)))
+    shown = _readable(f"{type(error).__name__}: {error}")
+    return f"the Hub's answer makes no sense ({shown}); {again or 'try again later'}"
 
 
-def _refusal(error: "HfHubHTTPError", again: str) -> str:
-    status = error.response.status_code
-    said = _readable(error.server_message or "")
+def _status(error: BaseException) -> int | None:
+    """Of the answer that an error is about."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) and status >= 400 else None
+
+
+def _refusal(error: Any, status: int, again: str) -> str:
+    said = _readable(str(getattr(error, "server_message", None) or ""))
     cure = _CURES.get(status, "try again later")
     if status == 429 and (seconds := error.response.headers.get("Retry-After", "")).isdigit():
         cure = f"too many requests; wait {seconds} seconds, and try again"

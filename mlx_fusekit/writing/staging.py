@@ -80,8 +80,14 @@ def temporary_folder() -> Iterator[Path]:
     Raises:
         OutputError: when the disk or its rights do not let it be made or filled.
     """
-    with told(Path(tempfile.gettempdir())), held.temporary_folder() as path:
-        yield path
+    try:
+        with held.temporary_folder() as path:
+            yield path
+    except WriteError as error:
+        raise OutputError(
+            f"{tempfile.gettempdir()}: cannot be written to ({error.strerror}); make room there, "
+            "or set TMPDIR to another folder"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ class FileTarget:
                 raise OutputError(f"{path}: lies in what is read ({source}); choose another {flag}")
         if mode is None:
             if not path.name.endswith(self.suffix):
-                raise OutputError(f"{path}: the name must end in {self.suffix}; change {flag}")
+                raise OutputError(f"{path}: its name must end in {self.suffix}; change {flag}")
             return
         if stat.S_ISDIR(mode):
             raise OutputError(f"{path}: is a folder; give a file name in it as {flag}")
@@ -79,24 +79,23 @@ class FolderTarget:
         path, flag = self.path, self.flag
         mode = _check_place(path, "folder", flag)
         real = path.resolve()
+        if mode is not None and real.is_mount():
+            raise OutputError(
+                f"{path}: is a mount point, which cannot be replaced; name a folder in it as {flag}"
+            )
+        if _current_folder().is_relative_to(real):
+            raise OutputError(
+                f"{path}: is the current folder, or holds it; name a folder in it as {flag}"
+            )
         for source in (source.resolve() for source in self.sources):
             if source.is_relative_to(real) or real.is_relative_to(source):
                 raise OutputError(
                     f"{path}: is or holds what is read ({source}); choose another {flag}"
                 )
-        if _current_folder().is_relative_to(real):
-            raise OutputError(
-                f"{path}: is the current folder, or holds it; name a folder in it as {flag}"
-            )
         if mode is None:
             return
         if not stat.S_ISDIR(mode):
             raise OutputError(f"{path}: is a file; choose another {flag}")
-        if path.is_mount():
-            raise OutputError(
-                f"{path}: a disk is mounted there, which cannot be replaced; name a folder in it "
-                f"as {flag}"
-            )
         if _has_content(path, flag):
             _check_replaced(self)
 
@@ -117,7 +116,7 @@ def _check_place(path: Path, what: str, flag: str) -> int | None:
     except OutputError:
         raise
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        why = getattr(error, "strerror", None) or "links in a circle"
+        why = getattr(error, "strerror", None) or "links that lead in a circle"
         raise OutputError(f"{path}: cannot be used ({why}); choose another {flag}") from error
     if in_hub_cache(real):
         raise OutputError(f"{path}: lies in the Hugging Face cache; choose another {flag}")

@@ -71,8 +71,8 @@ def _no_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ((*VERIFY, "--data", "loop"), "loop: links that lead in a circle"),
         (("exercise", "--check", "loop/x"), "loop/x: links that lead in a circle"),
         (("fuse", "--save-path", "file/x"), "file: cannot be made"),
-        (("exercise", "--out", "file/x"), "file cannot be made"),
-        ((*BENCH, "--json", "file/x"), "there is no folder file"),
+        (("exercise", "--out", "file/x"), "file: cannot be made"),
+        ((*BENCH, "--json", "file/x"), "file: cannot be made"),
         # Places that cannot be replaced.
         (("fuse", "--save-path", "."), "is the current folder, or holds it"),
         (("fuse", "--save-path", "..", "--overwrite"), "is the current folder, or holds it"),
@@ -82,10 +82,10 @@ def _no_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("exercise", "--out", ".", "--overwrite"), "is the current folder, or holds it"),
         (("exercise", "--out", "/dev"), "is a mount point"),
         # The GGUF file.
-        ((*GGUF, "config.json"), "a GGUF file's name ends in .gguf"),
-        ((*GGUF, "model.safetensors"), "a GGUF file's name ends in .gguf"),
-        ((*GGUF, "./tokenizer.json"), "a GGUF file's name ends in .gguf"),
-        ((*GGUF, "sub/fusekit.json"), "a GGUF file's name ends in .gguf"),
+        ((*GGUF, "config.json"), "its name must end in .gguf"),
+        ((*GGUF, "model.safetensors"), "its name must end in .gguf"),
+        ((*GGUF, "./tokenizer.json"), "its name must end in .gguf"),
+        ((*GGUF, "sub/fusekit.json"), "its name must end in .gguf"),
         ((*GGUF, "../sample/x.gguf"), "lies in what is read (sample)"),
         (("fuse", "--gguf-path", "x.gguf"), "names the file of --export-gguf"),
         (("export-gguf", "--model", "adapters", "--gguf-path", "x.gguf"), "`mlx-fusekit ex"),
@@ -149,8 +149,8 @@ def test_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: 
     monkeypatch.setenv("HOME", str(tmp_path))
     make_model(tmp_path / "base")
     assert exit_code(monkeypatch, "inspect", "~/base") == 0
-    assert exit_code(monkeypatch, *BENCH, "--json", "~/none/x.json") == 1
-    assert f"there is no folder {tmp_path}/none" in capsys.readouterr().err
+    assert exit_code(monkeypatch, *BENCH, "--json", "~/base/config.json/x.json") == 1
+    assert f"{tmp_path}/base/config.json: cannot be made" in capsys.readouterr().err
 
 
 def test_wider_bits_of_another_format_are_said(

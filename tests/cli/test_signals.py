@@ -13,9 +13,9 @@ from support.command import exit_code
 from support.tiny import make_adapter, make_model
 
 from mlx_fusekit import samples, signals
-from mlx_fusekit.checkpoint import staging
 from mlx_fusekit.fusing import fuse as fusing
 from mlx_fusekit.gguf import exporting
+from mlx_fusekit.writing import calls, held
 
 LEFT = "nothing half-made was left behind"
 CODES = {
@@ -89,7 +89,7 @@ def test_in_the_first_moments(number: signal.Signals, module: str, folder: Path)
 def test_repeated_while_staging_is_removed(
     number: signal.Signals, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    remove, removed = staging._remove, []
+    remove, removed = held.remove, []
 
     def slow_remove(path: Path) -> None:
         send(number, 3)
@@ -103,7 +103,7 @@ def test_repeated_while_staging_is_removed(
         raise AssertionError("the signal raises")
 
     monkeypatch.setattr(fusing, "execute", execute)
-    monkeypatch.setattr(staging, "_remove", slow_remove)
+    monkeypatch.setattr(held, "remove", slow_remove)
     monkeypatch.chdir(folder)
     code, words = CODES[number]
     assert exit_code(monkeypatch, "fuse", "--save-path", "a/b/c", "--requantize", "nearest") == code
@@ -118,17 +118,17 @@ def test_while_another_failure_cleans_up(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     """The first signal comes while the staging of a run that failed is removed."""
-    remove = staging._remove
+    remove = held.remove
 
     def slow_remove(path: Path) -> None:
         send(signal.SIGINT)
         remove(path)
 
     def execute(*_: object, **__: object) -> bool:
-        raise OSError(28, "No space left on device")
+        raise calls.WriteError(28, "No space left on device")
 
     monkeypatch.setattr(fusing, "execute", execute)
-    monkeypatch.setattr(staging, "_remove", slow_remove)
+    monkeypatch.setattr(held, "remove", slow_remove)
     monkeypatch.chdir(folder)
     assert exit_code(monkeypatch, "fuse", "--save-path", "a/b", "--requantize", "nearest") == 130
     assert capfd.readouterr().err.splitlines()[-1] == f"error: interrupted; {LEFT}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +102,22 @@ def test_fuse_and_upload(hub: UploadHub, tmp_path: Path) -> None:
     contents = {p.name: p.read_bytes() for p in (tmp_path / "fused").iterdir()}
     assert there.files.items() >= contents.items()
     assert there.commits == [Commit("main", "Upload fused", tuple(sorted(there.files)), ())]
+
+
+def test_what_would_not_be_uploaded_is_refused_before_it_is_fused(
+    hub: UploadHub, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(samples.model_path(), tmp_path / "base"))
+    base.joinpath("LICENSE").write_text(f"See {base}/LICENSE.")
+    fuse = ("fuse", "--model", str(base), "--adapter-path", str(samples.adapter_path()))
+    target = ("--save-path", str(tmp_path / "fused"), "--requantize", "nearest")
+    result = run(hub, tmp_path, *fuse, *target, "--upload-repo", REPO)
+    assert result.returncode == 1
+    assert f"{base}/LICENSE: tells a path of this machine ({base}/LICENSE)" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert hub.writes == []
+    assert not (tmp_path / "fused").exists()
+    assert run(hub, tmp_path, *fuse, *target).returncode == 0
 
 
 def test_a_failed_upload_leaves_the_fused_model(hub: UploadHub, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ import pytest
 from support.hub_upload_server import TOKEN, USER, Fault, Repository, UploadHub
 
 from mlx_fusekit import PublishReport, export_gguf, publish
-from mlx_fusekit.errors import CheckpointError, ConfigurationError, FusekitError, HubError
+from mlx_fusekit.errors import (
+    CheckpointError,
+    ConfigurationError,
+    FusekitError,
+    HubError,
+    OutputError,
+)
+from mlx_fusekit.publishing.private import Private
 
 REPO = f"{USER}/sql-model"
 WEIGHTS = "model.safetensors"
@@ -147,6 +155,91 @@ class TestCards:
             assert json.loads(there["fusekit.json"])["calibration"]["source"] == shown
             assert b"secret" not in b"".join(there.values())
             assert any("without the folder" in line for line in report.warnings)
+
+
+class TestWhatIsPrivate:
+    def test_the_recipe_without_the_folder_of_the_text(self, hub: UploadHub, fused: Path) -> None:
+        recipe = json.loads((fused / "fusekit.json").read_text())
+        recipe["calibration"] = {"source": str(fused / "text.txt"), "tokens": 100}
+        recipe["adapters"][0]["id"] = str(fused.parent / "adapter")
+        (fused / "fusekit.json").write_text(json.dumps(recipe))
+        message = 'fusekit.json: tells a path of this machine .*, at "adapters.id"'
+        refused(hub, CheckpointError, message, fused, REPO)
+        assert hub.requests == []
+
+    def test_what_requests_say_of_this_machine(
+        self, hub: UploadHub, fused: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        route, told = hub.route, []
+
+        def listen(request: Any, path: str, body: bytes) -> None:
+            told.extend(f"{name}: {value}" for name, value in request.headers.items())
+            told.append(request.path + body.decode(errors="replace"))
+            route(request, path, body)
+
+        monkeypatch.setattr(hub, "route", listen)
+        publish(fused, REPO)
+        assert any("user-agent: mlx-fusekit" in line.lower() for line in told)
+        private = Private.of_machine(fused)
+        for line in told:
+            if not line.lower().startswith("authorization: "):
+                assert private.in_text(line) is None
+
+    def test_a_card_on_the_hub(self, hub: UploadHub, fused: Path) -> None:
+        there = f"---\nlicense: mit\n---\nMade in {fused}."
+        hub.repositories[REPO] = Repository(True, {"main": {"README.md": there.encode()}})
+        message = "README.md: its text as it would be published tells a path of this machine"
+        refused(hub, CheckpointError, message, fused, REPO)
+        assert hub.writes == []
+
+
+class TestChangedMeanwhile:
+    @pytest.mark.parametrize("name", ["LICENSE", "config.json", "fusekit.json", WEIGHTS])
+    def test_after_it_was_checked(
+        self, hub: UploadHub, fused: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        (fused / "LICENSE").write_text("MIT License")
+        ask = hub.whoami
+
+        def answer_and_change(*request: Any, **names: str) -> None:
+            content = (fused / name).read_bytes()
+            (fused / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            ask(*request, **names)
+
+        monkeypatch.setattr(hub, "whoami", answer_and_change)
+        message = f"{name}: was changed after it was checked, and nothing was uploaded"
+        refused(hub, CheckpointError, message, fused, REPO)
+
+    def test_while_it_is_uploaded(
+        self, hub: UploadHub, fused: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (fused / "LICENSE").write_text("MIT License")
+        ask, weights = hub.preupload, (fused / WEIGHTS).read_bytes()
+
+        def answer_and_change(*request: Any, **names: str) -> None:
+            (fused / "LICENSE").write_text(f"MIT License of {fused}")
+            ask(*request, **names)
+
+        monkeypatch.setattr(hub, "preupload", answer_and_change)
+        publish(fused, REPO)
+        assert hub.repositories[REPO].files["LICENSE"] == b"MIT License"
+
+        def answer_and_touch(*request: Any, **names: str) -> None:
+            (fused / WEIGHTS).write_bytes(weights)
+            ask(*request, **names)
+
+        (fused / "LICENSE").unlink()
+        monkeypatch.setattr(hub, "preupload", answer_and_touch)
+        with pytest.raises(CheckpointError, match=f"{WEIGHTS}: was changed while it was uploaded"):
+            publish(fused, REPO)
+
+
+def test_no_room_for_what_is_laid_out(
+    hub: UploadHub, fused: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    message = r"gone: cannot be written to \(No such file or directory\); make room there"
+    refused(hub, OutputError, message, fused, REPO)
 
 
 class TestPreflight:

@@ -1,8 +1,10 @@
 """Talking to the Hub: who may write, what is made, what is sent, and what goes wrong."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
 from support.hub_upload_server import TOKEN, USER, Commit, Fault, Repository, UploadHub
@@ -38,6 +40,14 @@ def send(folder: Path, repo: str = REPO, **options: bool | str) -> Uploaded:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def publish_all(folder: Path) -> None:
+    """Everything that publishing asks the Hub, in its order."""
+    repo = check_access("sql-model")
+    read_card(repo)
+    open_repository(repo, public=False, revision="v2")
+    upload(folder, repo, commit_message="Mine", revision="v2")
 
 
 def fails(message: str, folder: Path) -> str:
@@ -90,6 +100,128 @@ class TestAccess:
         with pytest.raises(HubError, match=message) as caught:
             check_access(REPO)
         assert "hf_another" not in str(caught.value)
+
+
+KEYS = (
+    "name", "auth", "orgs", "id", "sha", "private", "siblings", "path", "oid", "size", "type",
+    "lfs", "url", "files", "objects", "uploadMode", "transfer", "commitOid", "commitUrl", "error",
+    "errors", "warnings",
+)  # fmt: skip
+#: What no part of the Hub's protocol is.
+ODD = {
+    "nothing": b"",
+    "no JSON": b"<html>maintenance</html>",
+    "half": b'{"name": "me',
+    "null": b"null",
+    "a list": b"[]",
+    "an empty object": b"{}",
+    "no UTF-8": b'{"name": "\xff\xfe',
+    "too deep": b"[" * 100_000,
+    "values of other types": json.dumps({key: [{"path": 7, "error": 7}] for key in KEYS}).encode(),
+}
+ANSWERS = [
+    *((200, what) for what in ODD),
+    *((500, what) for what in ("a list", "no JSON", "values of other types")),
+    (404, "a list"),
+]
+#: Every request that publishing makes.
+REQUESTS = {
+    "who we are": ("GET", "/whoami-v2"),
+    "the repository": ("GET", f"/api/models/{REPO}$"),
+    "making it": ("POST", "/repos/create"),
+    "making a branch": ("POST", "/branch/"),
+    "its files": ("GET", "/tree/"),
+    "what is large": ("POST", "/preupload/"),
+    "where to send it": ("POST", "/objects/batch"),
+    "the commit": ("POST", "/commit/"),
+    "the card": ("HEAD", "README.md"),
+    "remarks on the card": ("POST", "/validate-yaml"),
+}
+
+
+class TestMalformedAnswers:
+    """Whatever answers may say anything: one line, and nothing half-made."""
+
+    @pytest.mark.parametrize(("status", "odd"), ANSWERS)
+    @pytest.mark.parametrize(("method", "path"), REQUESTS.values(), ids=REQUESTS)
+    def test_is_one_line(
+        self,
+        hub: UploadHub,
+        folder: Path,
+        waits: list[float],
+        method: str,
+        path: str,
+        odd: str,
+        status: int,
+    ) -> None:
+        hub.faults = [Fault(method, path, status, body=ODD[odd], times=99)]
+        try:
+            publish_all(folder)
+        except HubError as error:
+            text = str(error)
+            assert text.startswith((f"{REPO}: ", "--repo sql-model: "))
+            assert "\n" not in text
+            assert len(text) < 600
+            assert TOKEN not in text
+            if "/commit/" not in path:
+                assert not any(there.commits for there in hub.repositories.values())
+        else:
+            there = hub.repositories[REPO]
+            assert there.branches["v2"] == files(folder)
+
+    @pytest.mark.parametrize("name", [None, 7, ["me"], {"a": "me"}])
+    def test_nobodys_token(self, hub: UploadHub, name: Any) -> None:
+        hub.account["name"] = name
+        with pytest.raises(HubError, match="the Hub did not say whose token this is"):
+            check_access(REPO)
+
+    @pytest.mark.parametrize("odd", [None, 7, "team", [None], [7], {"a": 1}])
+    def test_no_organizations(self, hub: UploadHub, odd: Any) -> None:
+        hub.account |= {"orgs": odd, "auth": odd}
+        assert check_access(REPO) == REPO
+        with pytest.raises(HubError, match="is not among your organizations"):
+            check_access("team/model")
+
+    @pytest.mark.parametrize("private", [None, "false", 0, []])
+    def test_one_that_may_be_public(self, hub: UploadHub, private: Any) -> None:
+        body = {"id": REPO, "sha": "1" * 40, "private": private, "siblings": []}
+        hub.faults = [Fault("GET", f"/api/models/{REPO}$", 200, body=body, times=99)]
+        with pytest.raises(HubError, match="the Hub does not say who can see it"):
+            open_repository(REPO, public=False)
+        assert hub.writes == []
+
+    # huggingface_hub itself waits for a card for ten seconds.
+    @pytest.mark.parametrize("request_", sorted(REQUESTS.keys() - {"the card"}))
+    def test_none_at_all(
+        self,
+        hub: UploadHub,
+        folder: Path,
+        waits: list[float],
+        monkeypatch: pytest.MonkeyPatch,
+        request_: str,
+    ) -> None:
+        monkeypatch.setattr("mlx_fusekit.hub._TIMEOUT", 0.1)
+        before = huggingface_hub.get_session().event_hooks
+        hub.faults = [Fault(*REQUESTS[request_], hang=True, times=99)]
+        with pytest.raises(HubError, match="the connection to the Hub failed"):
+            publish_all(folder)
+        assert huggingface_hub.get_session().event_hooks == before
+
+    def test_a_loop_of_redirects(self, hub: UploadHub, waits: list[float]) -> None:
+        there = {"Location": "/api/whoami-v2"}
+        hub.faults = [Fault("GET", "/whoami-v2", 307, there, times=99)]
+        with pytest.raises(
+            HubError, match=r"^--repo sql-model: the connection to the Hub failed \("
+        ):
+            check_access("sql-model")
+
+    def test_a_card_that_is_no_text(self, hub: UploadHub) -> None:
+        hub.repositories[REPO] = Repository(True, {"main": {"README.md": b"\xff\xfe\x00"}})
+        with pytest.raises(HubError, match=r"its README\.md is no text in UTF-8"):
+            read_card(REPO)
+        hub.repositories[REPO].files["README.md"] = b"x" * 10_000_001
+        with pytest.raises(HubError, match=r"its README\.md is too large"):
+            read_card(REPO)
 
 
 class TestReadCard:

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,18 @@ COMMIT = "1234567890abcdef1234567890abcdef12345678"
 
 
 class Hub:
-    """Serves folders as repositories; ``refusals`` maps a repository to a status and error code,
-    ``nonsense`` to the body of every answer.
+    """Serves folders as repositories.
+
+    ``refusals`` maps a repository to a status and error code, ``nonsense`` to the body of every
+    answer, and ``answers`` a pattern of paths to a status, a body and headers, or to None where the
+    connection is dropped.
     """
 
     def __init__(self, repositories: dict[str, Path]) -> None:
         self.repositories = repositories
         self.refusals: dict[str, tuple[int, str]] = {}
         self.nonsense: dict[str, bytes] = {}
+        self.answers: dict[str, tuple[int, bytes, dict[str, str]] | None] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         hub = self
 
@@ -34,7 +39,7 @@ class Hub:
                 pass
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def url(self) -> str:
@@ -45,6 +50,14 @@ class Hub:
         self.server.server_close()
 
     def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
+        for pattern, answer in self.answers.items():
+            if re.search(pattern, request.path):
+                if answer is None:
+                    request.connection.shutdown(2)
+                    request.close_connection = True
+                else:
+                    send(request, *answer)
+                return
         parts = unquote(urlsplit(request.path).path).strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             parts = parts[2:]

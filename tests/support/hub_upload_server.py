@@ -52,15 +52,16 @@ class Repository:
 class Fault:
     """What goes wrong with the next ``times`` requests of a kind, after the first ``skip``.
 
-    ``status`` is the answer; None drops the connection after ``after`` bytes of the body, and
-    ``hang`` before that waits until the Hub is closed.
+    ``status`` is the answer, whose ``body`` is sent as JSON, or as it is where it is bytes. None
+    drops the connection after ``after`` bytes of the request's body, and ``hang`` before that waits
+    until the Hub is closed.
     """
 
     method: str
     path: str
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
-    body: dict[str, Any] = field(default_factory=dict)
+    body: Any = field(default_factory=dict)
     after: int = 0
     hang: bool = False
     skip: int = 0
@@ -154,7 +155,8 @@ class UploadHub:
             request.close_connection = True
             return
         request.rfile.read(int(request.headers.get("Content-Length") or 0))
-        send(request, fault.status, json.dumps(fault.body).encode(), fault.headers)
+        body = fault.body if isinstance(fault.body, bytes) else json.dumps(fault.body).encode()
+        send(request, fault.status, body, fault.headers)
 
     def route(self, request: Handler, path: str, body: bytes) -> None:
         name = r"(?P<repo>[^/]+/[^/]+)"

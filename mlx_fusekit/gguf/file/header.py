@@ -5,6 +5,7 @@ this one skips what it does not need and never looks past the end of the file.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (version 3, little-endian).
 """
 
+import collections
 import math
 import mmap
 import struct
@@ -27,6 +28,9 @@ _STRING, _ARRAY = 8, 9
 #: Bytes of a value of each other type.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _MOST_DIMENSIONS = 4
+#: Lists that nobody needs: by name, and by length.
+_MOST_TEXTS = 10_000
+_TOKENS = (gguf.Keys.Tokenizer.LIST, gguf.Keys.Tokenizer.MERGES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +61,12 @@ class GgufHeader:
     Attributes:
         keys: names of the metadata, in order.
         tensors: by name, in order.
+        texts: the values of the metadata that are strings or lists of some, the tokens aside.
     """
 
     keys: tuple[str, ...]
     tensors: Mapping[str, StoredTensor]
+    texts: Mapping[str, str | tuple[str, ...]]
 
 
 def padded(nbytes: int) -> int:
@@ -99,6 +105,7 @@ class _Cursor:
             raise self._fault(f"is no GGUF file of version {_VERSION}")
         tensor_count, key_count = self._number("Q"), self._number("Q")
         keys: dict[str, None] = {}
+        texts: dict[str, str | tuple[str, ...]] = {}
         for _ in range(key_count):
             key = self._text()
             if key in keys:
@@ -106,7 +113,9 @@ class _Cursor:
             if key == gguf.Keys.General.ALIGNMENT:
                 raise self._fault("has its own alignment, which is not supported")
             keys[key] = None
-            self._skip_value(self._number("I"))
+            found = self._value(self._number("I"), kept=key not in _TOKENS)
+            if found is not None:
+                texts[key] = found
         infos = [self._tensor_info() for _ in range(tensor_count)]
         start = padded(self._position)
         tensors: dict[str, StoredTensor] = {}
@@ -117,7 +126,7 @@ class _Cursor:
             if tensor.start + tensor.nbytes > len(self._data):
                 raise self._fault(f"ends before the end of tensor {name!r}")
             tensors[name] = tensor
-        return GgufHeader(tuple(keys), MappingProxyType(tensors))
+        return GgufHeader(tuple(keys), MappingProxyType(tensors), MappingProxyType(texts))
 
     def _tensor_info(self) -> tuple[str, GgmlType, tuple[int, ...], int]:
         name, dimensions = self._text(), self._number("I")
@@ -130,21 +139,22 @@ class _Cursor:
         except ValueError:
             raise self._fault(f"has a tensor {name!r} of the unknown type {kind}") from None
 
-    def _skip_value(self, kind: int) -> None:
+    def _value(self, kind: int, kept: bool) -> str | tuple[str, ...] | None:
+        """A value that is a string or a list of strings; None for one that was passed over."""
         if kind == _STRING:
-            self._bytes(self._number("Q"))
-        elif kind == _ARRAY:
-            self._skip_array()
-        else:
+            return self._bytes(self._number("Q")).decode("utf-8", "replace")
+        if kind != _ARRAY:
             self._bytes(self._size(kind))
-
-    def _skip_array(self) -> None:
+            return None
         kind, count = self._number("I"), self._number("Q")
         if kind != _STRING:
             self._bytes(self._size(kind) * count)
-            return
-        for _ in range(count):
-            self._bytes(self._number("Q"))
+            return None
+        found = (self._bytes(self._number("Q")) for _ in range(count))
+        if kept and count <= _MOST_TEXTS:
+            return tuple(text.decode("utf-8", "replace") for text in found)
+        collections.deque(found, maxlen=0)
+        return None
 
     def _size(self, kind: int) -> int:
         if kind not in _SIZES:
