@@ -33,12 +33,12 @@ BUILD = ROOT / "build" / "fuzz"
 #: Of 100 runs, how many each target gets: the more, the more its reader decides.
 SHARES = {
     "header": 20,
-    "index": 4,
-    "config": 12,
-    "adapter": 16,
+    "index": 2,
+    "config": 10,
+    "adapter": 18,
     "data": 14,
     "tokenizer": 12,
-    "sentencepiece": 6,
+    "sentencepiece": 8,
     "gguf": 8,
     "report": 8,
 }
@@ -185,6 +185,7 @@ def _fuzz_here(name: str, runs: int, seed: int) -> None:
         f"-timeout={_HANG_SECONDS}",
         f"-artifact_prefix={folder}/",
         f"-dict={HERE / 'json.dict'}",
+        "-report_slow_units=1000",
         "-rss_limit_mb=0",
         "-print_final_stats=1",
     ]

@@ -1,5 +1,6 @@
 """Changes of JSON that leave it JSON: bytes changed at random seldom get past the parser."""
 
+import copy
 import json
 import random
 from typing import Any
@@ -55,7 +56,7 @@ def _changed(value: Any, chance: random.Random) -> Any:
     """The value after one change, somewhere in it."""
     places = list(_places(value)) if isinstance(value, dict | list) else []
     if not places:
-        return chance.choice(ODD)
+        return _odd(chance)
     parent, key = chance.choice(places)
     kind = chance.randrange(6)
     if kind == 0:
@@ -64,7 +65,7 @@ def _changed(value: Any, chance: random.Random) -> Any:
         other, other_key = chance.choice(places)
         parent[key] = json.loads(json.dumps(other[other_key]))
     elif kind == 2 and isinstance(parent, dict):
-        parent[str(chance.choice(ODD))] = parent.pop(key)
+        parent[str(_odd(chance))] = parent.pop(key)
     elif kind == 3 and isinstance(parent[key], int | float):
         parent[key] = chance.choice(
             (parent[key] * 2, parent[key] + 1, parent[key] - 1, -parent[key])
@@ -72,8 +73,12 @@ def _changed(value: Any, chance: random.Random) -> Any:
     elif kind == 4:
         parent[key] = chance.choice(([parent[key]], {"a": parent[key]}, str(parent[key])))
     else:
-        parent[key] = chance.choice(ODD)
+        parent[key] = _odd(chance)
     return value
+
+
+def _odd(chance: random.Random) -> Any:
+    return copy.deepcopy(chance.choice(ODD))  # a later change may be inside it
 
 
 def _places(value: Any) -> Any:
