@@ -3,14 +3,21 @@
 #   PYTHON=python3.12   the Python to make the environment with
 #   VENV=.venv          where the environment is
 #   ARGS="-k adapters"  passed on to pytest, the demo or the benchmark
+#   RUNS=100000         of `make fuzz`
+#   LOCKED=1            install the versions of requirements/, as CI does, and not the newest
 
 VENV ?= .venv
+RUNS ?= 100000
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 LLAMACPP := $(VENV)/.llamacpp
+FUZZ := $(VENV)/.fuzz
+MINIMUM := $(VENV)-minimum/.installed
+TOOLS := $(VENV)-tools/.installed
+FROM_LOCK := install --quiet --require-hashes --no-deps --requirement
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo exercise test test-real test-wheel lint types bench-fuse bench-preserve bench-harness bench-gguf clean
+.PHONY: help install demo exercise test test-real test-wheel test-minimum fuzz lint types audit lock bench-fuse bench-preserve bench-harness bench-gguf clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1 \2/p' Makefile | \
@@ -41,12 +48,25 @@ test-wheel: $(INSTALLED) ## Build the wheel, check it, and run the tests against
 	$(VENV)-wheel/bin/python -m pip install --quiet dist/*.whl --group dev
 	$(VENV)-wheel/bin/pytest -m "not real" -n auto $(ARGS)
 
+test-minimum: $(MINIMUM) ## Run the tests with the oldest versions that pyproject.toml allows
+	LD_PRELOAD="$$(sh scripts/fast_blas.sh)" OPENBLAS_NUM_THREADS=1 \
+		$(VENV)-minimum/bin/python -m pytest -m "not real" -n auto $(ARGS)
+
+fuzz: $(FUZZ) ## Fuzz the readers of files (RUNS=100000; Linux on x86-64)
+	@$(PY) tests/fuzz/fuzz.py --runs $(RUNS) $(ARGS)
+
 lint: $(INSTALLED) ## Check style and formatting
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 
 types: $(INSTALLED) ## Check types
 	$(PY) -m mypy
+
+audit: $(TOOLS) ## Look up known vulnerabilities of the packages in requirements/
+	@$(VENV)-tools/bin/python scripts/audit.py requirements/*.txt
+
+lock: $(TOOLS) ## Write requirements/ anew, with the newest versions
+	sh scripts/lock.sh $(VENV)-tools/bin/uv
 
 bench-fuse: $(INSTALLED) ## Time fusing
 	$(PY) benchmarks/fuse_speed.py $(ARGS)
@@ -62,21 +82,45 @@ bench-gguf: $(INSTALLED) ## Time exporting to GGUF
 	$(PY) benchmarks/gguf_speed.py $(ARGS)
 
 clean: ## Remove the environment and everything that was built
-	rm -rf $(VENV) $(VENV)-wheel dist demo exercise
+	rm -rf $(VENV) $(VENV)-wheel $(VENV)-minimum $(VENV)-tools build dist demo exercise
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find mlx_fusekit scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(LLAMACPP): $(INSTALLED)
 	@echo "Building llama.cpp; that takes about five minutes, once"
-	@$(PY) -m pip install --quiet llama-cpp-python
+	@$(PY) -m pip $(if $(LOCKED),$(FROM_LOCK) requirements/llamacpp.txt,install --quiet llama-cpp-python)
+	@touch $@
+
+$(FUZZ): $(INSTALLED)
+	@$(if $(LOCKED),,$(PY) -m pip install --quiet --only-binary atheris --group fuzz)
+	@touch $@
+
+$(MINIMUM): pyproject.toml scripts/bootstrap.sh scripts/minimum.py
+	@sh scripts/bootstrap.sh $(VENV)-minimum
+	@echo "Installing the oldest versions that mlx-fusekit allows into $(VENV)-minimum"
+	@$(VENV)-minimum/bin/python scripts/minimum.py >$(VENV)-minimum/constraints.txt
+	@$(VENV)-minimum/bin/python -m pip install --quiet 'pip>=25.1'
+	@$(VENV)-minimum/bin/python -m pip install --quiet --editable . --group dev \
+		--constraint $(VENV)-minimum/constraints.txt
+	@touch $@
+
+$(TOOLS): requirements/tools.txt scripts/bootstrap.sh
+	@sh scripts/bootstrap.sh $(VENV)-tools
+	@$(VENV)-tools/bin/python -m pip $(FROM_LOCK) requirements/tools.txt
 	@touch $@
 
 $(PY):
 	@sh scripts/bootstrap.sh $(VENV)
 
-$(INSTALLED): $(PY) pyproject.toml scripts/bootstrap.sh
+$(INSTALLED): $(PY) pyproject.toml scripts/bootstrap.sh $(if $(LOCKED),requirements/ci.txt)
 	@sh scripts/bootstrap.sh $(VENV)
 	@echo "Installing mlx-fusekit and what it needs into $(VENV); the first time takes a minute or two"
+ifdef LOCKED
+	@$(PY) -m pip $(FROM_LOCK) requirements/ci.txt
+	@$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@$(PY) scripts/check_lock.py
+else
 	@$(PY) -m pip install --quiet 'pip>=25.1'
 	@$(PY) -m pip install --quiet --editable . --group dev
+endif
 	@touch $@

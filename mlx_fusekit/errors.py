@@ -10,6 +10,10 @@ standard class a caller would expect to catch.
 class FusekitError(Exception):
     """Root of all errors that mlx-fusekit raises on purpose."""
 
+    def __str__(self) -> str:
+        # A name that a file gives may hold a line break.
+        return "\\n".join(super().__str__().splitlines())
+
 
 class CheckpointError(FusekitError, ValueError):
     """A model folder, its weights, its index or its configuration cannot be used."""

@@ -12,7 +12,7 @@ Sources: ``tuner/lora.py`` of mlx-lm 0.13.0 to 0.32.2, ``trainer/lora.py`` of ml
 0.3.0, ``mlx/utils.py`` of unsloth_zoo 2026.10.9, ``lora/trainer.py`` of mlx-optiq 0.7.7.
 """
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,8 +120,8 @@ class AdapterSettings:
         rank = self.parameters.get("rank")
         if rank is None:
             return None
-        if isinstance(rank, bool) or not isinstance(rank, int | float):
-            hint = f"; write {rank} without quotes" if isinstance(rank, str) else ""
+        if isinstance(rank, bool) or not isinstance(rank, int | float) or not abs(rank) < 2**31:
+            hint = f"; write {rank} without quotes" if str(rank).isdigit() else ""
             raise AdapterError(
                 f"{self.path}: lora_parameters.rank is {rank!r}, which is no number{hint}"
             )
@@ -213,7 +213,7 @@ class AdapterSettings:
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)
-            or not math.isfinite(value)
+            or not abs(value) <= sys.float_info.max
         ):
             raise AdapterError(f"{self.path}: {name} is {value!r}; it must be a finite number")
         return float(value)

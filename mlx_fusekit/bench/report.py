@@ -9,6 +9,7 @@ from typing import Any
 from mlx_fusekit.bench.environment import Environment
 from mlx_fusekit.bench.equivalence import Equivalence
 from mlx_fusekit.bench.statistics import Ratio, Summary, drift, outliers, speedup
+from mlx_fusekit.bench.typed import typed
 from mlx_fusekit.bench.workload import Shape
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.texts.sequences import derived_seed
@@ -371,17 +372,11 @@ def read_report(value: Mapping[str, Any], name: str) -> BenchReport:
             f"{name}: not a report of `mlx-fusekit bench --json` (its format is not {FORMAT!r})"
         )
     try:
-        return BenchReport(
-            arms={arm: _read_arm(entry) for arm, entry in value["arms"].items()},
-            runs=[_read_run(entry) for entry in value["runs"]],
-            settings=dict(value["settings"]),
-            environment=Environment(**value["environment"]),
-            bandwidth_bytes_per_second=value["bandwidth_bytes_per_second"],
-            fuse_seconds=value["fuse_seconds"],
-            seed=value["seed"],
-            complete=value["complete"],
-            warnings=list(value["warnings"]),
-        )
+        facts = {name: value[name] for name in BenchReport.__dataclass_fields__}
+        facts["arms"] = {arm: _read_arm(entry) for arm, entry in value["arms"].items()}
+        facts["runs"] = [_read_run(entry) for entry in value["runs"]]
+        facts["environment"] = typed(Environment, value["environment"])
+        return typed(BenchReport, facts)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigurationError(
             f"{name}: a damaged report of `mlx-fusekit bench --json` ({error!r})"
@@ -392,19 +387,22 @@ def _read_arm(entry: Mapping[str, Any]) -> ArmReport:
     facts = {key: entry[key] for key in ArmReport.__dataclass_fields__}
     for key in ("load_seconds", "adapter_load_seconds"):
         facts[key] = tuple(facts[key]["samples"]) if facts[key] else ()
-    return ArmReport(**facts)
+    return typed(ArmReport, facts)
 
 
 def _read_run(entry: Mapping[str, Any]) -> Run:
     if not entry["trials"]:
         raise ValueError("a run without trials")
-    return Run(
-        shape=Shape(**entry["shape"]),
-        reference=entry["reference"],
-        trials=[Trial(**t | {"itl_seconds": tuple(t["itl_seconds"])}) for t in entry["trials"]],
-        deterministic={arm: entry["deterministic"][arm] for arm in entry["arms"]},
-        equivalence={arm: Equivalence(**e) for arm, e in entry["equivalence"].items()},
-    )
+    facts = {
+        "shape": typed(Shape, entry["shape"]),
+        "reference": entry["reference"],
+        "trials": [
+            typed(Trial, t | {"itl_seconds": tuple(t["itl_seconds"])}) for t in entry["trials"]
+        ],
+        "deterministic": {arm: entry["deterministic"][arm] for arm in entry["arms"]},
+        "equivalence": {arm: typed(Equivalence, e) for arm, e in entry["equivalence"].items()},
+    }
+    return typed(Run, facts)
 
 
 def _ratio_json(ratio: Ratio) -> dict[str, Any]:

@@ -76,6 +76,12 @@ class Checkpoint:
                         f"{name}; remove the file that does not belong to this model"
                     )
                 tensors[tensor.name] = tensor
+        layers = layer_count(config) or 0
+        if layers > len(tensors):
+            raise CheckpointError(
+                f"{folder / 'config.json'}: has {layers} layers, and the weights are only "
+                f"{len(tensors)} tensors; correct num_hidden_layers, or download the model again"
+            )
         opened = cls(folder, config, MappingProxyType(headers), MappingProxyType(tensors))
         return replace(opened, warnings=_check_whole(opened, trust_remote_code))
 
@@ -382,7 +388,8 @@ def _default(block: Mapping[str, Any]) -> QuantSpec | None:
 
 
 def _mode_defaults(override: Mapping[str, Any]) -> dict[str, Any]:
-    bits, group_size = CODEBOOK_MODES.get(override.get("mode", "affine"), (4, 64))
+    mode = override.get("mode")
+    bits, group_size = CODEBOOK_MODES.get(mode if isinstance(mode, str) else "affine", (4, 64))
     return {"bits": bits, "group_size": group_size}
 
 

@@ -9,8 +9,19 @@ from typing import Any
 from mlx_fusekit.errors import CheckpointError
 
 #: What mlx-lm raises for architectures it does not know, weights that do not fit, and settings that
-#: are missing or of another type; where a package is missing that a class needs, it exits.
-MLX_LM_ERRORS = (ValueError, KeyError, TypeError, AttributeError, NameError, SystemExit)
+#: are missing, of another type or out of range; where a class needs a package that is missing, it
+#: exits.
+MLX_LM_ERRORS = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    NameError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    SystemExit,
+)
 #: Of a list that an error of several lines gives, and of the line that is made of it.
 _NAMED = 3
 _LONGEST_LINE = 300

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_fusekit.bench.environment import Environment
 from mlx_fusekit.bench.report import BenchReport, read_report
+from mlx_fusekit.bench.typed import typed
 from mlx_fusekit.checkpoint.folder import read_json
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 
@@ -121,12 +122,12 @@ def read_findings(value: Mapping[str, Any], name: str) -> Findings:
     try:
         facts = {key: value[key] for key in Findings.__dataclass_fields__}
         facts |= {
-            "fusing": {key: Fusing(**entry) for key, entry in facts["fusing"].items()},
-            "parity": {key: Closeness(**entry) for key, entry in facts["parity"].items()},
+            "fusing": {key: typed(Fusing, entry) for key, entry in facts["fusing"].items()},
+            "parity": {key: typed(Closeness, entry) for key, entry in facts["parity"].items()},
             "plots": tuple(facts["plots"]),
             "bench": read_report(facts["bench"], name),
         }
-        found = Findings(**facts)
+        found = typed(Findings, facts)
         if found.bench.speedup is None or CALIBRATED not in found.fusing:
             raise ValueError("no fused model was timed")
     except (KeyError, TypeError, AttributeError, ValueError) as error:

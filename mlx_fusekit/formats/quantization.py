@@ -53,6 +53,8 @@ class QuantSpec:
     mode: str = "affine"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.mode, str):
+            raise ConfigurationError(f"MLX has no quantization of the mode {self.mode!r}")
         if self.mode == "affine":
             valid = self.bits in AFFINE_BITS and self.group_size in AFFINE_GROUPS
         else:

@@ -1,8 +1,8 @@
 """Ollama's Modelfile for an exported GGUF file, and the call that makes a model of it."""
 
-import math
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +185,8 @@ def _parameters(generation: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if value is None or (greedy and name in _SAMPLING):
             continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or (name == "top_k" and value != int(value)):
+        finite = number and abs(value) <= sys.float_info.max
+        if not finite or (name == "top_k" and value != int(value)):
             raise CheckpointError(
                 f"generation_config.json: {key} is {value!r}, which is no number for it; "
                 "correct or remove it"

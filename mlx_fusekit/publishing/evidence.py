@@ -1,6 +1,6 @@
 """Reports that a user gives to be published with a model, checked to be about that model."""
 
-import math
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +107,7 @@ def _read_parity(path: Path) -> dict[str, Any]:
     for name in _NUMBERS:
         value = report.get(name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and math.isfinite(value)):
+        if value is not None and not (number and abs(value) <= sys.float_info.max):
             raise ConfigurationError(f"{what}: {name} is {value!r}, which is no number")
     return report
 

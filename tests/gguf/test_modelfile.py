@@ -90,7 +90,7 @@ def test_greedy_generation() -> None:
     assert _parse(text)[1:] == [("temperature", "0"), ("repeat_penalty", "2")]
 
 
-@pytest.mark.parametrize("value", ["0.5", True, float("nan"), float("inf"), [1], {}])
+@pytest.mark.parametrize("value", ["0.5", True, float("nan"), float("inf"), 10**400, [1], {}])
 def test_refuses_parameters_that_are_no_numbers(value: Any) -> None:
     with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p is"):
         modelfile_text("m.gguf", generation={"top_p": value})

@@ -62,6 +62,7 @@ class TestReports:
             ({"fused": "other-model"}, "is about other-model, and not about sql-model"),
             ({"reference": "llama"}, "compares with llama, but this model was made of mlx-comm"),
             ({"kl_mean": "low"}, "kl_mean is 'low', which is no number"),
+            ({"recovered": 10**400}, "recovered is 1000.*, which is no number"),
             ({"passed": "yes"}, "has no passed"),
         ):
             verify_report.write_text(json.dumps(value | change))

@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.beside_text import in_words
+from mlx_fusekit.checkpoint.mlx_lm import one_line
 from mlx_fusekit.checkpoint.sanitized import beside_text
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.quantization import parts_of
@@ -26,6 +27,9 @@ from mlx_fusekit.gguf.models.naming import (
 from mlx_fusekit.gguf.models.rope import Rope, rope_of
 from mlx_fusekit.gguf.models.settings import Settings, parameter_shapes
 from mlx_fusekit.gguf.models.tensors import GgufTensor
+
+#: What reckoning with settings of any type and size raises.
+_SENSELESS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def family_of(base: BaseModel) -> Family:
         CheckpointError: for a type that cannot be exported, listing those that can.
     """
     model_type = base.config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise CheckpointError(
             f"{base.folder / 'config.json'}: models of type {model_type!r} cannot be exported to "
@@ -91,6 +95,18 @@ def lay_out(base: BaseModel) -> Layout:
     """
     family = family_of(base)
     settings = Settings.of(base)
+    try:
+        return _lay_out(base, family, settings)
+    except CheckpointError:
+        raise
+    except _SENSELESS as error:
+        raise settings.refuse(
+            f"has a setting of a type or size that makes no sense ({one_line(error)}); correct it, "
+            "or if mlx-lm runs the model, report this"
+        ) from error
+
+
+def _lay_out(base: BaseModel, family: Family, settings: Settings) -> Layout:
     names = Names(family.gguf, settings.layers)
     notes = [note for check in family.checks if (note := check(settings)) is not None]
     _check(family, settings)

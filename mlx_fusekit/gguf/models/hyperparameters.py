@@ -18,6 +18,7 @@ Hyperparameters: TypeAlias = dict[str, tuple[Any, GGUFValueType]]
 
 #: Of a model whose configuration does not say how long its context is; Llama's own default.
 DEFAULT_CONTEXT = 2048
+_LARGEST_FLOAT32 = 3.4e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,17 @@ class Key:
         if found is None or convert is None:
             return found
         try:
-            return convert(found)
-        except (TypeError, ValueError) as error:
-            raise settings.refuse(f"{self.value} must be a number, not {found!r}") from error
+            number = convert(found)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise settings.refuse(f"{self._setting} must be a number, not {found!r}") from error
+        if not (0 <= number < 2**32 if convert is int else abs(number) <= _LARGEST_FLOAT32):
+            raise settings.refuse(f"{self._setting} cannot be {found!r} in a GGUF file; correct it")
+        return number
+
+    @property
+    def _setting(self) -> str:
+        """What the key is made from, for messages."""
+        return self.value if isinstance(self.value, str) else self.name
 
 
 count = partial(Key, type=GGUFValueType.UINT32)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fusekit.checkpoint.base import BaseModel
-from mlx_fusekit.checkpoint.mlx_lm import model_classes
+from mlx_fusekit.checkpoint.mlx_lm import MLX_LM_ERRORS, model_classes, one_line
 from mlx_fusekit.errors import CheckpointError
 
 
@@ -86,8 +86,8 @@ def _used(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         arguments: Any = arguments_class.from_dict(config)  # type: ignore[attr-defined]
         if isinstance(getattr(arguments, "text_config", None), dict):
             arguments = model_class(arguments).language_model.args
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: mlx-lm cannot use it ({error})") from error
+    except MLX_LM_ERRORS as error:
+        raise CheckpointError(f"{path}: mlx-lm cannot use it ({one_line(error)})") from error
     return dict(vars(arguments))
 
 
@@ -103,8 +103,8 @@ def parameter_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
     try:
         model_class, arguments_class = model_classes(config)
         model = model_class(arguments_class.from_dict(config))  # type: ignore[attr-defined]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except MLX_LM_ERRORS as error:
         path = base.folder / "config.json"
-        raise CheckpointError(f"{path}: mlx-lm makes no model of it ({error})") from error
+        raise CheckpointError(f"{path}: mlx-lm makes no model of it ({one_line(error)})") from error
     parameters: Any = tree_flatten(model.parameters())
     return {name: tuple(array.shape) for name, array in parameters}

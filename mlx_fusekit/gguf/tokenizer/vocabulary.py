@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_fusekit.checkpoint.mlx_lm import one_line
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.gguf.tokenizer.byte_level import (
     byte_level_merges,
@@ -17,6 +18,9 @@ from mlx_fusekit.gguf.tokenizer.sentencepiece import sentencepiece_vocabulary
 from mlx_fusekit.gguf.tokenizer.special_tokens import SpecialTokens, special_tokens
 from mlx_fusekit.gguf.tokenizer.tokenizer_files import TokenizerFiles
 from mlx_fusekit.gguf.tokenizer.tokens import Token, fill
+
+#: What reading values of any type in the place of others raises.
+_SENSELESS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -98,6 +102,18 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
             has none that cuts text as it does. The message names the file and the cure.
     """
     files = TokenizerFiles.read(folder)
+    try:
+        return _vocabulary(files, rows)
+    except CheckpointError:
+        raise
+    except _SENSELESS as error:
+        raise CheckpointError(
+            f"{files.file}: it, or a file of the tokenizer beside it, is not of the form that "
+            f"transformers writes ({one_line(error)}); download the model again, with its tokenizer"
+        ) from error
+
+
+def _vocabulary(files: TokenizerFiles, rows: int) -> Vocabulary:
     if files.tokenizer is not None and is_byte_level(files.tokenizer):
         return _byte_level(files, rows)
     return _sentencepiece(files, rows)

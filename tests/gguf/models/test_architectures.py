@@ -254,6 +254,32 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match=r"config\.json: mlx-lm cannot use it"):
             lay_out(broken)
 
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"hidden_size": [128]}, "makes no sense"),
+            ({"num_attention_heads": {"a": 1}}, "makes no sense"),
+            ({"num_key_value_heads": "\x1b"}, "makes no sense"),
+            ({"rope_scaling": 3}, "makes no sense"),
+            ({"hidden_size": 0}, "mlx-lm makes no model of it"),
+            ({"num_attention_heads": 0}, "makes no sense"),
+            ({"num_hidden_layers": math.inf}, "mlx-lm cannot use it"),
+            ({"intermediate_size": -1}, "intermediate_size cannot be -1"),
+            ({"intermediate_size": 2**32}, "intermediate_size cannot be 4294967296"),
+            ({"rms_norm_eps": 1e300}, r"rms_norm_eps cannot be 1e\+300"),
+            ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a number"),
+            ({"model_type": ["llama"]}, r"type \['llama'\]"),
+        ],
+    )
+    def test_settings_of_any_type_and_size(
+        self, tmp_path: Path, changes: Changes, said: str
+    ) -> None:
+        base = open_base(make_model(tmp_path, "llama"))
+        broken = replace(base, config={**base.config, **changes})
+        with pytest.raises(CheckpointError, match=said) as error:
+            lay_out(broken)
+        assert "\n" not in str(error.value)
+
     def test_gguf_package_that_is_too_old(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
