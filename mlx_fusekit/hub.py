@@ -15,8 +15,6 @@ from mlx_fusekit.writing import calls
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
-#: What huggingface_hub makes of an answer that is no JSON, or has other keys or types.
-_NONSENSE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError)
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
