@@ -21,7 +21,7 @@ def main() -> None:
     """Print what was found, and exit accordingly."""
     parser = argparse.ArgumentParser(description="Look for known vulnerabilities of the packages.")
     parser.add_argument("locks", type=Path, nargs="+")
-    command = [sys.executable, "-m", "pip_audit", "--format=json", "--progress-spinner=off"]
+    command = [sys.executable, "-P", "-m", "pip_audit", "--format=json", "--progress-spinner=off"]
     command += ["--require-hashes", "--disable-pip", "--timeout=10"]
     for lock in parser.parse_args().locks:
         command += ["--requirement", str(lock)]

@@ -32,10 +32,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def heard() -> None:
+    """Let no signal be ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture(autouse=True)
 def _as_before() -> Any:
     handlers = {number: signal.getsignal(number) for number in CODES}
     hook = sys.unraisablehook
+    # A run of the tests in the background, or under nohup, ignores some of them.
+    heard()
     yield
     sys.unraisablehook = hook
     for number, handler in handlers.items():
@@ -75,7 +84,7 @@ def test_in_the_first_moments(number: signal.Signals, module: str, folder: Path)
         cwd=folder,
         check=False,
         # A job in the background ignores the signal, and so do its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heard,
     )
     code, words = CODES[number]
     assert (done.returncode, done.stderr) == (
