@@ -9,9 +9,7 @@ from mlx_fusekit import figures
 
 #: Tokens to calibrate on, by default.
 CALIBRATION_TOKENS = 8192
-#: What ``auto`` keeps the mean KL below when it is not told, in nats a token, and how much larger
-#: than its base it may make a model for that.
-DEFAULT_MAX_KL = 0.1
+#: How much larger than its base ``auto`` may make a model when no bound is asked for.
 DEFAULT_MAX_GROWTH = 0.1
 
 

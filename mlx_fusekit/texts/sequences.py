@@ -4,6 +4,11 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+#: On fewer scored tokens, or fewer sequences, nothing is concluded from a measurement: tokens of
+#: one sequence are alike, and an interval over fewer sequences does not hold what it promises.
+FEWEST_SCORED = 200
+FEWEST_SEQUENCES = 8
+
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
