@@ -228,7 +228,7 @@ class Parity:
 
         None where there are too few sequences or tokens for one, or KL is not finite.
         """
-        if len(self.kl) < FEWEST_SCORED or len(self.lengths) < FEWEST_SEQUENCES:
+        if sum(self.lengths) < FEWEST_SCORED or len(self.lengths) < FEWEST_SEQUENCES:
             return None
         starts = np.cumsum([0, *self.lengths[:-1]])
         sums = np.add.reduceat(self.kl.astype(np.float64), starts)
