@@ -11,10 +11,11 @@ from typing import Literal
 
 import numpy as np
 
+from mlx_fusekit.resampling import RESAMPLES, widened_tail
+
 #: With fewer pairs, no interval of the sample's own values holds the median with 95 %:
 #: all of them lie on one side of it with a probability of 2 ** (1 - pairs).
 FEWEST_PAIRS = 6
-_RESAMPLES = 10_000
 #: An outlier lies further from the median than this many robust standard deviations.
 _OUTLIER_DEVIATIONS = 5.0
 #: The median absolute deviation of a normal distribution, in standard deviations.
@@ -85,8 +86,7 @@ def speedup(
 
     The estimate is the median of the rounds' quotients, taken of logarithms, so that exchanging the
     two arms inverts it. Its interval is a percentile bootstrap over rounds (Efron 1979), at levels
-    widened for the number of pairs as Hesterberg (2015, section 5.3) proposes: without that it is
-    too narrow for ten trials.
+    widened for the number of pairs.
 
     Args:
         reference_seconds: one a round, positive.
@@ -104,38 +104,11 @@ def speedup(
     ratio = math.exp(float(np.median(logarithms)))
     if pairs < 2:
         return Ratio(ratio, None, pairs)
-    draws = np.random.default_rng(seed).integers(0, pairs, (_RESAMPLES, pairs))
+    draws = np.random.default_rng(seed).integers(0, pairs, (RESAMPLES, pairs))
     medians = np.median(logarithms[draws], axis=1)
-    tail = _widened_tail(0.025, pairs)
+    tail = widened_tail(0.025, pairs)
     low, high = np.exp(np.quantile(medians, [tail, 1 - tail]))
     return Ratio(ratio, (float(low), float(high)), pairs)
-
-
-def _widened_tail(tail: float, count: int) -> float:
-    """The percentile that makes a percentile interval as wide as Student's t would."""
-    quantile = student_t_quantile(1 - tail, count - 1)
-    return NormalDist().cdf(-math.sqrt(count / (count - 1)) * quantile)
-
-
-def student_t_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t distribution.
-
-    Exact for one and two degrees of freedom; from three on, the expansion around the normal
-    quantile of Abramowitz and Stegun 26.7.5, within 0.7 % of the value up to the 97.5th percentile.
-    """
-    if freedom == 1:
-        return math.tan(math.pi * (probability - 0.5))
-    if freedom == 2:
-        spread = 2 * probability - 1
-        return spread * math.sqrt(2 / (1 - spread * spread))
-    z = NormalDist().inv_cdf(probability)
-    polynomials = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + math.fsum(term / freedom**power for power, term in enumerate(polynomials, 1))
 
 
 def drift(seconds: Sequence[Sequence[float]]) -> float | None:

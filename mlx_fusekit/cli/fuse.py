@@ -59,8 +59,8 @@ if TYPE_CHECKING:
 )
 @options.max_kl(
     "Bound on the mean KL from base+adapter, in nats a token: auto gives the modules that "
-    "hurt most wider bits until it holds; exits with code 3 when it does not, or when nothing is "
-    "re-quantized and so measured.  "
+    "hurt most wider bits until the upper end of its 95 % interval keeps it; exits with code 3 "
+    "when that does not, there is too little text, or nothing is re-quantized and so measured.  "
     "[auto's default: 0.1]"
 )
 @click.option(
@@ -102,8 +102,8 @@ def command(as_json: bool, dry_run: bool, **asked: Any) -> int:
     """Fuse adapters into a base model; one model folder comes out.
 
     The result loads with mlx_lm.load and needs no adapter. It has the base's format and size
-    unless --bits, --dequantize or --max-kl says otherwise. Exits with code 3 when --max-kl does
-    not hold, or was not measured; the model is there all the same.
+    unless --bits, --dequantize or --max-kl says otherwise. Exits with code 3 when --max-kl is
+    not shown to hold; the model is there all the same.
     """
     from mlx_fusekit.fusing.fuse import prepare_fuse
 
@@ -184,9 +184,9 @@ def _calibration(report: "FuseReport") -> list[tuple[str, str]]:
         ),
         (
             "KL",
-            f"{figures.nats(facts.kl_mean)} nats a token from base+adapter (the base: "
-            f"{figures.nats(facts.kl_base_mean)}), on {figures.count(facts.kl_tokens)} tokens "
-            "not calibrated on",
+            f"{figures.nats(facts.kl_mean)} nats a token from base+adapter"
+            f"{_interval(facts.kl_mean_ci95)}, the base {figures.nats(facts.kl_base_mean)}; on "
+            f"{figures.count(facts.kl_tokens)} tokens not calibrated on",
         ),
     ]
     if facts.widened:
@@ -194,3 +194,7 @@ def _calibration(report: "FuseReport") -> list[tuple[str, str]]:
         names = ", ".join(f"{count} modules to {bits} bits" for bits, count in widths.items())
         rows.append(("widened", f"{names}, for {figures.size(facts.added_bytes)}"))
     return rows
+
+
+def _interval(bounds: tuple[float, float] | None) -> str:
+    return f" (95 % interval {' to '.join(map(figures.nats, bounds))})" if bounds else ""

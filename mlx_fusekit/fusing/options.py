@@ -10,12 +10,11 @@ from mlx_fusekit.merging.plan import FormatOptions
 from mlx_fusekit.requantize.options import (
     CALIBRATION_TOKENS,
     DEFAULT_MAX_GROWTH,
-    DEFAULT_MAX_KL,
     CalibrationOptions,
 )
 from mlx_fusekit.requantize.strategy import STRATEGIES, Strategy
 from mlx_fusekit.texts.data import check_text
-from mlx_fusekit.verifying.options import check_max_kl
+from mlx_fusekit.verifying.options import DEFAULT_MAX_KL, check_max_kl
 
 #: The file of --export-gguf, seen from --save-path.
 GGUF_NAME = "model.gguf"

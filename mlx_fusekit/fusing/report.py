@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mlx_fusekit.figures import nats, setting
 from mlx_fusekit.formats.floats import DTYPE_NAMES
 from mlx_fusekit.merging.plan import FusePlan
 from mlx_fusekit.requantize.options import CalibrationReport
+from mlx_fusekit.verifying.verdict import interval_in_words, too_little
 
 if TYPE_CHECKING:
     from mlx_fusekit.gguf.exporting import ExportReport
@@ -71,7 +73,7 @@ class FuseReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the bound the user set holds, if there is one; not where it was not measured."""
+        """Whether the bound the user set is shown to hold, if there is one."""
         if self.dry_run or self.max_kl is None:
             return True
         return self.calibration is not None and self.calibration.reached is True
@@ -129,10 +131,19 @@ def calibration_warnings(calibration: CalibrationReport) -> Iterator[str]:
             "measured; see with mlx_lm.generate whether the base itself does"
         )
     elif calibration.reached is False:
+        assert calibration.kl_mean_ci95 is not None, "judged only with an interval"
+        asked = "the bound" if calibration.max_kl_asked else "auto's own bound"
         yield (
-            f"the mean KL is {calibration.kl_mean:.3g} nats a token, above the bound of "
-            f"{calibration.max_kl:g}; more calibration text, --bits or a larger --max-growth "
-            "bring it down"
+            f"the mean KL is {nats(calibration.kl_mean)} nats a token "
+            f"({interval_in_words(calibration.kl_mean_ci95)}), and not shown to be at most {asked} "
+            f"of {setting(calibration.max_kl)}; more calibration text, --bits or a larger "
+            "--max-growth bring it down"
+        )
+    elif calibration.max_kl_asked and calibration.reached is None:
+        yield (
+            f"--max-kl {setting(calibration.max_kl)} is not shown to hold: "
+            f"{too_little(calibration.kl_tokens, calibration.kl_sequences)}; give more text "
+            "(--calibration FILE, --calibration-tokens)"
         )
     if calibration.not_seen:
         yield (

@@ -22,6 +22,8 @@ _NUMBERS = (
     "recovered",
     "max_kl",
 )
+#: What ``passed`` is with each verdict.
+_PASSED = {"kept": True, "lost": False, "not judged": None}
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Evidence:
 
     @property
     def verified(self) -> bool:
-        """Whether the model is known to have passed ``verify``."""
-        return self.parity is not None and self.parity["passed"] is True
+        """Whether ``verify`` found that the model kept its fine-tune."""
+        return self.parity is not None and self.parity["verdict"] == "kept"
 
 
 def read_evidence(
@@ -84,8 +86,13 @@ def read_evidence(
             "the model was not verified; give the output of `mlx-fusekit verify --json` as "
             "--verify-report, and the card will show it"
         )
-    elif parity["passed"] is not True:
-        warnings.append("the model did not pass `mlx-fusekit verify`, and the card will say so")
+    elif parity["verdict"] == "lost":
+        warnings.append("the model lost its fine-tune by --verify-report, and the card will say so")
+    elif parity["verdict"] != "kept":
+        warnings.append(
+            "--verify-report does not judge whether the model kept its fine-tune, and the card "
+            f"will say so ({parity['verdict_reason']})"
+        )
     return Evidence(parity, verified_file, bench, arm, tuple(warnings))
 
 
@@ -97,7 +104,7 @@ def _read_parity(path: Path) -> dict[str, Any]:
         "reference": isinstance(report.get("reference"), str),
         "adapters": isinstance(report.get("adapters"), list),
         "tokens": isinstance(report.get("tokens"), int),
-        "passed": isinstance(report.get("passed"), bool),
+        "passed": "passed" in report and isinstance(report["passed"], bool | None),
         "kl_mean": "kl_mean" in report,
     }
     if missing := [name for name, ok in known.items() if not ok]:
@@ -109,7 +116,23 @@ def _read_parity(path: Path) -> dict[str, Any]:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and abs(value) <= sys.float_info.max):
             raise ConfigurationError(f"{what}: {name} is {value!r}, which is no number")
-    return report
+    return report | _read_verdict(report, what)
+
+
+def _read_verdict(report: Mapping[str, Any], what: str) -> dict[str, str]:
+    """The verdict and its reason; reports from before there were verdicts judge nothing."""
+    if "verdict" not in report:
+        old = "the report is of a version of mlx-fusekit that gave no verdict"
+        return {"verdict": "not judged", "verdict_reason": old}
+    verdict, reason = report["verdict"], report.get("verdict_reason")
+    if not isinstance(verdict, str) or verdict not in _PASSED or not isinstance(reason, str):
+        raise ConfigurationError(f"{what}: verdict is {verdict!r}, which `verify` never says")
+    if report["passed"] is not _PASSED[verdict]:
+        raise ConfigurationError(
+            f"{what}: verdict is {verdict!r}, but passed is {report['passed']!r}; give the output "
+            "of `mlx-fusekit verify --json` as it was printed"
+        )
+    return {"verdict": verdict, "verdict_reason": reason}
 
 
 def _read_bench(path: Path, names: Collection[str]) -> tuple["BenchReport", str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlx_fusekit.bench.tables import machine, medians, what_is_timed
-from mlx_fusekit.figures import count, ratio, setting, share, size
+from mlx_fusekit.figures import count, ratio, share, size
 from mlx_fusekit.publishing.foreign_text import plain, public_source
 from mlx_fusekit.tables import Table
 from mlx_fusekit.verifying.parity_table import parity_table, reference_name
@@ -37,17 +37,9 @@ def _parity_notes(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _verdict(report: Mapping[str, Any]) -> str:
-    bound = report.get("max_kl")
-    if report["passed"]:
-        asked = f", and the mean KL is at most {setting(bound)}" if bound is not None else ""
-        return f"It passed: its files are in order{asked}."
-    faults = []
-    if report.get("structure_ok") is not True:
-        faults.append("its files are not in order")
-    kl = report["kl_mean"]
-    if bound is not None and not (kl is not None and kl <= bound):
-        faults.append(f"the mean KL is above {setting(bound)}")
-    return f"**It did not pass:** {', and '.join(faults) or 'see the report'}."
+    said = {"kept": "The fine-tune was kept", "lost": "**The fine-tune was lost**"}
+    verdict = said.get(report["verdict"], "Whether the fine-tune was kept was not judged")
+    return f"{verdict}: {plain(report['verdict_reason'])}."
 
 
 def latency_section(report: "BenchReport", arm: str) -> str:

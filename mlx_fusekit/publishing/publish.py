@@ -42,7 +42,7 @@ class PublishReport:
         bytes: of all files; the Hub does not take again what it has.
         card: the text of ``README.md``.
         license: identifier; None where it is not known.
-        verified: whether a report was given in which the model passed ``verify``.
+        verified: whether a report was given in which ``verify`` found that the fine-tune was kept.
         commit: its id; None in a dry run, as ``commit_url`` and ``pull_request_url``.
     """
 

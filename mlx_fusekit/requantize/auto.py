@@ -19,10 +19,13 @@ from mlx_fusekit.running.model import RunningModel
 from mlx_fusekit.texts.calibration import CalibrationText, calibration_text
 from mlx_fusekit.texts.data import TrainingData, training_data
 from mlx_fusekit.texts.items import Features
+from mlx_fusekit.texts.sequences import up_to
 from mlx_fusekit.verifying.parity import Model, Variant, compare
 
 #: Rounds of widening after which the search ends.
 _MOST_ROUNDS = 5
+#: Tokens to estimate gains on; each group of modules runs them.
+_PROBE_TOKENS = 1024
 #: Share of the bound that is aimed at, since gains are estimates, and the share that is near enough
 #: for no narrower bits to be tried.
 _AIM = 0.85
@@ -64,11 +67,16 @@ class _Attempt:
 
     def better_than(self, other: "_Attempt") -> bool:
         """Whether it keeps the bound with fewer bytes, or comes closer while neither does."""
-        if self.report.reached != other.report.reached:
-            return bool(self.report.reached)
-        if self.report.reached:
+        if self.within != other.within:
+            return self.within
+        if self.within:
             return self.plan.output_bytes < other.plan.output_bytes
-        return self.report.kl_mean < other.report.kl_mean
+        return self.report.kl_upper < other.report.kl_upper
+
+    @property
+    def within(self) -> bool:
+        """Whether it keeps the bound, as far as the text shows; so without a bound."""
+        return self.report.max_kl is None or self.report.kl_upper <= self.report.max_kl
 
 
 @dataclass
@@ -81,7 +89,8 @@ class _Session:
 
     def run(self) -> Prepared:
         first = self._attempt({}, "re-quantizing")
-        if first.report.reached is False and self.options.widen:
+        measurable = math.isfinite(first.report.kl_upper) and first.report.kl_mean > 0
+        if self.options.widen and measurable and not first.within:
             first = self._widened(first)
         return Prepared(first.plan, first.calibration.solved, first.report)
 
@@ -106,13 +115,14 @@ class _Session:
             steps,
             narrow.calibration.groups,
             {path: result.error for path, result in narrow.calibration.solved.results.items()},
-            self.text.held_out,
+            list(up_to(self.text.held_out, _PROBE_TOKENS)),
             of_step(self.progress, "looking for what to widen"),
         )
         growth = self.options.max_growth
         cap = None if growth is None else int(growth * self.plan.base_bytes)
         best, tried = narrow, [dict[str, int]()]
-        too_little, enough, aim = kl, 0.0, _AIM * bound
+        # The bound is for the interval's upper end, and gains are estimated of the mean.
+        too_little, enough, aim = kl, 0.0, _AIM * bound * kl / narrow.report.kl_upper
         for number in range(2, _MOST_ROUNDS + 2):
             widths = choose_widths(costs, steps, kl, aim, cap).bits
             if widths in tried:
@@ -121,8 +131,8 @@ class _Session:
             attempt = self._attempt(widths, f"re-quantizing, round {number}")
             if attempt.better_than(best):
                 best = attempt
-            measured = attempt.report.kl_mean
-            if attempt.report.reached:
+            measured = attempt.report.kl_upper
+            if attempt.within:
                 enough = aim
                 if measured > _CLOSE_ENOUGH * bound:
                     break
@@ -149,20 +159,22 @@ class _Session:
         )
         fused, base = measured["fused"], measured["base"]
         results = calibration.solved.results
-        bound = self.options.max_kl
+        bound, interval = self.options.max_kl, fused.kl_mean_ci95
         return CalibrationReport(
             source=self.text.source,
             tokens=self.text.tokens,
             general_tokens=self.text.general_tokens,
             kl_mean=fused.kl_mean,
+            kl_mean_ci95=interval,
             kl_p99=fused.kl_p99,
             kl_base_mean=base.kl_mean,
             kl_tokens=len(fused.kl),
+            kl_sequences=len(fused.lengths),
             recovered=1 - fused.kl_mean / base.kl_mean if base.kl_mean > 0 else None,
             output_error=float(np.median([result.error for result in results.values()])),
             max_kl=bound,
             max_kl_asked=self.options.max_kl_asked,
-            reached=None if bound is None else bool(fused.kl_mean <= bound),
+            reached=None if bound is None or interval is None else interval[1] <= bound,
             widened=dict(widths),
             added_bytes=plan.output_bytes - self.plan.output_bytes,
             not_seen=tuple(path for path, result in results.items() if not result.tokens),

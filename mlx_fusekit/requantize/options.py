@@ -9,9 +9,7 @@ from mlx_fusekit import figures
 
 #: Tokens to calibrate on, by default.
 CALIBRATION_TOKENS = 8192
-#: What ``auto`` keeps the mean KL below when it is not told, in nats a token, and how much larger
-#: than its base it may make a model for that.
-DEFAULT_MAX_KL = 0.1
+#: How much larger than its base ``auto`` may make a model when no bound is asked for.
 DEFAULT_MAX_GROWTH = 0.1
 
 
@@ -48,14 +46,15 @@ class CalibrationReport:
         source: where the calibration text is from.
         tokens: of it; ``general_tokens`` of them were written by the base.
         kl_mean: KL(base+adapter || fused) in nats a token, on ``kl_tokens`` tokens of the same
-            source that were not calibrated on.
+            source that were not calibrated on, in ``kl_sequences`` sequences.
+        kl_mean_ci95: bounds of its 95 % interval; None of too little text for one.
         kl_p99: what 99 % of these tokens stay below.
         kl_base_mean: of the base without its adapter.
         recovered: 1 - kl_mean / kl_base_mean.
         output_error: squared change of the layers' outputs over that of rounding to nearest, the
             median over modules.
-        max_kl: the bound, ``max_kl_asked`` by the user or a default; ``reached`` tells whether it
-            holds.
+        max_kl: the bound, ``max_kl_asked`` by the user or a default; ``reached`` tells whether the
+            interval's upper end is at most that, and is None without an interval.
         widened: bits by module path.
         added_bytes: what the wider bits cost.
         not_seen: modules that no calibration token reached; they have the least weight error.
@@ -67,9 +66,11 @@ class CalibrationReport:
     tokens: int
     general_tokens: int
     kl_mean: float
+    kl_mean_ci95: tuple[float, float] | None
     kl_p99: float
     kl_base_mean: float
     kl_tokens: int
+    kl_sequences: int
     recovered: float | None
     output_error: float
     max_kl: float | None
@@ -79,6 +80,11 @@ class CalibrationReport:
     added_bytes: int
     not_seen: tuple[str, ...]
     skipped_tokens: int
+
+    @property
+    def kl_upper(self) -> float:
+        """What the mean KL is at most, as far as the text shows; the mean without an interval."""
+        return self.kl_mean if self.kl_mean_ci95 is None else self.kl_mean_ci95[1]
 
     def as_json(self) -> dict[str, Any]:
         """The report as a JSON object; numbers that are not finite are None."""

@@ -15,7 +15,13 @@ from mlx_fusekit.progress import Progress
 from mlx_fusekit.texts.data import TrainingData, data_file, read_sequences
 from mlx_fusekit.texts.generate import generate_sequences
 from mlx_fusekit.texts.items import Features
-from mlx_fusekit.texts.sequences import TokenSequence, derived_seed
+from mlx_fusekit.texts.sequences import (
+    FEWEST_SEQUENCES,
+    TokenSequence,
+    derived_seed,
+    enough_to_conclude,
+    up_to,
+)
 
 #: Lends a model that is ready to run: one object can be base and teacher in turn.
 ModelLoan = Callable[[], AbstractContextManager[nn.Module]]
@@ -75,7 +81,8 @@ def calibration_text(
         file: what the user wants to calibrate on, as :func:`read_sequences` reads it.
         features: keys that its text may have beside mlx-lm's own.
         training_data: what :func:`~mlx_fusekit.texts.data.training_data` found.
-        tokens: about how many to calibrate on. A fifth of it, at most 1024, is held out on top.
+        tokens: about how many to calibrate on. A fifth of it, at most 1024, is held out on top,
+            and of long texts more, so that a measurement on them can conclude something.
         general_share: at least 0, below 1.
         seed: of all choices and samples; each part draws its own numbers.
         max_length: longest sequence from a file, in tokens.
@@ -95,11 +102,11 @@ def calibration_text(
         read_sequences,
         tokenizer=tokenizer,
         max_length=max_length,
-        tokens=task_tokens + held_out_tokens,
+        tokens=task_tokens + held_out_tokens + FEWEST_SEQUENCES * max_length,
         seed=derived_seed(seed, "selection"),
     )
     source, pool = _from_a_file(read, file, features, training_data)
-    task, held_out = _split(pool, held_out_tokens)
+    task, held_out = _split(pool, task_tokens + held_out_tokens, held_out_tokens)
 
     # Both are zero where nothing is to be generated.
     by_teacher = (0 if task else task_tokens) + (0 if held_out else held_out_tokens)
@@ -109,7 +116,7 @@ def calibration_text(
     )
     written = write(teacher, "task", by_teacher)
     if not task:
-        task, held_out = _split(written, held_out_tokens)
+        task, held_out = _split(written, None, held_out_tokens)
     elif not held_out:
         held_out = _without(written, task)
     if not task or not held_out:
@@ -183,17 +190,29 @@ def _different(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
 
 
 def _split(
-    pool: Sequence[TokenSequence], held_out_tokens: int
+    pool: Sequence[TokenSequence], tokens: int | None, held_out_tokens: int
 ) -> tuple[list[TokenSequence], list[TokenSequence]]:
     """The pool's sequences to calibrate on, at least one if it has any, and those to hold out.
 
-    A small pool keeps a sixth aside, the same share as of a large one.
+    A small pool keeps a sixth aside, the same share as of a large one. Where nothing could be
+    concluded from that, more is held out of what the pool has beyond ``tokens``, or else up to a
+    quarter of it.
     """
-    aside = min(held_out_tokens, _count(pool) // 6)
+    task = list(up_to(pool, tokens))
+    spare, total = list(pool[len(task) :]), _count(task)
+    aside = min(held_out_tokens, total // 6)
     held_out: list[TokenSequence] = []
-    task = list(pool)
     while len(task) > 1 and (not held_out or _count(held_out) < aside):
         held_out.append(task.pop())
+    while spare and not enough_to_conclude(held_out):
+        held_out.append(spare.pop(0))
+    more = list(held_out)
+    for sequence in reversed(task[1:]):
+        if enough_to_conclude(more) or _count(more) + len(sequence.tokens) > total // 4:
+            break
+        more.append(sequence)
+    if enough_to_conclude(more):
+        task, held_out = task[: len(task) - len(more) + len(held_out)], more
     return task, held_out
 
 

@@ -2,7 +2,7 @@
 
 import codecs
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from mlx_fusekit.checkpoint.mistaken import lfs_pointer
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.texts.chat import encode_item
 from mlx_fusekit.texts.items import Features, parse_items
-from mlx_fusekit.texts.sequences import TokenSequence
+from mlx_fusekit.texts.sequences import TokenSequence, up_to
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ def read_sequences(
     else:
         windows = _windows(text, tokenizer, max_length)
         sequences = (TokenSequence(window) for window in _order(windows, tokens, seed))
-    usable = list(_take((s for s in sequences if len(s.tokens) >= 2), tokens))
+    usable = list(up_to((s for s in sequences if len(s.tokens) >= 2), tokens))
     if not usable:
         raise ConfigurationError(f"{file}: holds no text; name a file with text in it")
     return usable
@@ -152,16 +152,6 @@ def _order(items: Sequence[T], tokens: int | None, seed: int) -> Sequence[T]:
     if tokens is None:
         return items
     return random.Random(seed).sample(items, len(items))  # noqa: S311
-
-
-def _take(sequences: Iterable[TokenSequence], tokens: int | None) -> Iterator[TokenSequence]:
-    """Sequences up to the one that reaches so many tokens, or all."""
-    taken = 0
-    for sequence in sequences:
-        yield sequence
-        taken += len(sequence.tokens)
-        if tokens is not None and taken >= tokens:
-            return
 
 
 def _read_text(file: Path) -> str:

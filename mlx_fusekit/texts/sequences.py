@@ -1,8 +1,13 @@
 """Tokenized text, which of its tokens a measurement counts, and the seeds it is drawn with."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+
+#: On fewer scored tokens, or fewer sequences, nothing is concluded from a measurement: tokens of
+#: one sequence are alike, and an interval over fewer sequences does not hold what it promises.
+FEWEST_SCORED = 200
+FEWEST_SEQUENCES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +24,22 @@ class TokenSequence:
     tokens: tuple[int, ...]
     scored: int = 1
     is_answer: bool = False
+
+
+def enough_to_conclude(sequences: Iterable[TokenSequence]) -> bool:
+    """Whether a measurement on these sequences concludes anything."""
+    scored = [len(sequence.tokens) - sequence.scored for sequence in sequences]
+    return len(scored) >= FEWEST_SEQUENCES and sum(scored) >= FEWEST_SCORED
+
+
+def up_to(sequences: Iterable[TokenSequence], tokens: int | None) -> Iterator[TokenSequence]:
+    """Sequences up to the one that reaches so many tokens, or all."""
+    taken = 0
+    for sequence in sequences:
+        yield sequence
+        taken += len(sequence.tokens)
+        if tokens is not None and taken >= tokens:
+            return
 
 
 def grouped_by_length(

@@ -6,6 +6,9 @@ from mlx_fusekit.errors import ConfigurationError
 
 #: About how many tokens ``verify`` runs, by default.
 MAX_TOKENS = 4096
+#: The mean KL, in nats a token, up to which a model counts as its reference where no bound is asked
+#: for; ``auto`` widens modules above it.
+DEFAULT_MAX_KL = 0.1
 
 
 def check_max_kl(max_kl: float) -> None:

@@ -21,7 +21,13 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.formats.floats import Float32
 from mlx_fusekit.progress import Progress
-from mlx_fusekit.texts.sequences import TokenSequence, grouped_by_length
+from mlx_fusekit.resampling import mean_interval
+from mlx_fusekit.texts.sequences import (
+    FEWEST_SCORED,
+    FEWEST_SEQUENCES,
+    TokenSequence,
+    grouped_by_length,
+)
 
 #: Tokens of a batch, padding included. More are hardly faster, fewer are slower.
 BATCH_TOKENS = 1024
@@ -185,25 +191,48 @@ class Parity:
     Attributes:
         kl: KL(reference || candidate) in nats at each scored token, float32 ``[tokens]``, in the
             order of the sequences.
+        lengths: how many tokens are scored of each sequence, ``[sequences]``.
         top1_agreement: share of the tokens where both have the same arg-max.
         perplexity: the candidate's, of the actual tokens: exp of the mean negative log-likelihood.
         perplexity_reference: the reference's.
-        exact_match: share of the answers whose every token is the candidate's arg-max; None
-            without answers.
-        exact_match_reference: the reference's.
+        answers: of each answer, whether its every token is the candidate's arg-max, ``[answers]``.
+        answers_reference: whether it is the reference's.
     """
 
     kl: Float32
+    lengths: tuple[int, ...]
     top1_agreement: float
     perplexity: float
     perplexity_reference: float
-    exact_match: float | None
-    exact_match_reference: float | None
+    answers: npt.NDArray[np.bool_]
+    answers_reference: npt.NDArray[np.bool_]
+
+    @property
+    def exact_match(self) -> float | None:
+        """Share of the answers that the candidate gives exactly; None without answers."""
+        return float(self.answers.mean()) if len(self.answers) else None
+
+    @property
+    def exact_match_reference(self) -> float | None:
+        """That of the reference."""
+        return float(self.answers_reference.mean()) if len(self.answers) else None
 
     @property
     def kl_mean(self) -> float:
         """Mean KL in nats a token."""
         return float(self.kl.mean(dtype=np.float64))
+
+    @cached_property
+    def kl_mean_ci95(self) -> tuple[float, float] | None:
+        """Bounds of the 95 % interval of the mean, by resampling whole sequences.
+
+        None where there are too few sequences or tokens for one, or KL is not finite.
+        """
+        if sum(self.lengths) < FEWEST_SCORED or len(self.lengths) < FEWEST_SEQUENCES:
+            return None
+        starts = np.cumsum([0, *self.lengths[:-1]])
+        sums = np.add.reduceat(self.kl.astype(np.float64), starts)
+        return mean_interval(sums, np.array(self.lengths, np.float64))
 
     @property
     def kl_median(self) -> float:
@@ -324,8 +353,9 @@ class _Scores:
             top1_agreement=float(self.agrees.mean()),
             perplexity=self.perplexity,
             perplexity_reference=reference.perplexity,
-            exact_match=self.exact_match,
-            exact_match_reference=reference.exact_match,
+            lengths=tuple(len(s.tokens) - s.scored for s in self._sequences),
+            answers=self.answers,
+            answers_reference=reference.answers,
         )
 
     @property
@@ -334,11 +364,11 @@ class _Scores:
             return float(np.exp(-self._likelihood.mean(dtype=np.float64)))
 
     @property
-    def exact_match(self) -> float | None:
+    def answers(self) -> npt.NDArray[np.bool_]:
         matched, start = [], 0
         for sequence in self._sequences:
             end = start + len(sequence.tokens) - sequence.scored
             if sequence.is_answer:
                 matched.append(bool(self._hits[start:end].all()))
             start = end
-        return sum(matched) / len(matched) if matched else None
+        return np.array(matched, np.bool_)

@@ -12,6 +12,7 @@ from mlx_fusekit.texts.sequences import TokenSequence
 from mlx_fusekit.verifying.parity import Parity
 from mlx_fusekit.verifying.reference import Reference
 from mlx_fusekit.verifying.structure import Check
+from mlx_fusekit.verifying.verdict import Verdict, judge
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,20 @@ class ParityReport:
         revision: the commit of a reference from the Hub.
         adapters: what was put on the base, unmerged; empty with another reference.
         kl_mean: mean over all scored tokens; ``max_kl`` bounds it.
+        kl_mean_ci95: bounds of its 95 % interval, by resampling whole sequences; None of too little
+            text for one.
         kl_p99: 99 % of the tokens stay below.
         top1_agreement: share of the tokens where both models have the same arg-max.
         perplexity_fused: of the actual tokens.
         recovered: 1 - KL(fused) / KL(base): 1 is the reference, 0 no better than the base.
-        exact_match_fused: share of the answers whose every token is the arg-max.
+        exact_match_fused: share of the ``answers`` whose every token is the arg-max.
         tokens: how many were scored.
         data: where the text came from.
         float32: whether all weights were run as float32, so that kernels' rounding is left out.
         structure: checks of the fused model's files.
-        passed: the structure is in order, all numbers are finite, and KL is at most ``max_kl``.
+        verdict: of :mod:`mlx_fusekit.verifying.verdict`: "kept", "lost" or "not judged".
+        verdict_reason: in a sentence, with the figures and bounds.
+        passed: True for kept, False for lost, None for not judged.
     """
 
     fused: str
@@ -45,6 +50,7 @@ class ParityReport:
     revision: str | None
     adapters: tuple[str, ...]
     kl_mean: float
+    kl_mean_ci95: tuple[float, float] | None
     kl_median: float
     kl_p99: float
     kl_base_mean: float | None
@@ -59,6 +65,7 @@ class ParityReport:
     exact_match_fused: float | None
     exact_match_base: float | None
     recovered: float | None
+    answers: int
     tokens: int
     sequences: int
     data: str
@@ -67,9 +74,16 @@ class ParityReport:
     max_kl: float | None
     structure_ok: bool
     structure: tuple[Check, ...]
-    passed: bool
+    verdict: Verdict
+    verdict_reason: str
+    passed: bool | None
     seconds: float
     warnings: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing was lost, and what was asked for is shown to hold."""
+        return self.passed is True or (self.passed is None and self.max_kl is None)
 
     def as_json(self) -> dict[str, Any]:
         """The report as a JSON object; numbers that are not finite are None."""
@@ -114,12 +128,14 @@ def parity_report(
     recovered = None
     if base is not None and base.kl_mean > 0:
         recovered = 1 - kl / base.kl_mean
+    judgement = judge(ours, base, checks, max_kl)
     return ParityReport(
         fused=fused,
         reference=truth.running.source.public_name,
         revision=truth.running.source.revision,
         adapters=truth.adapters,
         kl_mean=kl,
+        kl_mean_ci95=ours.kl_mean_ci95,
         kl_median=ours.kl_median,
         kl_p99=ours.kl_p99,
         kl_base_mean=base.kl_mean if base else None,
@@ -134,6 +150,7 @@ def parity_report(
         exact_match_fused=ours.exact_match,
         exact_match_base=base.exact_match if base else None,
         recovered=recovered,
+        answers=len(ours.answers),
         tokens=len(ours.kl),
         sequences=len(sequences),
         data=data,
@@ -142,7 +159,9 @@ def parity_report(
         max_kl=max_kl,
         structure_ok=structure_ok,
         structure=checks,
-        passed=structure_ok and (max_kl is None or kl <= max_kl),
+        verdict=judgement.verdict,
+        verdict_reason=judgement.reason,
+        passed=judgement.passed,
         seconds=seconds,
         warnings=truth.warnings,
     )

@@ -50,7 +50,7 @@ def check_no_adapter(fused: Checkpoint) -> Check:
         if any(part in _ADAPTER_LEAVES for part in name.split("."))
         or (name.endswith(".m") and f"{name[:-2]}.lora_a" in fused.tensors)
     ]
-    return Check("no adapter layers left", not left, _listed(left, "none"))
+    return Check("no adapter layers left", not left, _listed(left, f"{len(fused.tensors)} tensors"))
 
 
 def check_structure(

@@ -15,8 +15,8 @@ from mlx_fusekit.bench.statistics import (
     drift,
     outliers,
     speedup,
-    student_t_quantile,
 )
+from mlx_fusekit.resampling import student_t_quantile
 
 SAMPLE = [0.512, 0.498, 0.530, 0.505, 0.701, 0.499, 0.510, 0.502, 0.515, 0.508]
 OTHER = [0.401, 0.420, 0.415, 0.399, 0.410, 0.640, 0.405, 0.411, 0.402, 0.408]

@@ -166,14 +166,15 @@ def test_a_bound_makes_modules_wider_until_it_holds(
     base: Path, adapter: Path, calibrated: tuple[Path, FuseReport], tmp_path: Path
 ) -> None:
     assert calibrated[1].calibration is not None
-    bound = calibrated[1].calibration.kl_mean / 2
+    bound = calibrated[1].calibration.kl_upper / 2
     report = fuse(
         base, gently(adapter), tmp_path / "fused", calibration_tokens=TOKENS, max_kl=bound
     )
     facts = report.calibration
     assert facts is not None
     assert facts.reached
-    assert facts.kl_mean <= bound
+    assert facts.kl_mean_ci95 is not None
+    assert facts.kl_mean < facts.kl_mean_ci95[1] <= bound
     assert facts.widened
     assert facts.added_bytes == report.output_bytes - report.base_bytes > 0
     quantization = json.loads((tmp_path / "fused/config.json").read_text())["quantization"]
@@ -217,7 +218,29 @@ def test_a_bound_out_of_reach_keeps_the_model_and_says_so(
     report = json.loads(result.stdout)
     assert report["calibration"]["reached"] is False
     assert report["output_bytes"] <= 1.01 * report["base_bytes"] + 4096
-    assert "above the bound of 1e-09" in result.stderr
+    low, high = report["calibration"]["kl_mean_ci95"]
+    assert low < report["calibration"]["kl_mean"] < high
+    assert "and not shown to be at most the bound of 1e-09" in result.stderr
+    assert (target / "model.safetensors").exists()
+
+
+def test_a_bound_on_too_little_text_is_not_shown_to_hold(
+    base: Path, bare_adapter: Path, tmp_path: Path
+) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(samples.train_data_path().open().readlines()[:12]))
+    target = tmp_path / "fused"
+    options = flags(
+        model=base, adapter_path=bare_adapter, save_path=target, calibration=few, max_kl=1
+    )
+    result = run("fuse", *options, "--json")
+    assert result.returncode == 3, result.stderr
+    facts = json.loads(result.stdout)["calibration"]
+    assert facts["kl_mean"] < 1
+    assert facts["kl_mean_ci95"] is facts["reached"] is None
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("warning: --max-kl 1 is not shown to hold: measured on ")
+    assert line.endswith("; give more text (--calibration FILE, --calibration-tokens)")
     assert (target / "model.safetensors").exists()
 
 

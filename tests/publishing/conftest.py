@@ -49,7 +49,7 @@ def facts(sample_fused: Path) -> CardFacts:
 def parity(sample_fused: Path) -> dict[str, Any]:
     """What ``verify --json`` says of it."""
     base, adapter = samples.model_path(), samples.adapter_path()
-    return verify(base, adapter, sample_fused, max_tokens=100).as_json()
+    return verify(base, adapter, sample_fused, max_tokens=800).as_json()
 
 
 @pytest.fixture

@@ -34,7 +34,9 @@ class TestReports:
         report = publish(fused, REPO, verify_report=verify_report, bench_report=bench_report)
         assert report.verified
         assert not any("verif" in line for line in report.warnings)
-        assert "It passed" in report.card
+        assert "The fine-tune was kept: mean KL " in report.card
+        assert "(95 % interval " in report.card
+        assert "passed" not in report.card
         assert "3 generated; medians of 2 trials" in report.card
         assert str(samples.model_path().parent) not in report.card
 
@@ -43,16 +45,43 @@ class TestReports:
         assert not evidence.verified
         assert any("was not verified" in line for line in evidence.warnings)
 
-    def test_one_that_did_not_pass_is_said(
-        self, facts: CardFacts, fused: Path, verify_report: Path
+    @pytest.mark.parametrize(
+        ("verdict", "passed", "told", "shown"),
+        [
+            ("lost", False, "lost its fine-tune", "**The fine-tune was lost**: mean KL 2."),
+            ("not judged", None, "does not judge", "kept was not judged: mean KL 2."),
+        ],
+    )
+    def test_one_that_was_not_kept_is_said(
+        self,
+        facts: CardFacts,
+        fused: Path,
+        verify_report: Path,
+        verdict: str,
+        passed: bool | None,
+        told: str,
+        shown: str,
     ) -> None:
-        value = json.loads(verify_report.read_text()) | {"passed": False, "max_kl": 1e-9}
+        value = json.loads(verify_report.read_text())
+        value |= {"verdict": verdict, "passed": passed, "verdict_reason": "mean KL 2"}
         verify_report.write_text(json.dumps(value))
         evidence = read(fused, verify_report=verify_report)
         assert not evidence.verified
-        assert any("did not pass" in line for line in evidence.warnings)
+        assert any(told in line for line in evidence.warnings)
+        assert shown in write_card(replace(facts, evidence=evidence))
+
+    @pytest.mark.parametrize("passed", [True, False])
+    def test_a_report_from_before_verdicts_judges_nothing(
+        self, facts: CardFacts, fused: Path, verify_report: Path, passed: bool
+    ) -> None:
+        """They said passed where no bound was asked for."""
+        value = json.loads(verify_report.read_text()) | {"passed": passed}
+        del value["verdict"], value["verdict_reason"], value["kl_mean_ci95"]
+        verify_report.write_text(json.dumps(value))
+        evidence = read(fused, verify_report=verify_report)
+        assert not evidence.verified
         card = write_card(replace(facts, evidence=evidence))
-        assert "**It did not pass:** the mean KL is above 1e-09" in card
+        assert "not judged: the report is of a version of mlx-fusekit that gave no verdict." in card
 
     def test_reports_of_other_models(
         self, fused: Path, verify_report: Path, bench_report: Path
@@ -64,6 +93,10 @@ class TestReports:
             ({"kl_mean": "low"}, "kl_mean is 'low', which is no number"),
             ({"recovered": 10**400}, "recovered is 1000.*, which is no number"),
             ({"passed": "yes"}, "has no passed"),
+            ({"passed": None}, "verdict is 'kept', but passed is None"),
+            ({"verdict": "fine"}, "verdict is 'fine', which `verify` never says"),
+            ({"verdict": []}, "which `verify` never says"),
+            ({"verdict_reason": 5}, "which `verify` never says"),
         ):
             verify_report.write_text(json.dumps(value | change))
             refused(message, fused, verify_report=verify_report)
@@ -110,9 +143,10 @@ class TestTables:
     ) -> None:
         report = tmp_path / "v.json"
         nan = dict.fromkeys(["kl_mean", "kl_median", "kl_p99", "perplexity_fused", "recovered"])
-        report.write_text(json.dumps(parity | nan | {"passed": False, "structure_ok": False}))
+        lost = {"passed": False, "verdict": "lost", "verdict_reason": "not in order: finite"}
+        report.write_text(json.dumps(parity | nan | lost))
         card = write_card(replace(facts, evidence=read_evidence(facts.model, REPO, report)))
-        assert "**It did not pass:** its files are not in order." in card
+        assert "**The fine-tune was lost**: not in order: finite." in card
 
     def test_a_report_of_the_gguf_file(
         self, facts: CardFacts, parity: dict[str, Any], tmp_path: Path

@@ -12,6 +12,7 @@ from mlx_fusekit.texts.calibration import calibration_text
 from mlx_fusekit.texts.data import TrainingData, read_sequences
 from mlx_fusekit.texts.generate import generate_sequences
 from mlx_fusekit.texts.items import Features
+from mlx_fusekit.texts.sequences import enough_to_conclude
 
 
 class Models:
@@ -72,7 +73,8 @@ def test_a_file_comes_first(choose, models, tokenizer) -> None:
     known = set(read_sequences(file, tokenizer))
     assert {*text.sequences, *text.held_out} <= known
     assert 550 <= text.tokens < 700
-    assert 120 <= count(text.held_out) < 220
+    assert enough_to_conclude(text.held_out)  # more than a fifth, of so short answers
+    assert not enough_to_conclude(text.held_out[:-1])
     assert text.general_tokens == 0
 
 
@@ -82,6 +84,7 @@ def test_a_file_may_be_plain_text_or_a_folder(choose, models, tmp_path) -> None:
     lines(tmp_path / "train.jsonl", 20)
     for file, read in ((words, words), (tmp_path, tmp_path / "train.jsonl")):
         text = check(choose(file=file, max_length=64))
+        assert enough_to_conclude(text.held_out) == (file == words)
         assert text.source == f"{read.parent.name}/{read.name}"
     assert models.lent == []
 
@@ -140,6 +143,22 @@ def test_a_small_file_holds_out_a_sixth(choose, models, tmp_path) -> None:
     assert models.lent == []
     assert 1 <= len(text.held_out) <= 3
     assert len(text.sequences) >= 9
+
+
+def test_of_long_texts_more_is_held_out(choose, tmp_path) -> None:
+    """A thousand tokens of 512 each are two texts, of which nothing can be concluded."""
+    words = tmp_path / "words.txt"
+    words.write_text("".join(f"How many of the {n} books are there?\n" for n in range(2000)))
+    short = check(choose(file=words, tokens=4096, max_length=64))
+    long = check(choose(file=words, tokens=4096, max_length=512))
+    assert len(short.held_out) > len(long.held_out) == 8
+    assert short.tokens == pytest.approx(long.tokens, rel=0.15)  # and no less calibrated on
+
+
+def test_a_quarter_of_a_small_file_where_that_is_enough(choose, tmp_path) -> None:
+    text = check(choose(file=lines(tmp_path / "few.jsonl", 48), tokens=100_000))
+    assert enough_to_conclude(text.held_out)
+    assert count(text.held_out) <= (count(text.sequences) + count(text.held_out)) / 4
 
 
 def test_held_out_text_is_written_where_the_file_has_one_sequence(choose, models, tmp_path) -> None:

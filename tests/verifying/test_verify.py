@@ -18,6 +18,8 @@ from mlx_fusekit.errors import CheckpointError, ConfigurationError, HubError
 
 BASE, ADAPTER, DATA = samples.model_path(), samples.adapter_path(), samples.evaluation_data_path()
 TOKENS = 300
+#: Enough for a verdict: 14 answers.
+JUDGED = 600
 TOUCHED, CLEAN = "touched modules changed", "no adapter layers left"
 
 
@@ -33,8 +35,9 @@ def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_fused_model_is_measured_between_base_and_teacher(fused: Path) -> None:
-    report = verify(BASE, ADAPTER, fused, data=DATA, max_tokens=TOKENS)
-    assert report.passed
+    report = verify(BASE, ADAPTER, fused, data=DATA, max_tokens=JUDGED)
+    assert report.passed is True
+    assert report.verdict == "kept"
     assert report.structure_ok
     assert report.exact_match_base is not None
     assert report.exact_match_base < 0.1 < 0.9 < (report.exact_match_reference or 0)
@@ -65,7 +68,7 @@ def test_exact_match_is_that_of_the_other_implementation(fused: Path, tmp_path: 
 
 def test_without_requantization_nothing_is_lost(tmp_path: Path) -> None:
     fuse(BASE, ADAPTER, tmp_path / "wide", dequantize=True, dtype="float32")
-    report = verify(BASE, ADAPTER, tmp_path / "wide", data=DATA, max_tokens=TOKENS)
+    report = verify(BASE, ADAPTER, tmp_path / "wide", data=DATA, max_tokens=JUDGED)
     assert report.passed
     assert abs(report.kl_mean) < 1e-5
     assert report.recovered is not None
@@ -109,23 +112,51 @@ def test_the_text_is_not_what_calibration_sees(
 
 
 def test_any_two_models_are_compared(fused: Path) -> None:
-    report = verify(None, None, fused, reference=BASE, data=DATA, max_tokens=TOKENS)
-    assert report.passed
+    report = verify(None, None, fused, reference=BASE, data=DATA, max_tokens=JUDGED)
+    assert report.passed is False
+    assert report.verdict_reason.endswith(", above 0.1")
     assert report.adapters == ()
     assert report.recovered is report.kl_base_mean is report.perplexity_base is None
     assert report.kl_mean > 0.1
     assert {check.name for check in report.structure} == {CLEAN, "same vocabulary"}
-    same = verify(None, None, BASE, reference=BASE, data=DATA, max_tokens=TOKENS)
+    same = verify(None, None, BASE, reference=BASE, data=DATA, max_tokens=JUDGED)
     assert same.kl_mean == 0
+    assert same.passed is True
 
 
-def test_the_bound_decides(fused: Path) -> None:
-    report = verify(BASE, ADAPTER, fused, data=DATA, max_tokens=TOKENS)
-    for factor, passed in ((1.01, True), (0.99, False)):
-        bound = factor * report.kl_mean
-        judged = verify(BASE, ADAPTER, fused, data=DATA, max_tokens=TOKENS, max_kl=bound)
-        assert judged.passed == passed
-        assert judged.structure_ok
+def test_the_upper_end_of_the_interval_decides(fused: Path) -> None:
+    measured = verify(BASE, ADAPTER, fused, data=DATA, max_tokens=JUDGED)
+    assert measured.kl_mean_ci95 is not None
+    low, high = measured.kl_mean_ci95
+    assert low < measured.kl_mean < high
+    for bound, passed in ((1.01 * high, True), (0.99 * high, None), (0.99 * low, False)):
+        report = verify(BASE, ADAPTER, fused, data=DATA, max_tokens=JUDGED, max_kl=bound)
+        assert report.kl_mean_ci95 == (low, high)
+        assert report.passed is passed
+        assert report.holds is bool(passed)
+        assert report.structure_ok
+
+
+def test_a_model_that_lost_its_task_is_told_so(tmp_path: Path) -> None:
+    """A fifth of the update; its files are in order, and no bound is asked for."""
+    fuse(BASE, f"{ADAPTER}:0.2", tmp_path / "weak", requantize="nearest")
+    report = verify(BASE, ADAPTER, tmp_path / "weak", data=DATA, max_tokens=JUDGED)
+    assert report.structure_ok
+    assert (report.exact_match_fused or 0) < (report.exact_match_reference or 0)
+    assert (report.verdict, report.passed, report.holds) == ("lost", False, False)
+    assert "significantly fewer" in report.verdict_reason
+
+
+def test_too_little_text_is_not_judged(fused: Path) -> None:
+    report = verify(BASE, ADAPTER, fused, data=DATA, max_tokens=100)
+    assert (report.verdict, report.passed, report.kl_mean_ci95) == ("not judged", None, None)
+    assert "a verdict takes 200 in 8; give more text (--data, --max-tokens)" in (
+        report.verdict_reason
+    )
+    assert report.holds
+    asked = verify(BASE, ADAPTER, fused, data=DATA, max_tokens=100, max_kl=10)
+    assert asked.passed is None
+    assert not asked.holds
 
 
 def test_a_model_that_gives_nan_does_not_pass(fused: Path, tmp_path: Path) -> None:
@@ -135,7 +166,7 @@ def test_a_model_that_gives_nan_does_not_pass(fused: Path, tmp_path: Path) -> No
 
     broken = rewritten(fused, tmp_path / "broken", spoil)
     report = verify(BASE, ADAPTER, broken, data=DATA, max_tokens=TOKENS, max_kl=1e9)
-    assert not report.passed
+    assert report.passed is False
     assert "finite probabilities" in {check.name for check in report.structure if not check.ok}
     values = json.loads(json.dumps(report.as_json(), allow_nan=False))
     assert values["kl_mean"] is None
@@ -169,7 +200,7 @@ def test_a_model_that_mlx_lm_fused_is_judged(tmp_path: Path) -> None:
 
 def arguments(fused: Path, *more: str) -> list[str]:
     paths = ["--model", str(BASE), "--adapter-path", str(ADAPTER), "--fused", str(fused)]
-    return ["verify", *paths, "--data", str(DATA), "--max-tokens", str(TOKENS), *more]
+    return ["verify", *paths, "--data", str(DATA), "--max-tokens", str(JUDGED), *more]
 
 
 def test_the_command_prints_a_table_of_80_columns(fused: Path) -> None:
@@ -178,7 +209,7 @@ def test_the_command_prints_a_table_of_80_columns(fused: Path) -> None:
     assert result.stderr == ""
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
-    for word in ("KL mean", "base+adapter", "recovered", "verdict", "passed"):
+    for word in ("KL mean", "base+adapter", "recovered", "verdict    KEPT: "):
         assert word in result.stdout
     assert [line.split()[0] for line in lines[2:5]] == ["base", "fused", "base+adapter"]
 
@@ -193,13 +224,25 @@ def test_the_exit_code_says_whether_the_bound_holds(fused: Path, bound: str, cod
     wanted = "kl_mean kl_p99 top1_agreement perplexity_reference perplexity_fused tokens seconds"
     assert all(isinstance(report[key], int | float) for key in wanted.split())
     assert report["structure_ok"]
-    assert report["structure"][0] == {"name": CLEAN, "ok": True, "detail": "none"}
+    assert report["structure"][0] == {"name": CLEAN, "ok": True, "detail": "96 tensors"}
+    assert report["verdict"] == ("kept" if code == 0 else "lost")
+    low, high = report["kl_mean_ci95"]
+    assert low < report["kl_mean"] < high
+
+
+def test_a_verdict_that_was_not_asked_for_may_be_open(fused: Path) -> None:
+    few = arguments(fused, "--max-tokens", "100")
+    for more, code in (([], 0), (["--max-kl", "10"], 3)):
+        result = run(*few, *more)
+        assert result.returncode == code
+        assert "NOT JUDGED: measured on 42 tokens" in " ".join(result.stdout.split())
+    assert json.loads(run(*few, "--json").stdout)["passed"] is None
 
 
 def test_a_wrong_structure_exits_with_3_and_says_so() -> None:
     result = run(*arguments(BASE))
     assert result.returncode == 3
-    assert "FAILED: the structure is not in order" in result.stdout
+    assert "LOST: not in order: touched modules changed" in result.stdout
     assert "NOT OK: touched modules changed" in " ".join(result.stdout.split())
 
 
