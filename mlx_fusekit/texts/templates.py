@@ -38,7 +38,7 @@ class Limits:
     seconds: float = 10.0
     seconds_each: float = 0.05
     memory: int = 1_000_000_000
-    characters: int = 1_000_000
+    characters: int = 100_000
     patience: float = 60.0
 
 
