@@ -2,9 +2,6 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-
-from mlx_fusekit.texts.templates import fault
 
 #: Marks what an assistant wrote, for training; nothing of it is rendered.
 _MARKER = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
@@ -19,16 +16,8 @@ def portable(templates: Mapping[str, str]) -> dict[str, str]:
     return {_key(name): _MARKER.sub(_neutral, text) for name, text in templates.items()}
 
 
-def template_notes(templates: Mapping[str, str], file: Path) -> Iterator[str]:
-    """What people should know of the templates, as they are in the model's folder.
-
-    Args:
-        templates: by name.
-        file: that they are from, for messages.
-
-    Raises:
-        ResourceError: for a template that takes too much of this machine to compile.
-    """
+def template_notes(templates: Mapping[str, str]) -> Iterator[str]:
+    """What people should know of the templates, as they are in the model's folder."""
     for name, text in templates.items():
         which = "the chat template" if name == "default" else f"the chat template {name!r}"
         if _MARKER.search(text):
@@ -37,9 +26,9 @@ def template_notes(templates: Mapping[str, str], file: Path) -> Iterator[str]:
                 "llama-cpp-python does not load a file; it is written as {% if true %}, which "
                 "renders the same"
             )
-        if found := fault(_MARKER.sub(_neutral, text), file):
+        if fault := _fault(_MARKER.sub(_neutral, text)):
             yield (
-                f"{which} cannot be read by plain Jinja ({found}), so some programs will not load "
+                f"{which} cannot be read by plain Jinja ({fault}), so some programs will not load "
                 "the file; correct it in the model's folder and export again"
             )
 
@@ -51,3 +40,16 @@ def _key(name: str) -> str:
 def _neutral(marker: re.Match[str]) -> str:
     before, end, after = marker.groups()
     return f"{before}{'endif' if end else 'if true'}{after}"
+
+
+def _fault(text: str) -> str | None:
+    """What Jinja, with the tags for loops that llama-cpp-python adds, finds wrong; nothing runs."""
+    from jinja2 import TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        environment.compile(text)
+    except TemplateSyntaxError as error:
+        return " ".join(f"line {error.lineno}: {error.message}".split())
+    return None

@@ -18,7 +18,6 @@ from mlx_fusekit.gguf.tokenizer.sentencepiece import sentencepiece_vocabulary
 from mlx_fusekit.gguf.tokenizer.special_tokens import SpecialTokens, special_tokens
 from mlx_fusekit.gguf.tokenizer.tokenizer_files import TokenizerFiles
 from mlx_fusekit.gguf.tokenizer.tokens import Token, fill
-from mlx_fusekit.texts.templates import template_file
 
 #: What reading values of any type in the place of others raises.
 _SENSELESS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
@@ -184,4 +183,4 @@ def _shared_notes(files: TokenizerFiles) -> Iterator[str]:
     greedy = [token.text for token in files.added if token.greedy]
     if greedy:
         yield f"llama.cpp looks for {greedy[0]!r} only, whatever white space or word is beside it"
-    yield from template_notes(files.chat_templates, template_file(files.folder))
+    yield from template_notes(files.chat_templates)
