@@ -84,7 +84,7 @@ def load_lazily(
             weights or folder,
             lazy=True,
             model_config={"quantization": block} if block else None,
-            get_model_classes=classes or model_classes,
+            get_model_classes=_with_checked_groups(classes or model_classes, folder),
             trust_remote_code=trust_remote_code,
         )
     except CheckpointError:
@@ -98,6 +98,49 @@ def load_lazily(
             failure = f"is quantized with {method}, and {failure}; use the 16-bit original instead"
         raise CheckpointError(f"{folder}: {failure}") from error
     return model, config
+
+
+def _with_checked_groups(
+    classes: Callable[[dict[str, Any]], tuple[type, type]], folder: Path
+) -> Callable[[dict[str, Any]], tuple[type, type]]:
+    """Classes that refuse weights whose groups would have no columns.
+
+    MLX divides by the size of a group unasked, which ends the process where it is 0.
+    """
+
+    def checked(config: dict[str, Any]) -> tuple[type, type]:
+        model_class, arguments_class = classes(config)
+
+        class Checked(model_class):  # type: ignore[misc,valid-type]
+            def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
+                self.__class__ = model_class  # from here on it is mlx-lm's own
+                found: dict[str, Any] = getattr(self, "sanitize", dict)(weights)
+                _check_groups(self, found, config.get("quantization"), folder)
+                return found
+
+        return Checked, arguments_class
+
+    return checked
+
+
+def _check_groups(model: Any, weights: Mapping[str, Any], block: Any, folder: Path) -> None:
+    blocks = {"quantization": block, **block} if isinstance(block, dict) else {}
+    for name, settings in blocks.items():
+        size = settings.get("group_size") if isinstance(settings, dict) else None
+        if size is not None and not (isinstance(size, int | float) and size >= 1):
+            raise CheckpointError(
+                f"{folder / 'config.json'}: the group_size of {name} is {size!r}; correct it"
+            )
+    for name, module in model.named_modules():
+        scales = weights.get(f"{name}.scales")
+        if scales is None or "weight" not in module:
+            continue
+        columns, groups = module.weight.shape[-1], scales.shape[-1] if scales.ndim else 1
+        if columns < groups:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: makes {name} {columns} columns wide, but its scales "
+                f"are {groups} a row; correct the sizes, or download the model again"
+            )
 
 
 def quantization_block(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,6 +93,37 @@ def test_another_quantization_is_converted(tmp_path: Path) -> None:
     load_model(tmp_path / "same")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"intermediate_size": 1}, "mlp.down_proj 1 columns wide"),
+        ({"hidden_size": 0}, "mlx-lm cannot load it"),
+        ({"num_attention_heads": 0}, "mlx-lm cannot load it"),
+        ({"quantization": {"group_size": 0, "bits": 4}}, "group_size of quantization is 0"),
+        (
+            {"quantization": {"group_size": 64, "bits": 4, "lm_head": {"group_size": 0}}},
+            "group_size of lm_head is 0",
+        ),
+    ],
+)
+def test_sizes_that_mlx_would_divide_by(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    """In a process of its own, which MLX ends where it divides by zero."""
+    as_hugging_face(make_model(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    code = (
+        "import sys; from pathlib import Path; "
+        "from mlx_fusekit.checkpoint.sanitized import open_base; open_base(Path(sys.argv[1]))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert f"CheckpointError: {tmp_path}" in ended.stderr
+    assert said in ended.stderr.splitlines()[-1]
+
+
 def test_an_unknown_architecture_is_said(tmp_path: Path) -> None:
     base = as_hugging_face(make_model(tmp_path / "base", bits=None))
     adapter = make_adapter(tmp_path / "adapter", base)

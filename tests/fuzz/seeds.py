@@ -262,7 +262,9 @@ def _tokenizers() -> Iterator[bytes]:
         "decoder": {"type": "ByteFallback"},
         "added_tokens": [{"id": 1, "content": "<s>", "special": True}],
     }
-    template = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
+    template = {
+        "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'a' * 10**10 }}"
+    }
     yield targets.DIVIDER.join((_json(llama), _json({**template, "bos_token": "<s>"}), b"{}"))
 
 

@@ -107,6 +107,11 @@ def lay_out(base: BaseModel) -> Layout:
 
 
 def _lay_out(base: BaseModel, family: Family, settings: Settings) -> Layout:
+    if not 0 < settings.layers <= len(base.tensors):
+        raise settings.refuse(
+            f"has {settings.layers:g} layers, and the weights are {len(base.tensors)} tensors; "
+            "correct num_hidden_layers"
+        )
     names = Names(family.gguf, settings.layers)
     notes = [note for check in family.checks if (note := check(settings)) is not None]
     _check(family, settings)

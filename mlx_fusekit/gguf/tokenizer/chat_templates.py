@@ -2,6 +2,10 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jinja2 import Environment, nodes
 
 #: Marks what an assistant wrote, for training; nothing of it is rendered.
 _MARKER = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
@@ -43,13 +47,30 @@ def _neutral(marker: re.Match[str]) -> str:
 
 
 def _fault(text: str) -> str | None:
-    """What Jinja, with the tags for loops that llama-cpp-python adds, finds wrong; nothing runs."""
+    """What Jinja, with the tags for loops that llama-cpp-python adds, finds wrong; nothing runs.
+
+    It is parsed, and not compiled: the compiler computes what is constant, so ``'a' * 10**10`` too.
+    """
     from jinja2 import TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        environment.compile(text)
+        unknown = next(_unknown(environment.parse(text), environment), None)
     except TemplateSyntaxError as error:
         return " ".join(f"line {error.lineno}: {error.message}".split())
-    return None
+    except RecursionError:
+        return "nested too deeply"
+    return unknown
+
+
+def _unknown(node: "nodes.Node", environment: "Environment") -> Iterator[str]:
+    """Filters and tests that Jinja has not, where it looks for them before it renders."""
+    from jinja2 import nodes
+
+    for child in node.iter_child_nodes():
+        for kind, known in ((nodes.Filter, environment.filters), (nodes.Test, environment.tests)):
+            if isinstance(child, kind) and child.name not in known:
+                yield f"line {child.lineno}: No {kind.__name__.lower()} named {child.name!r}."
+        if not isinstance(child, nodes.If | nodes.CondExpr):  # in these when it renders
+            yield from _unknown(child, environment)
