@@ -58,10 +58,11 @@ def _within(value: Any, room: int) -> tuple[Any, int]:
     if isinstance(value, list):
         members = []
         for member in value:
-            if room <= 0:
-                break
+            is_full = room <= 0
             kept, room = _within(member, room - _SHORT)
             members.append(kept)
+            if is_full:  # of messages one more than fit, so that none of those is the last
+                break
         return members, room
     if isinstance(value, dict):
         entries = {}

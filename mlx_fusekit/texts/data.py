@@ -18,8 +18,8 @@ T = TypeVar("T")
 _SPLITS = ("train", "valid", "test")
 #: Suffixes of a folder's files; mlx-lm knows the first.
 _SUFFIXES = ("jsonl", "ndjson", "json")
-#: The longest plain text that is tokenized in one piece, in characters, and the length of the pieces
-#: of longer ones for each token of a window: a token has about four characters.
+#: The longest plain text that is tokenized in one piece, in characters; and how many characters the
+#: pieces of longer ones have for each token of a window: a token has about four.
 _LONGEST_PIECE = 1_000_000
 _PIECE_CHARACTERS = 8
 #: How files begin that are no UTF-8 text, and what to do with them.
@@ -146,12 +146,18 @@ def data_file(path: Path) -> Path:
     Raises:
         ConfigurationError: if there is none.
     """
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path}: {error.strerror}; name a .jsonl or a text file"
+        ) from error
+    if is_folder:
         for name in (f"{split}.{suffix}" for split in _SPLITS for suffix in _SUFFIXES):
             if (path / name).is_file():
                 return path / name
         raise ConfigurationError(f"{path}: has no train.jsonl; name the file with the text")
-    if not path.is_file():
+    if not is_file:
         raise ConfigurationError(f"{path}: no such file; name a .jsonl or a text file")
     return path
 

@@ -1,4 +1,4 @@
-"""Renders and compiles chat templates, which are programs of strangers, in a process of its own.
+"""Renders chat templates, which are programs of strangers, in a process of its own.
 
 Run as ``python -m mlx_fusekit.texts.rendering``: it reads a request a line from stdin and answers
 with a line on stdout, both JSON. :mod:`mlx_fusekit.texts.templates` starts it and asks.
@@ -10,7 +10,6 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,19 @@ _LONGEST_FAULT = 500
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Do what a request asks for; the process ends at once when that takes too long.
+    """Render what a request says; the process ends at once when that takes too long.
 
     Returns:
         ``text``; or ``fault``, what there is against the template; or ``excess``, what of it is too
         much. And the ``seconds`` of processor time that it took.
     """
-    work = _WORK[request.pop("work")](**request.pop("arguments"))
+    tokenizer = _tokenizer(request["template"], request["special_tokens"])
     before = time.process_time()
     _limit_memory(request["memory"])
     # Of the default action: no Python code runs before a long multiplication ends.
     signal.setitimer(signal.ITIMER_PROF, request["seconds"])
     try:
-        text = work()
+        text = str(tokenizer.apply_chat_template(tokenize=False, **request["options"]))
         long = len(text) > request["characters"]
         found = {"excess": "writes too much text"} if long else {"text": text}
     except MemoryError:
@@ -43,10 +42,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     return found | {"seconds": time.process_time() - before}
 
 
-def _render(
-    template: Any, special_tokens: dict[str, Any], options: dict[str, Any]
-) -> Callable[[], str]:
-    """As a tokenizer of transformers does."""
+def _tokenizer(template: Any, special_tokens: dict[str, Any]) -> Any:
+    """As much of a tokenizer of transformers as renders a template."""
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
     class Tokenizer:
@@ -55,22 +52,7 @@ def _render(
         get_chat_template = PreTrainedTokenizerBase.get_chat_template
         apply_chat_template = PreTrainedTokenizerBase.apply_chat_template
 
-    return lambda: str(Tokenizer().apply_chat_template(tokenize=False, **options))
-
-
-def _compile(template: str) -> Callable[[], str]:
-    """As plain Jinja does, with the tags for loops that llama-cpp-python adds."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def work() -> str:
-        # Not without danger: constants are computed.
-        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).compile(template)
-        return ""
-
-    return work
-
-
-_WORK: dict[str, Callable[..., Callable[[], str]]] = {"render": _render, "compile": _compile}
+    return Tokenizer()
 
 
 def _words(error: Exception) -> str:

@@ -30,7 +30,7 @@ class Limits:
     Attributes:
         seconds: of processor time, for a conversation and all before it.
         seconds_each: that every conversation adds to what is left of them.
-        memory: bytes, beside those of a process without a template; with them on macOS.
+        memory: bytes, beside those of a process without a template.
         characters: of text, beside ten times those of the conversation.
         patience: seconds of wall-clock time, for one that waits rather than computes.
     """
@@ -43,6 +43,8 @@ class Limits:
 
 
 LIMITS = Limits()
+#: Bytes that a renderer may have without a template.
+_WITHOUT = 200_000_000
 #: How often a renderer that takes long is looked at, where the system does not limit its memory.
 _LOOK_SECONDS = 0.05
 
@@ -60,19 +62,13 @@ def limit_templates(tokenizer: Any, folder: Path) -> None:
     """
     from transformers import PreTrainedTokenizerBase
 
-    wrapped = getattr(tokenizer.encode, "__self__", None)  # transformers', in mlx-lm's
+    wrapped: Any = getattr(tokenizer.encode, "__self__", None)  # transformers', in mlx-lm's
     own = getattr(type(wrapped), "apply_chat_template", None)
-    if wrapped is not None and own is PreTrainedTokenizerBase.apply_chat_template:
-        wrapped.apply_chat_template = _Templates(wrapped, template_file(folder)).apply
-
-
-def fault(template: str, file: Path) -> str | None:
-    """What plain Jinja finds wrong with a template, None for nothing.
-
-    Raises:
-        ResourceError: naming the file, for one that asks for too much.
-    """
-    return _asked(file, LIMITS.seconds, "compile", template=template).get("fault")
+    if own is not PreTrainedTokenizerBase.apply_chat_template or wrapped.chat_template is None:
+        return
+    file = folder / "chat_template.jinja"  # which transformers takes before the configuration's
+    file = file if file.exists() else folder / "tokenizer_config.json"
+    wrapped.apply_chat_template = _Templates(wrapped, file).apply
 
 
 class _Templates:
@@ -88,14 +84,22 @@ class _Templates:
     ) -> Any:
         """In the place of ``apply_chat_template``: text, or its token ids."""
         assert not return_dict, "mlx-lm's wrapper never asks for one"
-        found = _asked(
-            self._file,
-            self._seconds,
-            "render",
-            template=self._tokenizer.chat_template,
-            special_tokens=self._tokenizer.special_tokens_map,
-            options={"conversation": conversation, **options},
-        )
+        request = {
+            "template": self._tokenizer.chat_template,
+            "special_tokens": self._tokenizer.special_tokens_map,
+            "options": {"conversation": conversation, **options},
+        }
+        limits = {
+            "seconds": self._seconds,
+            "memory": LIMITS.memory,
+            "characters": LIMITS.characters + 10 * len(json.dumps(request["options"])),
+        }
+        found = _renderer().ask(json.dumps(request | limits).encode() + b"\n")
+        if "excess" in found:
+            raise ResourceError(
+                f"{self._file}: the chat template {found['excess']} for a conversation; put back "
+                "the one that the model came with"
+            )
         left = self._seconds - found["seconds"] + LIMITS.seconds_each
         self._seconds = min(max(left, LIMITS.seconds_each), LIMITS.seconds)
         if "fault" in found:
@@ -103,35 +107,6 @@ class _Templates:
         if not tokenize:
             return found["text"]
         return self._tokenizer.encode(found["text"], add_special_tokens=False, verbose=False)
-
-
-def template_file(folder: Path) -> Path:
-    """The file of a folder that its chat template is from, by transformers' order."""
-    file = folder / "chat_template.jinja"
-    return file if file.exists() else folder / "tokenizer_config.json"
-
-
-def _asked(file: Path, seconds: float, work: str, **arguments: Any) -> dict[str, Any]:
-    """The renderer's answer, with ``text`` or ``fault``.
-
-    Raises:
-        ResourceError: naming the file.
-    """
-    written = json.dumps(arguments.get("options", ""))
-    request = {
-        "work": work,
-        "arguments": arguments,
-        "seconds": seconds,
-        "memory": LIMITS.memory,
-        "characters": LIMITS.characters + 10 * len(written),
-    }
-    found = _renderer().ask(json.dumps(request).encode() + b"\n")
-    if (excess := found.get("excess")) is not None:
-        raise ResourceError(
-            f"{file}: the chat template {excess} for a conversation; put back the one that the "
-            "model came with"
-        )
-    return found
 
 
 class _Renderer:
@@ -177,7 +152,7 @@ class _Renderer:
                         self._process.wait()
                         return None
                     line += part
-                elif processes.resident_bytes(self._process.pid) > LIMITS.memory:
+                elif processes.resident_bytes(self._process.pid) > LIMITS.memory + _WITHOUT:
                     self._process.send_signal(signal.SIGKILL)
                 elif time.monotonic() - start > LIMITS.patience:
                     self._process.send_signal(signal.SIGPROF)

@@ -103,10 +103,9 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "only NUL bytes": (raw(bytes(9999)), "UTF-8"),
     "gzip": (raw(b"\x1f\x8b\x08\x00\xff\xff"), "gunzip"),
     "a million empty lines": (text("\n" * 1_000_000), "holds no text"),
-    "a million empty objects": (text("{}\n" * 1_000_000), "none of mlx-lm's formats"),
+    "300,000 empty objects": (text("{}\n" * 300_000), "none of mlx-lm's formats"),
     "nothing": (raw(b""), "holds no text"),
     "a byte order mark alone": (raw(codecs.BOM_UTF8), "holds no text"),
-    "spaces": (text(" " * 999_999, "data.txt"), "holds no text"),
     "10 MB in a line that is no JSON": (text("a" * 10_000_000), "not JSON"),
     "one bad line": (text('{"text": "a"}\n{"text": \n{"text": "b"}\n'), "not JSON"),
     "a number": (text("5"), "not a JSON object"),
@@ -183,11 +182,13 @@ def test_a_value_of_any_kind_at_any_key_is_read_or_refused(item, tmp_path, token
             assert all(len(sequence.tokens) >= 2 for sequence in sequences)
             read += 1
     assert refused >= len(SENSELESS) / 2
-    assert read + refused >= len(SENSELESS) * 2
+    assert read + refused == len(list(replaced(item)))
 
 
 def test_mixed_formats_are_read(tmp_path: Path, tokenizer) -> None:
-    path = items({"messages": [USER, ANSWER]}, {"text": "a text"}, {"prompt": "a", "completion": ""})
+    path = items(
+        {"messages": [USER, ANSWER]}, {"text": "a text"}, {"prompt": "a", "completion": ""}
+    )
     assert len(read_sequences(path(tmp_path), tokenizer)) == 3
 
 
@@ -263,7 +264,9 @@ def test_a_text_in_pieces_is_drawn_from_all_over(tmp_path: Path, tokenizer, monk
     )
     assert more[: len(few)] == few
     assert sum(len(sequence.tokens) for sequence in more) >= 2000
-    numbers = [int(line) for s in more for line in tokenizer.decode(s.tokens).split() if line.isdigit()]
+    numbers = [
+        int(line) for s in more for line in tokenizer.decode(s.tokens).split() if line.isdigit()
+    ]
     assert max(numbers) - min(numbers) > 10_000
     everything = read_sequences(path, tokenizer, max_length=64)
     whole = "".join(tokenizer.decode(s.tokens) for s in everything)
@@ -283,5 +286,3 @@ def test_checking_refuses_what_is_no_text(tmp_path: Path) -> None:
             check_text(HOSTILE[name][0](tmp_path))
         for path in tmp_path.iterdir():
             path.unlink()
-
-
