@@ -27,6 +27,10 @@ class ConfigurationError(FusekitError, ValueError):
     """The options asked for contradict each other or the model."""
 
 
+class ResourceError(FusekitError, RuntimeError):
+    """What a stranger's file asks for, in time or memory, is more than its kind ever needs."""
+
+
 class OutputError(FusekitError, OSError):
     """The target cannot be written: it exists, is unsafe to write to, or the disk is full."""
 

@@ -4,7 +4,9 @@ A Python imports no module that lies there (``-P``). ``PYTHONPATH`` and the envi
 in hold as they do for the program itself: whoever set them said where modules come from.
 """
 
+import contextlib
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -57,3 +59,28 @@ def run(
         timeout=timeout,
         check=False,
     )
+
+
+def start(command: Sequence[str]) -> "subprocess.Popen[bytes]":
+    """Start a program to talk with, without a shell; whoever does so ends it.
+
+    Its input and output are pipes, and its errors are not shown.
+
+    Raises:
+        OSError: when it cannot be started.
+    """
+    assert Path(command[0]).is_absolute(), command
+    return subprocess.Popen(  # noqa: S603 - no shell, and nothing is looked for
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+
+
+def resident_bytes(pid: int) -> int:
+    """Main memory that a process of this machine holds; 0 where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        pages = Path(f"/proc/{pid}/statm").read_text("ascii").split()[1]
+        return int(pages) * resource.getpagesize()
+    with contextlib.suppress(OSError, ValueError, TimeoutExpired):
+        if (ps := program("ps")) is not None:  # of macOS, in kilobytes
+            return int(run([ps, "-o", "rss=", "-p", str(pid)], timeout=5).stdout) << 10
+    return 0

@@ -12,6 +12,8 @@ from mlx_fusekit.texts.sequences import derived_seed
 
 #: What configurations call the most tokens that a model was made for.
 _CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions", "n_ctx")
+#: Characters of a prompt; a million tokens have about so many.
+_LONGEST_PROMPT = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,14 @@ def text_prompt(text: str, tokenizer: Any) -> list[int]:
     """A user's message through the chat template, or as plain text where there is none.
 
     Raises:
-        ConfigurationError: when nothing comes of it.
+        ConfigurationError: when nothing comes of it, or too much.
     """
     tokens: Sequence[int] = []
+    if len(text) > _LONGEST_PROMPT:
+        raise ConfigurationError(
+            f"--prompt: {len(text)} characters are more than any model has places for; give at "
+            f"most {_LONGEST_PROMPT}"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -16,6 +16,7 @@ from mlx_fusekit.checkpoint.mistaken import mistaken_file
 from mlx_fusekit.checkpoint.mlx_lm import one_line
 from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.hub import LocalFolder
+from mlx_fusekit.texts.templates import limit_templates
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ def tokenizer_of(source: LocalFolder, config: Mapping[str, Any]) -> Any:
     extra = {"trust_remote_code": source.trusted}
     folder = source.path
     try:
-        return load_tokenizer(folder, extra, eos_token_ids=config.get("eos_token_id"))
+        tokenizer = load_tokenizer(folder, extra, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # tokenizers raises nothing more special
         files = (folder / name for name in ("tokenizer.json", "tokenizer_config.json"))
         stand_ins = {file: mistaken_file(file) for file in (*files, folder / "tokenizer.model")}
@@ -99,6 +100,8 @@ def tokenizer_of(source: LocalFolder, config: Mapping[str, Any]) -> Any:
             why = one_line(error) if has_tokenizer(folder) else none
             told = f"{folder}: its tokenizer cannot be loaded ({why})"
         raise CheckpointError(told) from error
+    limit_templates(tokenizer, folder)
+    return tokenizer
 
 
 def _has_tokenizer_code(folder: Path, config: Mapping[str, Any]) -> bool:

@@ -19,6 +19,11 @@ TEMPLATE_ERRORS = (
     AttributeError,
 )
 
+#: Characters that no token of any tokenizer has more of; most have about four.
+_LONGEST_TOKEN = 1024
+#: Characters that are never cut, as of a role; and what each message counts for beside its text.
+_SHORT = 64
+
 
 def encode_item(item: Mapping[str, Any], tokenizer: Any) -> TokenSequence:
     """A checked line of mlx-lm's formats as tokens, its answer told apart where it has one.
@@ -34,6 +39,37 @@ def encode_item(item: Mapping[str, Any], tokenizer: Any) -> TokenSequence:
         sequence = _render(item, before if last["role"] == "assistant" else None, tokenizer)
         return sequence or _text("\n".join(_contents(item["messages"])), tokenizer)
     return _text(item["text"], tokenizer)
+
+
+def shortened(item: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """A checked item without most of what lies behind its first ``tokens`` tokens.
+
+    Whatever the tokenizer is, so many tokens are left. Tokenizing what is cut off later can take
+    minutes and gigabytes.
+    """
+    room = tokens * _LONGEST_TOKEN
+    return {key: _within(value, room)[0] for key, value in item.items()}
+
+
+def _within(value: Any, room: int) -> tuple[Any, int]:
+    """A JSON value with about the first ``room`` characters of its texts; and the room left."""
+    if isinstance(value, str):
+        return value[: max(room, _SHORT)], room - len(value)
+    if isinstance(value, list):
+        members = []
+        for member in value:
+            is_full = room <= 0
+            kept, room = _within(member, room - _SHORT)
+            members.append(kept)
+            if is_full:  # of messages one more than fit, so that none of those is the last
+                break
+        return members, room
+    if isinstance(value, dict):
+        entries = {}
+        for key, member in value.items():
+            entries[key], room = _within(member, room - len(key))
+        return entries, room
+    return value, room
 
 
 def end_ids(tokenizer: Any) -> frozenset[int]:

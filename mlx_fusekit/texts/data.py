@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from mlx_fusekit.checkpoint.mistaken import lfs_pointer
 from mlx_fusekit.errors import ConfigurationError
-from mlx_fusekit.texts.chat import encode_item
+from mlx_fusekit.texts.chat import encode_item, shortened
 from mlx_fusekit.texts.items import Features, parse_items
 from mlx_fusekit.texts.sequences import TokenSequence, up_to
 
@@ -18,6 +18,10 @@ T = TypeVar("T")
 _SPLITS = ("train", "valid", "test")
 #: Suffixes of a folder's files; mlx-lm knows the first.
 _SUFFIXES = ("jsonl", "ndjson", "json")
+#: The longest plain text that is tokenized in one piece, in characters; and how many characters the
+#: pieces of longer ones have for each token of a window: a token has about four.
+_LONGEST_PIECE = 1_000_000
+_PIECE_CHARACTERS = 8
 #: How files begin that are no UTF-8 text, and what to do with them.
 _NO_TEXT = {
     b"\x1f\x8b": "compressed with gzip; unpack it with gunzip",
@@ -58,7 +62,8 @@ def read_sequences(
     JSON objects, one a line or in an array, are in mlx-lm's formats, told apart by their keys in
     mlx-lm's order: completions (``prompt`` and ``completion``), conversations (``messages``, and
     ``tools``), or ``text``. Anything else is plain UTF-8 text, cut into windows of ``max_length``
-    tokens, unless the file's name says that it is JSON or a table. Of a folder it is
+    tokens, unless the file's name says that it is JSON or a table; one of more than a million
+    characters is tokenized in pieces of two windows or so, as many as are needed. Of a folder it is
     ``train.jsonl``, or else ``valid.jsonl`` or ``test.jsonl``.
 
     A conversation that ends with the assistant is scored from the start of that answer to its
@@ -87,11 +92,15 @@ def read_sequences(
     items = parse_items(text, file, features)
     if items is not None:
         sequences = (
-            _cut(encode_item(item, tokenizer), max_length) for item in _order(items, tokens, seed)
+            _cut(encode_item(shortened(item, max_length), tokenizer), max_length)
+            for item in _order(items, tokens, seed)
         )
     else:
-        windows = _windows(text, tokenizer, max_length)
-        sequences = (TokenSequence(window) for window in _order(windows, tokens, seed))
+        sequences = (
+            TokenSequence(window)
+            for piece in _order(_pieces(text, max_length), tokens, seed)
+            for window in _order(_windows(piece, tokenizer, max_length), tokens, seed)
+        )
     usable = list(up_to((s for s in sequences if len(s.tokens) >= 2), tokens))
     if not usable:
         raise ConfigurationError(f"{file}: holds no text; name a file with text in it")
@@ -137,12 +146,18 @@ def data_file(path: Path) -> Path:
     Raises:
         ConfigurationError: if there is none.
     """
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path}: {error.strerror}; name a .jsonl or a text file"
+        ) from error
+    if is_folder:
         for name in (f"{split}.{suffix}" for split in _SPLITS for suffix in _SUFFIXES):
             if (path / name).is_file():
                 return path / name
         raise ConfigurationError(f"{path}: has no train.jsonl; name the file with the text")
-    if not path.is_file():
+    if not is_file:
         raise ConfigurationError(f"{path}: no such file; name a .jsonl or a text file")
     return path
 
@@ -176,6 +191,14 @@ def _read_text(file: Path) -> str:
             f"{file}: a Git LFS pointer in place of the file; fetch that with git lfs pull"
         )
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _pieces(text: str, max_length: int) -> list[str]:
+    """A text as it is, or in pieces where it is so long that it takes minutes to tokenize."""
+    if len(text) <= _LONGEST_PIECE:
+        return [text]
+    size = _PIECE_CHARACTERS * max_length
+    return [text[at : at + size] for at in range(0, len(text), size)]
 
 
 def _windows(text: str, tokenizer: Any, max_length: int) -> list[tuple[int, ...]]:

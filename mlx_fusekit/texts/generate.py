@@ -34,6 +34,8 @@ _NEARLY = 0.9
 _SPARE = 1.1
 #: Lines of a chat template this long are recognized, in characters.
 _LEAST_LINE = 16
+#: Most tokens of a chat template before the user's message; each conversation begins with them.
+_LONGEST_OPENING = 8192
 #: A word that no chat template writes by itself, and every tokenizer can.
 _SENTINEL = "sentinelusermessage"
 
@@ -263,7 +265,7 @@ def _template_pieces(tokenizer: Any) -> _Pieces | None:
     before, _, after = rendered.partition(_SENTINEL)
     # A space before the message is part of the message's first token.
     ids = tokenizer.encode(before.rstrip(" "), add_special_tokens=False)
-    return _Pieces(list(ids), after) if ids else None
+    return _Pieces(list(ids), after) if 0 < len(ids) <= _LONGEST_OPENING else None
 
 
 def _render(tokenizer: Any, message: str, *, tokenize: bool) -> Any:

@@ -18,6 +18,8 @@ _FORMATS = (
     'write {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}, '
     "one JSON object a line"
 )
+#: How deeply lists and objects may lie in each other; tools with their arguments have about ten.
+_DEEPEST = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,8 @@ def _item(value: Any, where: str, features: Sequence[Features]) -> dict[str, Any
             f"{where}: has none of the keys that the adapter's configuration names "
             f"({features[0]}); correct its features, or name the text with --calibration"
         )
+    if _is_deeper(item, _DEEPEST):
+        raise ConfigurationError(f"{where}: lists or objects are nested too deeply; {_FORMATS}")
     try:
         json.dumps(item, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -146,6 +150,14 @@ def _item(value: Any, where: str, features: Sequence[Features]) -> dict[str, Any
             f"{where}: holds {half}, half of a surrogate pair, which is no text; correct it"
         ) from error
     return item
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects lie in each other more than so many deep."""
+    members = value.values() if isinstance(value, dict) else value
+    return isinstance(value, dict | list) and (
+        most == 0 or any(_is_deeper(member, most - 1) for member in members)
+    )
 
 
 def _string(item: Mapping[str | None, Any], key: str | None, where: str) -> str:

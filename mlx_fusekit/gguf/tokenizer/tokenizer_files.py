@@ -13,7 +13,9 @@ from mlx_fusekit.gguf.tokenizer.tokens import AddedToken
 
 Json = Mapping[str, Any]
 
-_LARGEST_TEMPLATE = 10_000_000
+#: Bytes of a chat template; real ones have up to some ten thousand.
+_LARGEST_TEMPLATE = 1_000_000
+_TOO_LARGE = "too large for a chat template; put back the one that the model came with"
 #: Tokenizers from which transformers makes ``tokenizer.json``.
 _CONVERTIBLE = ("tekken.json", "vocab.json")
 _CURE = "download the model again, with its tokenizer"
@@ -200,9 +202,11 @@ class TokenizerFiles:
         if value is None:
             value = (_optional(self.folder, "chat_template.json") or {}).get("chat_template")
         if isinstance(value, str):
-            return {"default": value}
+            value = {"default": value}
         if isinstance(value, dict):
             value = [{"name": name, "template": text} for name, text in value.items()]
+        if len(str(value)) > _LARGEST_TEMPLATE:
+            raise CheckpointError(f"{self.folder / 'tokenizer_config.json'}: {_TOO_LARGE}")
         try:
             return {str(entry["name"]): str(entry["template"]) for entry in value or ()}
         except (TypeError, KeyError) as error:
@@ -215,7 +219,7 @@ class TokenizerFiles:
         real = resolve_inside(self.folder, path.relative_to(self.folder).as_posix())
         try:
             if real.stat().st_size > _LARGEST_TEMPLATE:
-                raise CheckpointError(f"{path}: too large for a chat template")
+                raise CheckpointError(f"{path}: {_TOO_LARGE}")
             return real.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path}: cannot be read as UTF-8 text ({error})") from error
