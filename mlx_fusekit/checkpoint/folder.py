@@ -14,6 +14,7 @@ from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
 from mlx_fusekit.checkpoint.json_text import LARGEST_TEXT, MOST_VALUES, parse_json, shown
 from mlx_fusekit.checkpoint.mistaken import mistaken_file
 from mlx_fusekit.checkpoint.mlx_lm import load_lazily, logical_columns, quantization_block
+from mlx_fusekit.checkpoint.plausible import check_layers
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.formats.quantization import CODEBOOK_MODES, QuantSpec
 
@@ -76,6 +77,7 @@ class Checkpoint:
                         f"{name}; remove the file that does not belong to this model"
                     )
                 tensors[tensor.name] = tensor
+        check_layers(config, len(tensors), folder / "config.json")
         layers = layer_count(config) or 0
         if layers > len(tensors):
             raise CheckpointError(
