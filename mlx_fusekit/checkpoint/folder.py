@@ -2,7 +2,7 @@
 
 import codecs
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from mlx_fusekit.checkpoint.decoded import loadable_folder
 from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
-from mlx_fusekit.checkpoint.json_text import LARGEST_TEXT, MOST_VALUES, parse_json, shown
+from mlx_fusekit.checkpoint.json_text import LARGEST_TEXT, MOST_VALUES, cut, parse_json, shown
 from mlx_fusekit.checkpoint.mistaken import mistaken_file
 from mlx_fusekit.checkpoint.mlx_lm import load_lazily, logical_columns, quantization_block
 from mlx_fusekit.checkpoint.plausible import check_layers
@@ -352,13 +352,11 @@ def _check_whole(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[str, 
     """
     folder, files = checkpoint.folder, checkpoint.files
     index = folder / INDEX_NAME
-    if index.exists():
-        fault = index_fault(folder, files)
+    if (fault := index_fault(folder, files)) is not None:
         told = f"{index}: {fault}"
+    elif (missing := _missing_number(sorted(set(files.values())))) is not None:
+        told = f"{folder}: {missing}"
     else:
-        fault = _missing_number(sorted(set(files.values())))
-        told = f"{folder}: {fault}"
-    if fault is None:
         return ()
     try:
         weights = loadable_folder(folder, checkpoint.headers)
@@ -368,7 +366,7 @@ def _check_whole(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[str, 
         raise CheckpointError(
             f"{told}, and {why}; download the model again, into an empty folder"
         ) from error
-    if not index.exists():
+    if fault is None:
         return ()
     return (
         f"{told}; it is out of date, and mlx-lm does not read it: the weights are taken from the "
@@ -376,10 +374,10 @@ def _check_whole(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[str, 
     )
 
 
-def _some(names: Iterable[str]) -> str:
+def _some(names: Collection[str]) -> str:
     """The first of some names, and how many more there are."""
-    first, *more = sorted(names)
-    return f"{first} (and {len(more)} more)" if more else first
+    first, more = cut(min(names)), len(names) - 1
+    return f"{first} (and {more} more)" if more else first
 
 
 def _default(block: Mapping[str, Any]) -> QuantSpec | None:

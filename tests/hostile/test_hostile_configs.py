@@ -1,7 +1,7 @@
 """Configurations of strangers: refused in one line, or read, in little time and memory.
 
-Each goes through all that reads one: the folder is opened, the formats of its modules are asked for,
-mlx-lm loads it, and a GGUF file is laid out.
+Each goes through all that reads one: the folder is opened, the formats of its modules are asked
+for, mlx-lm loads it, and a GGUF file is laid out.
 """
 
 import codecs
