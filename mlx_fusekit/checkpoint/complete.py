@@ -12,20 +12,24 @@ from mlx_fusekit.checkpoint.header import TensorRef
 
 _IN_LAYER = re.compile(r"(.*?\.)(\d+)\.(.+)")
 _EMBEDDING = re.compile(r"emb|wte|\bword|tok")
+_HEAD = re.compile(r"head|output|\bout")
 _NORM = re.compile(r"norm|ln_|final_layer")
 
 
-def lacking(tensors: Mapping[str, TensorRef], layers: int | None) -> str | None:
+def lacking(
+    tensors: Mapping[str, TensorRef], layers: int | None, *, head: bool = False
+) -> str | None:
     """A tensor that seems to be missing, or what else does; None where nothing seems so.
 
     Args:
         tensors: of the model, as MLX writes them, or as Hugging Face has them.
         layers: how many the configuration says; None where it does not.
+        head: whether the configuration says that the head is not the embedding.
     """
     found = (
         *_parts_of_quantized(tensors),
         *_in_layers(tensors, layers),
-        *_around_layers(tensors),
+        *_around_layers(tensors, head),
     )
     return next(iter(found), None)
 
@@ -62,8 +66,11 @@ def _in_layers(names: Iterable[str], layers: int | None) -> Iterator[str]:
         yield f"layer {gap} of {layers}"
 
 
-def _around_layers(names: Iterable[str]) -> Iterator[str]:
+def _around_layers(names: Iterable[str], head: bool) -> Iterator[str]:
     outside = [name for name in names if not _IN_LAYER.fullmatch(name)]
-    for pattern, what in ((_EMBEDDING, "the embedding"), (_NORM, "the norm of the last layer")):
+    wanted = {"the embedding": _EMBEDDING, "the norm of the last layer": _NORM}
+    if head:
+        wanted["the head"] = _HEAD
+    for what, pattern in wanted.items():
         if not any(pattern.search(name) for name in outside):
             yield what

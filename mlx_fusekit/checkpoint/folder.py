@@ -386,7 +386,10 @@ def _lack(checkpoint: Checkpoint) -> str | None:
     """What the weights seem to lack; None for nothing, or where others have quantized them."""
     if foreign_quantization(checkpoint.config) is not None:
         return None
-    return lacking(checkpoint.tensors, checkpoint.layer_count)
+    text = checkpoint.config.get("text_config")
+    settings = {**checkpoint.config, **(text if isinstance(text, dict) else {})}
+    untied = settings.get("tie_word_embeddings") is False
+    return lacking(checkpoint.tensors, checkpoint.layer_count, head=untied)
 
 
 def _some(names: Collection[str]) -> str:
