@@ -373,7 +373,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "unknown pre-tokenizer": (in_json("tokenizer.json", cuts_otherwise), r"tokenizer\.json: .*"),
     "wrong shape": (fewer_rows, rf"{UP}\.weight has shape \[576, 256\].* \[640, 256\]"),
     "wrong config": (with_config(intermediate_size=512), r"mlp\.\w+\.weight has shape"),
-    "missing tensor": (without("model.norm.weight"), r"model\.norm\.weight is missing"),
+    "missing tensor": (without("model.norm.weight"), r"Missing 1 parameters: model\.norm\.weight"),
     "unknown tensor": (with_tensor("model.memory.weight"), r"model\.memory\.weight is none"),
     "unknown architecture": (
         with_config(model_type="gpt2"),
