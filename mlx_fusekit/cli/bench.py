@@ -289,6 +289,6 @@ def report_command(
             output.say(f"{name}\n")
         output.print_blocks(tables.all_tables(report))
     if len(reports) > 1:
-        output.print_table(tables.comparison(reports))
+        output.print_blocks((tables.comparison(reports), tables.PAIRED))
     written.write(list(reports.values()))
     return 0
