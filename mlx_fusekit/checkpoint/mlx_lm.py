@@ -135,7 +135,9 @@ def _check_groups(model: Any, weights: Mapping[str, Any], block: Any, folder: Pa
         scales = weights.get(f"{name}.scales")
         if scales is None or "weight" not in module:
             continue
-        columns, groups = module.weight.shape[-1], scales.shape[-1] if scales.ndim else 1
+        # Of AWQ and GPTQ, whose groups are rows until mlx-lm converts them.
+        axis = 0 if f"{name}.qweight" in weights else -1
+        columns, groups = module.weight.shape[-1], scales.shape[axis] if scales.ndim else 1
         if columns < groups:
             raise CheckpointError(
                 f"{folder / 'config.json'}: makes {name} {columns} columns wide, but its scales "
