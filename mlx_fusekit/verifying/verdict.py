@@ -7,15 +7,17 @@ docs/requantization.md states the rule. Terminal, JSON report and model card all
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from mlx_fusekit.figures import count, nats, setting, share
 from mlx_fusekit.texts.sequences import FEWEST_SCORED, FEWEST_SEQUENCES
 from mlx_fusekit.verifying.options import DEFAULT_MAX_KL
-from mlx_fusekit.verifying.parity import Parity
-from mlx_fusekit.verifying.structure import Check
+
+if TYPE_CHECKING:  # a fuse, whose report has these words, needs neither MLX nor mlx-lm
+    from mlx_fusekit.verifying.parity import Parity
+    from mlx_fusekit.verifying.structure import Check
 
 Verdict = Literal["kept", "lost", "not judged"]
 
@@ -47,7 +49,7 @@ class Judgement:
 
 
 def judge(
-    ours: Parity, base: Parity | None, checks: Sequence[Check], max_kl: float | None
+    ours: "Parity", base: "Parity | None", checks: "Sequence[Check]", max_kl: float | None
 ) -> Judgement:
     """Judge a fused model.
 
@@ -93,13 +95,13 @@ def interval_in_words(bounds: Sequence[float]) -> str:
     return f"95 % interval {low} to {high}"
 
 
-def _mean(ours: Parity) -> str:
+def _mean(ours: "Parity") -> str:
     assert ours.kl_mean_ci95 is not None, "judged only with an interval"
     return f"mean KL {nats(ours.kl_mean)} nats a token ({interval_in_words(ours.kl_mean_ci95)})"
 
 
 def _by_distance(
-    interval: tuple[float, float], base: Parity | None, max_kl: float | None
+    interval: tuple[float, float], base: "Parity | None", max_kl: float | None
 ) -> Judgement:
     """The verdict of the KL alone, and what follows its figures in the sentence."""
     low, high = interval
@@ -131,12 +133,12 @@ def _answers(exact: int, total: int) -> str:
     return f"{share(exact / total)} of {count(total)} answers"
 
 
-def _drop(ours: Parity) -> float:
+def _drop(ours: "Parity") -> float:
     """By which share of all answers fewer are exact than the reference's."""
     return float(ours.answers_reference.mean() - ours.answers.mean())
 
 
-def _probability_by_chance(ours: Parity) -> float:
+def _probability_by_chance(ours: "Parity") -> float:
     """Of as many answers lost or more, were each changed answer as likely lost as gained.
 
     The one-sided exact binomial test of the answers on which the two models differ.
