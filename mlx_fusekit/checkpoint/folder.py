@@ -1,7 +1,6 @@
 """A model folder, opened read-only: configuration, weights, quantization, the files beside them."""
 
 import codecs
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any, ClassVar
 
 from mlx_fusekit.checkpoint.decoded import loadable_folder
 from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
+from mlx_fusekit.checkpoint.json_text import LARGEST_TEXT, MOST_VALUES, parse_json, shown
 from mlx_fusekit.checkpoint.mistaken import mistaken_file
 from mlx_fusekit.checkpoint.mlx_lm import load_lazily, logical_columns, quantization_block
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
@@ -206,14 +206,21 @@ def is_adapter(folder: Path) -> bool:
     return not (folder / "config.json").exists() and (folder / ADAPTER_CONFIG_NAME).exists()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(
+    path: Path, *, most_bytes: int = LARGEST_TEXT, most_values: int = MOST_VALUES
+) -> dict[str, Any]:
     """A JSON object from a file.
+
+    Args:
+        path: of the file.
+        most_bytes: how large it may be.
+        most_values: how many values it may hold, in all.
 
     Raises:
         CheckpointError: when the file is missing, too large, or holds no JSON object.
     """
     try:
-        if path.stat().st_size > 200_000_000:
+        if path.stat().st_size > most_bytes:
             raise CheckpointError(f"{path}: too large for a configuration file")
         content = path.read_bytes()
         if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -221,7 +228,7 @@ def read_json(path: Path) -> dict[str, Any]:
                 f"{path}: begins with a byte order mark, with which mlx-lm does not read it; save "
                 "it as UTF-8 without one"
             )
-        value = json.loads(content.decode("utf-8"))
+        value = parse_json(content, most_values)
     except CheckpointError:
         raise
     except FileNotFoundError as error:
@@ -229,7 +236,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         why = mistaken_file(path) or f"cannot be read ({error.strerror})"
         raise CheckpointError(f"{path}: {why}") from error
-    except (ValueError, RecursionError) as error:  # of text, of JSON, of a number too long
+    except ValueError as error:
         why = mistaken_file(path) or f"not valid JSON ({error})"
         raise CheckpointError(f"{path}: {why}") from error
     if not isinstance(value, dict):
@@ -308,7 +315,7 @@ def index_fault(folder: Path, files: Mapping[str, str]) -> str | None:
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not _WEIGHT_FILE.fullmatch(name):
             raise CheckpointError(
-                f"{index}: places tensor {tensor!r} in {name!r}; "
+                f"{index}: places tensor {shown(tensor)} in {shown(name)}; "
                 "only files model*.safetensors beside the index are allowed"
             )
     named, held = set(weight_map.values()), set(files.values())

@@ -6,7 +6,6 @@ validated here first. Format: https://huggingface.co/docs/safetensors (header le
 little-endian u64, JSON header, tensor bytes).
 """
 
-import json
 import math
 import os
 import struct
@@ -18,11 +17,15 @@ from typing import Any, Self
 
 import numpy as np
 
+from mlx_fusekit.checkpoint.json_text import LARGEST_TEXT, parse_json, shown
 from mlx_fusekit.checkpoint.mistaken import BEGINNING, mistaken_file, not_safetensors
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import STORAGE, Array
 
-_LARGEST_HEADER = 100_000_000
+#: More than any file has; each takes a kilobyte here, and the time to look at it.
+MOST_TENSORS = 100_000
+MOST_AXES = 32
+_LONGEST_NAME = 1000
 _LARGEST_SIZE = 2**63 - 1
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npz", ".npy")
 
@@ -142,7 +145,7 @@ def read_header(path: Path) -> Header:
 
 def _header_length(path: Path, first: bytes, size: int) -> int:
     length: int = struct.unpack("<Q", first[:8])[0] if len(first) >= 8 else _LARGEST_SIZE
-    if length > _LARGEST_HEADER or 8 + length > size or not length:
+    if length > LARGEST_TEXT or 8 + length > size or not length:
         if (told := not_safetensors(first)) is not None:
             raise CheckpointError(f"{path}: {told}")
         if len(first) < 8:
@@ -162,18 +165,10 @@ def _header_length(path: Path, first: bytes, size: int) -> int:
 
 
 def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in result:
-                raise CheckpointError(f"{path}: the header names {key!r} twice")
-            result[key] = value
-        return result
-
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is not JSON ({error})") from error
+        entries = parse_json(text, unique=True)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the header is not JSON to be read ({error})") from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: the header is no JSON object")
     metadata = entries.pop("__metadata__", None)
@@ -181,6 +176,11 @@ def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ holds something else than strings")
+    if len(entries) > MOST_TENSORS:
+        raise CheckpointError(
+            f"{path}: {len(entries)} tensors in one file, more than any model has; at most "
+            f"{MOST_TENSORS} are read"
+        )
     return entries, metadata
 
 
@@ -192,7 +192,7 @@ def _place(path: Path, entries: dict[str, Any], data_start: int, size: int) -> d
     for name, (begin, end, dtype, shape) in sorted(spans.items(), key=lambda item: item[1][:2]):
         if begin != position:
             fault = "overlaps the tensor before it" if begin < position else "leaves a hole"
-            raise CheckpointError(f"{path}: tensor {name!r} {fault} (offset {begin})")
+            raise CheckpointError(f"{path}: tensor {shown(name)} {fault} (offset {begin})")
         tensors[name] = TensorRef(name, dtype, shape, path, data_start + begin)
         position = end
     if data_start + position != size:
@@ -205,22 +205,28 @@ def _place(path: Path, entries: dict[str, Any], data_start: int, size: int) -> d
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple[int, ...]]:
     """Begin, end, dtype and shape of one header entry, each checked."""
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {shown(name)}"
+    if len(name) > _LONGEST_NAME:
+        raise CheckpointError(f"{where} has a name of {len(name)} characters")
     if "\0" in name:
         raise CheckpointError(f"{where} has a NUL in its name")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where} must have dtype, shape and data_offsets, nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in STORAGE:
-        raise CheckpointError(f"{where} has the unknown dtype {dtype!r}; use the 16-bit original")
+        raise CheckpointError(
+            f"{where} has the unknown dtype {shown(dtype)}; use the 16-bit original"
+        )
     if not _are_sizes(shape):
-        raise CheckpointError(f"{where} has the invalid shape {shape!r}")
+        raise CheckpointError(f"{where} has the invalid shape {shown(shape)}")
+    if len(shape) > MOST_AXES:
+        raise CheckpointError(f"{where} has {len(shape)} axes; MLX's arrays have fewer")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where} has the invalid offsets {offsets!r}")
+        raise CheckpointError(f"{where} has the invalid offsets {shown(offsets)}")
     nbytes = math.prod(shape) * STORAGE[dtype].itemsize  # Python integers do not overflow
     if nbytes != offsets[1] - offsets[0]:
         raise CheckpointError(
-            f"{where} is {dtype} {shape}, {nbytes} bytes, but its offsets span "
+            f"{where} is {dtype} {shown(shape)}, {shown(nbytes)} bytes, but its offsets span "
             f"{offsets[1] - offsets[0]}"
         )
     return offsets[0], offsets[1], dtype, tuple(shape)
