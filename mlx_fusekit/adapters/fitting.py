@@ -1,7 +1,6 @@
 """Whether an adapter fits its base: the name, the modules that mlx-lm would adapt, the tokens."""
 
 import difflib
-import json
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from mlx_fusekit.adapters.mlx_lm_settings import AdapterSettings
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
+from mlx_fusekit.checkpoint.folder import optional_json
 from mlx_fusekit.checkpoint.mlx_lm import adapted_modules
 from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.floats import Float32
@@ -157,10 +157,10 @@ def token_names(ids: range, *folders: Path) -> str:
 def _added_tokens(folder: Path) -> dict[int, str]:
     """Tokens added to a vocabulary, by id; none where the tokenizer does not tell."""
     try:
-        content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        content = optional_json(folder, "tokenizer.json") or {}
         added: Iterable[dict[str, object]] = content["added_tokens"]
         return {int(str(token["id"])): str(token["content"]) for token in added}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return {}
 
 

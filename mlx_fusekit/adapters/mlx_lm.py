@@ -26,12 +26,13 @@ from mlx_fusekit.adapters.mlx_lm_settings import AdapterSettings
 from mlx_fusekit.adapters.updates import Adapter, FullUpdate, LowRankUpdate, Update
 from mlx_fusekit.adapters.values import check_finite, read_finite
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
+from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME as CONFIG_NAME
 from mlx_fusekit.checkpoint.belongings import is_hidden
-from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME as CONFIG_NAME
-from mlx_fusekit.checkpoint.folder import read_json
+from mlx_fusekit.checkpoint.folder import read_json_in
 from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
 from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.floats import FLOAT_DTYPES, Float32
+from mlx_fusekit.reading import resolve_inside
 
 WEIGHTS_NAME = "adapters.safetensors"
 
@@ -337,7 +338,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "so copy it from the training folder"
         )
     try:
-        config = read_json(path)
+        config = read_json_in(folder, CONFIG_NAME)
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
     return config
@@ -360,6 +361,7 @@ def _read_weights(folder: Path, config: Mapping[str, Any]) -> Header:
         hint = f"; to fuse {checkpoint.name}, copy it to that name" if checkpoint else ""
         raise AdapterError(f"{path}: the file is missing{hint}")
     try:
+        resolve_inside(folder, WEIGHTS_NAME)
         header = read_header(path)
     except CheckpointError as error:
         raise AdapterError(str(error)) from error

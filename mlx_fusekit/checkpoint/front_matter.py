@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fusekit.checkpoint.belongings import CARD_NAME
-from mlx_fusekit.checkpoint.folder import resolve_inside
+from mlx_fusekit.reading import resolve_inside
 
 _LARGEST_CARD = 10_000_000
 
