@@ -15,6 +15,7 @@ from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.floats import Float32
 
 _NAMED = 3
+_LONGEST_NAME = 200
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 
 
@@ -178,6 +179,8 @@ def base_warnings(trained_on: str | None, base_id: str | None) -> tuple[str, ...
         return ()
     if _model_name(trained_on) == _model_name(base_id):
         return ()
+    if len(trained_on) > _LONGEST_NAME:
+        trained_on = trained_on[:_LONGEST_NAME] + "…"
     return (
         f"the adapter was trained on {trained_on}, not on {base_id}; "
         "if they differ in more than the name, the result will be wrong",
@@ -188,8 +191,9 @@ def _model_name(id_or_path: str) -> str:
     """The part of a Hub id, folder or cache path that names the model."""
     if cached := re.search(r"models--([^/\\]+)[/\\]snapshots", id_or_path):
         return cached[1].split("--")[-1].lower()
-    return (
-        Path(id_or_path).resolve().name.lower()
-        if Path(id_or_path).exists()
-        else (id_or_path.rstrip("/").rpartition("/")[2].lower())
-    )
+    try:
+        is_path = Path(id_or_path).exists()
+    except OSError:  # a name that no file system takes, or a folder that may not be read
+        is_path = False
+    name = Path(id_or_path).resolve().name if is_path else id_or_path.rstrip("/").split("/")[-1]
+    return name.lower()

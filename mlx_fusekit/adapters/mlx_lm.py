@@ -30,6 +30,7 @@ from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME as CONFIG_NAME
 from mlx_fusekit.checkpoint.belongings import is_hidden
 from mlx_fusekit.checkpoint.folder import read_json_in
 from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
+from mlx_fusekit.checkpoint.json_text import shown
 from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.floats import FLOAT_DTYPES, Float32
 from mlx_fusekit.reading import resolve_inside
@@ -373,7 +374,7 @@ def _read_weights(folder: Path, config: Mapping[str, Any]) -> Header:
 
 def _peft(path: Path, config: Mapping[str, Any]) -> AdapterError:
     return AdapterError(
-        f"{path}: this is a PEFT adapter ({config['peft_type']}); "
+        f"{path}: this is a PEFT adapter ({shown(config['peft_type'])}); "
         "this version reads the adapters of mlx-lm only"
     )
 
