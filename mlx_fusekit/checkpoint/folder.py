@@ -2,7 +2,7 @@
 
 import codecs
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +10,18 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME, INDEX_NAME, check_files
+from mlx_fusekit.checkpoint.complete import lacking
 from mlx_fusekit.checkpoint.decoded import loadable_folder
 from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
-from mlx_fusekit.checkpoint.json_text import LARGEST_TEXT, MOST_VALUES, parse_json, shown
+from mlx_fusekit.checkpoint.json_text import LARGEST_TEXT, MOST_VALUES, cut, parse_json, shown
 from mlx_fusekit.checkpoint.mistaken import mistaken_file
-from mlx_fusekit.checkpoint.mlx_lm import load_lazily, logical_columns, quantization_block
+from mlx_fusekit.checkpoint.mlx_lm import (
+    foreign_quantization,
+    load_lazily,
+    logical_columns,
+    quantization_block,
+)
+from mlx_fusekit.checkpoint.plausible import check_layers
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.formats.quantization import CODEBOOK_MODES, QuantSpec
 from mlx_fusekit.reading import read_bytes, resolve_inside
@@ -48,8 +55,8 @@ class Checkpoint:
     def open(cls, folder: Path, *, trust_remote_code: bool = False) -> "Checkpoint":
         """Open and validate a model folder; reads headers only.
 
-        Where its index or the numbers of its files contradict what lies there, mlx-lm is asked
-        whether that is a whole model.
+        Where its index or the numbers of its files contradict what lies there, or a tensor seems
+        to be missing, mlx-lm is asked whether that is a whole model.
 
         Args:
             trust_remote_code: whether model code that lies in the folder may run.
@@ -76,6 +83,7 @@ class Checkpoint:
                         f"{name}; remove the file that does not belong to this model"
                     )
                 tensors[tensor.name] = tensor
+        check_layers(config, len(tensors), folder / "config.json")
         layers = layer_count(config) or 0
         if layers > len(tensors):
             raise CheckpointError(
@@ -347,13 +355,13 @@ def _check_whole(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[str, 
     """
     folder, files = checkpoint.folder, checkpoint.files
     index = folder / INDEX_NAME
-    if index.exists():
-        fault = index_fault(folder, files)
+    if (fault := index_fault(folder, files)) is not None:
         told = f"{index}: {fault}"
+    elif (missing := _missing_number(sorted(set(files.values())))) is not None:
+        told = f"{folder}: {missing}"
+    elif (lack := _lack(checkpoint)) is not None:
+        told = f"{folder}: seems to lack {lack}"
     else:
-        fault = _missing_number(sorted(set(files.values())))
-        told = f"{folder}: {fault}"
-    if fault is None:
         return ()
     try:
         weights = loadable_folder(folder, checkpoint.headers)
@@ -363,7 +371,7 @@ def _check_whole(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[str, 
         raise CheckpointError(
             f"{told}, and {why}; download the model again, into an empty folder"
         ) from error
-    if not index.exists():
+    if fault is None:
         return ()
     return (
         f"{told}; it is out of date, and mlx-lm does not read it: the weights are taken from the "
@@ -371,10 +379,20 @@ def _check_whole(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[str, 
     )
 
 
-def _some(names: Iterable[str]) -> str:
+def _lack(checkpoint: Checkpoint) -> str | None:
+    """What the weights seem to lack; None for nothing, or where others have quantized them."""
+    if foreign_quantization(checkpoint.config) is not None:
+        return None
+    text = checkpoint.config.get("text_config")
+    settings = {**checkpoint.config, **(text if isinstance(text, dict) else {})}
+    untied = settings.get("tie_word_embeddings") is False
+    return lacking(checkpoint.tensors, checkpoint.layer_count, head=untied)
+
+
+def _some(names: Collection[str]) -> str:
     """The first of some names, and how many more there are."""
-    first, *more = sorted(names)
-    return f"{first} (and {len(more)} more)" if more else first
+    first, more = cut(min(names)), len(names) - 1
+    return f"{first} (and {more} more)" if more else first
 
 
 def _default(block: Mapping[str, Any]) -> QuantSpec | None:

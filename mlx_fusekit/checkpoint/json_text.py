@@ -12,6 +12,7 @@ from typing import Any
 #: Of a file in which every value is about one tensor or one setting.
 MOST_VALUES = 2_000_000
 LARGEST_TEXT = 40_000_000
+_SHOWN = 200
 _HALF_OF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -62,5 +63,9 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def shown(value: object) -> str:
     """A value as Python writes it, cut to what fits in a line."""
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "…"
+    return cut(repr(value))
+
+
+def cut(text: str) -> str:
+    """A text from a file, cut to what fits in a line."""
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
