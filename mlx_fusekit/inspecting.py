@@ -22,6 +22,7 @@ from mlx_fusekit.formats.floats import FLOAT_DTYPES, Float32, to_float32
 from mlx_fusekit.formats.quantization import QuantSpec, parts_of
 from mlx_fusekit.merging.arithmetic import merge
 from mlx_fusekit.merging.blocks import WeightReader, row_blocks, weight_sources
+from mlx_fusekit.reading import exists
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,12 @@ def inspect(
     """
     own_revision = revision if model is None else None
     folder = hub.resolve(path, revision=own_revision, what="PATH").path
-    if (folder / ADAPTER_CONFIG_NAME).exists():
+    if exists(folder / ADAPTER_CONFIG_NAME):
         base = None
         if model is not None:
             base = open_model(hub.resolve(model, revision=revision, code=trust_remote_code))
         return _adapter_facts(str(path), open_adapter(folder, scale=scale), base, str(model))
-    if not (folder / "config.json").exists():
+    if not exists(folder / "config.json"):
         raise CheckpointError(
             f"{path}: neither a model (config.json) nor an adapter ({ADAPTER_CONFIG_NAME})"
         )

@@ -81,6 +81,24 @@ def not_regular(path: Path) -> str | None:
         return None
 
 
+def exists(path: Path) -> bool:
+    """Whether something is there, where its links lead; a name that no file can have is nothing.
+
+    As pathlib says it from Python 3.14 on; before, it raises for some names, and for links to them.
+    """
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; as :func:`exists`."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; as :func:`exists`."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def resolve_inside(folder: Path, name: str) -> Path:
     """The real path of a file of a folder; a link may only lead to the folder or its Hub blobs.
 
@@ -89,14 +107,15 @@ def resolve_inside(folder: Path, name: str) -> Path:
     model's.
 
     Raises:
-        CheckpointError: when the link leads elsewhere, or in a circle.
+        CheckpointError: when the link leads elsewhere, or cannot be followed.
     """
     path = folder / name
     try:
         real, within = path.resolve(), folder.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: Python before 3.13, of a circle
+        why = getattr(error, "strerror", None) or "it leads in a circle"
         raise CheckpointError(
-            f"{path}: a link that leads in a circle; put the file itself there"
+            f"{path}: a link that cannot be followed ({why}); put the file itself there"
         ) from error
     allowed = [within]
     if within.parent.name == "snapshots":

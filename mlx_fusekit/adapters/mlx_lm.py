@@ -33,7 +33,7 @@ from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
 from mlx_fusekit.checkpoint.json_text import shown
 from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.floats import FLOAT_DTYPES, Float32
-from mlx_fusekit.reading import resolve_inside
+from mlx_fusekit.reading import exists, resolve_inside
 
 WEIGHTS_NAME = "adapters.safetensors"
 
@@ -331,9 +331,9 @@ class MlxLmAdapter:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
-    if not path.exists() and (folder / "config.json").exists():
+    if not exists(path) and exists(folder / "config.json"):
         raise AdapterError(f"{folder}: is a model, not an adapter; give the adapter's folder")
-    if not path.exists():
+    if not exists(path):
         raise AdapterError(
             f"{path}: the file is missing; it says with which scale the adapter was trained, "
             "so copy it from the training folder"
@@ -347,7 +347,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_weights(folder: Path, config: Mapping[str, Any]) -> Header:
     path = folder / WEIGHTS_NAME
-    if not path.exists():
+    if not exists(path):
         if "peft_type" in config:
             raise _peft(folder / CONFIG_NAME, config)
         pickled = next((p for s in _PICKLED for p in folder.glob(s) if not is_hidden(p)), None)

@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from mlx_fusekit.checkpoint.mistaken import lfs_pointer, mistaken_file, not_json
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError
-from mlx_fusekit.reading import not_regular, resolve_inside
+from mlx_fusekit.reading import exists, is_folder, not_regular, resolve_inside
 
 #: Of a folder that is an adapter, whatever trained it.
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -173,7 +173,7 @@ def check_files(folder: Path, *, trust_remote_code: bool = False) -> None:
         if kind is None or not kind.is_read(trust_remote_code=trust_remote_code):
             continue
         real = resolve_inside(folder, name)
-        if not_regular(path) or not path.exists():
+        if not_regular(path) or not exists(path):
             raise CheckpointError(f"{path}: {mistaken_file(path)}")
         if kind.purpose != _WEIGHTS and real.stat().st_size > _LARGEST:
             raise CheckpointError(f"{path}: too large for a file beside the weights; remove it")
@@ -196,7 +196,7 @@ def find_companions(
     copied, left_out = [], []
     for path in data_files(folder):
         name = path.relative_to(folder).as_posix()
-        if is_hidden(path) or path.is_dir():
+        if is_hidden(path) or is_folder(path):
             continue
         kind = _kind(name)
         if (

@@ -24,7 +24,7 @@ from mlx_fusekit.checkpoint.mlx_lm import (
 from mlx_fusekit.checkpoint.plausible import check_layers
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.formats.quantization import CODEBOOK_MODES, QuantSpec
-from mlx_fusekit.reading import read_bytes, resolve_inside
+from mlx_fusekit.reading import exists, read_bytes, resolve_inside
 
 _WEIGHT_FILE = re.compile(r"model[^/\\:\0]*\.safetensors")
 _NUMBERED = re.compile(r"(model.*?)(?:\d{5})-of-(\d{5})\.safetensors")
@@ -211,7 +211,7 @@ def layer_count(config: Mapping[str, Any]) -> int | None:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter, and no model."""
-    return not (folder / "config.json").exists() and (folder / ADAPTER_CONFIG_NAME).exists()
+    return not exists(folder / "config.json") and exists(folder / ADAPTER_CONFIG_NAME)
 
 
 def read_json_in(
@@ -230,7 +230,7 @@ def optional_json(
     folder: Path, name: str, *, most_bytes: int = LARGEST_TEXT, most_values: int = MOST_VALUES
 ) -> dict[str, Any] | None:
     """The same of a file that need not be there; None where it is not."""
-    if not (folder / name).exists():
+    if not exists(folder / name):
         return None
     return read_json_in(folder, name, most_bytes=most_bytes, most_values=most_values)
 
@@ -309,7 +309,7 @@ def index_fault(folder: Path, files: Mapping[str, str]) -> str | None:
         CheckpointError: for an index that names other files than weights beside it.
     """
     index = folder / INDEX_NAME
-    if not index.exists():
+    if not exists(index):
         return None
     try:
         weight_map = read_json_in(folder, INDEX_NAME).get("weight_map")

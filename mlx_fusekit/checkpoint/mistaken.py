@@ -7,7 +7,7 @@ a page or a text that says so.
 from collections.abc import Callable
 from pathlib import Path
 
-from mlx_fusekit.reading import not_regular, open_file
+from mlx_fusekit.reading import exists, not_regular, open_file
 
 #: What is read of a file to tell what it is.
 BEGINNING = 64
@@ -53,7 +53,7 @@ def mistaken_file(path: Path, told_by: Callable[[bytes], str | None] = not_json)
     """As one of the functions above, of a file that is not open; or what else it is."""
     if (what := not_regular(path)) is not None:
         return f"{what}, where a file is expected; put the file itself there"
-    if path.is_symlink() and not path.exists():
+    if path.is_symlink() and not exists(path):
         return "is a link to a file that is not there; download it again, or remove the link"
     try:
         with open_file(path) as file:

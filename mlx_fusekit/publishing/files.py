@@ -29,7 +29,7 @@ from mlx_fusekit.checkpoint.recipe import RECIPE_NAME, as_text
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.publishing.foreign_text import public_source
 from mlx_fusekit.publishing.private import Private
-from mlx_fusekit.reading import read_bytes, resolve_inside
+from mlx_fusekit.reading import is_file, is_folder, read_bytes, resolve_inside
 
 #: Why a file stays, by the first pattern that its name matches.
 _REASONS = {
@@ -165,7 +165,7 @@ class PublishedModel:
     def card(self) -> str | None:
         """The text of the folder's own ``README.md``."""
         path = self.folder / CARD_NAME
-        if not path.is_file():
+        if not is_file(path):
             return None
         resolve_inside(self.folder, CARD_NAME)
         return _read_text(path)
@@ -222,7 +222,7 @@ class PublishedModel:
         states = dict(self.states)
         for name, header in (checkpoint.headers if checkpoint is not None else {}).items():
             _refuse(self.folder / name, self.private.in_values(header.metadata), "__metadata__")
-        own_card = [CARD_NAME] if (self.folder / CARD_NAME).is_file() else []
+        own_card = [CARD_NAME] if is_file(self.folder / CARD_NAME) else []
         for name in [*self.names, *own_card]:
             if name.endswith(_WEIGHTS):
                 continue
@@ -325,11 +325,11 @@ def _sort(
     for path in data_files(folder):
         name = path.relative_to(folder).as_posix()
         goes = name in weights or belongs(name, Step.PUBLISH, trust_remote_code=trust_remote_code)
-        if name == CARD_NAME or (path.is_dir() and name == TEMPLATES_FOLDER):
+        if name == CARD_NAME or (is_folder(path) and name == TEMPLATES_FOLDER):
             continue
-        if path.is_dir():
+        if is_folder(path):
             left_out.append(LeftOut(f"{name}/", "a folder"))
-        elif not path.is_file() or not goes:
+        elif not is_file(path) or not goes:
             left_out.append(LeftOut(name, _reason(path.name)))
         elif name == INDEX_NAME and stale is not None:
             left_out.append(LeftOut(name, f"out of date: {stale}"))

@@ -10,7 +10,7 @@ from mlx_fusekit.checkpoint.belongings import TEMPLATES_FOLDER, is_hidden
 from mlx_fusekit.checkpoint.folder import optional_json
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.gguf.tokenizer.tokens import AddedToken
-from mlx_fusekit.reading import read_bytes, resolve_inside
+from mlx_fusekit.reading import exists, read_bytes, resolve_inside
 
 Json = Mapping[str, Any]
 
@@ -55,7 +55,7 @@ class TokenizerFiles:
         files = cls(
             folder,
             _optional(folder, "tokenizer.json"),
-            resolve_inside(folder, pieces.name) if pieces.exists() else None,
+            resolve_inside(folder, pieces.name) if exists(pieces) else None,
             {
                 **(_optional(folder, "special_tokens_map.json") or {}),
                 **(_optional(folder, "tokenizer_config.json") or {}),
@@ -64,7 +64,7 @@ class TokenizerFiles:
             _optional(folder, "config.json") or {},
         )
         if files.tokenizer is None and files.pieces is None:
-            other = next((name for name in _CONVERTIBLE if (folder / name).exists()), None)
+            other = next((name for name in _CONVERTIBLE if exists(folder / name)), None)
             if other is not None:
                 place = repr(str(folder))
                 raise CheckpointError(
@@ -197,7 +197,7 @@ class TokenizerFiles:
         """
         main = self.folder / "chat_template.jinja"
         more = sorted((self.folder / TEMPLATES_FOLDER).glob("*.jinja"))
-        named = {"default": main} if main.exists() else {}
+        named = {"default": main} if exists(main) else {}
         named |= {path.stem: path for path in more if not is_hidden(path)}
         if named:
             return {name: self._text(path) for name, path in named.items()}
