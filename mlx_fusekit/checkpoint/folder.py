@@ -10,17 +10,11 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME, INDEX_NAME, check_files
-from mlx_fusekit.checkpoint.complete import lacking
 from mlx_fusekit.checkpoint.decoded import loadable_folder
 from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
 from mlx_fusekit.checkpoint.json_text import LARGEST_TEXT, MOST_VALUES, cut, parse_json, shown
 from mlx_fusekit.checkpoint.mistaken import mistaken_file
-from mlx_fusekit.checkpoint.mlx_lm import (
-    foreign_quantization,
-    load_lazily,
-    logical_columns,
-    quantization_block,
-)
+from mlx_fusekit.checkpoint.mlx_lm import load_lazily, logical_columns, quantization_block
 from mlx_fusekit.checkpoint.plausible import check_layers
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.formats.quantization import CODEBOOK_MODES, QuantSpec
@@ -55,8 +49,8 @@ class Checkpoint:
     def open(cls, folder: Path, *, trust_remote_code: bool = False) -> "Checkpoint":
         """Open and validate a model folder; reads headers only.
 
-        Where its index or the numbers of its files contradict what lies there, or a tensor seems
-        to be missing, mlx-lm is asked whether that is a whole model.
+        Where its index or the numbers of its files contradict what lies there, mlx-lm is asked
+        whether that is a whole model.
 
         Args:
             trust_remote_code: whether model code that lies in the folder may run.
@@ -359,8 +353,6 @@ def _check_whole(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[str, 
         told = f"{index}: {fault}"
     elif (missing := _missing_number(sorted(set(files.values())))) is not None:
         told = f"{folder}: {missing}"
-    elif (lack := _lack(checkpoint)) is not None:
-        told = f"{folder}: seems to lack {lack}"
     else:
         return ()
     try:
@@ -377,16 +369,6 @@ def _check_whole(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[str, 
         f"{told}; it is out of date, and mlx-lm does not read it: the weights are taken from the "
         "files that lie there, which hold the whole model",
     )
-
-
-def _lack(checkpoint: Checkpoint) -> str | None:
-    """What the weights seem to lack; None for nothing, or where others have quantized them."""
-    if foreign_quantization(checkpoint.config) is not None:
-        return None
-    text = checkpoint.config.get("text_config")
-    settings = {**checkpoint.config, **(text if isinstance(text, dict) else {})}
-    untied = settings.get("tie_word_embeddings") is False
-    return lacking(checkpoint.tensors, checkpoint.layer_count, head=untied)
 
 
 def _some(names: Collection[str]) -> str:

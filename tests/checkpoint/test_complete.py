@@ -11,8 +11,8 @@ from support.every_class import NOT_RUN, config_of, model_of, names
 from support.tiny import LLAMA, make_adapter, make_model
 
 from mlx_fusekit import fuse
-from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.header import read_header
+from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import CheckpointError
 
 CONFIG = {**LLAMA, "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 64}
@@ -46,7 +46,7 @@ def test_each_tensor_is_missed(kind: str, tmp_path: Path) -> None:
         folder = Path(shutil.copytree(base, tmp_path / "less"))
         leave_out(folder, name)
         with pytest.raises(CheckpointError, match="lack") as refused:
-            Checkpoint.open(folder)
+            open_base(folder)
         line = str(refused.value)
         assert name in line
         assert line.startswith(f"{folder}: seems to lack ")
@@ -73,7 +73,7 @@ def test_modules_and_layers_are_missed(gone: tuple[str, ...], tmp_path: Path) ->
     folder = make_model(tmp_path / "base", CONFIG, group_size=32)
     leave_out(folder, *gone)
     with pytest.raises(CheckpointError, match=f"seems to lack .*{gone[0].split('.')[1][:5]}"):
-        Checkpoint.open(folder)
+        open_base(folder)
 
 
 def test_a_fuse_refuses_it(tmp_path: Path) -> None:
@@ -107,4 +107,4 @@ def test_no_class_is_missed(name: str, tmp_path: Path) -> None:
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + position)
-    assert Checkpoint.open(tmp_path).warnings == ()
+    assert open_base(tmp_path).warnings == ()
