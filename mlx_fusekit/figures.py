@@ -40,6 +40,11 @@ def setting(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:g}"
 
 
+def weighted(name: str, weight: float) -> str:
+    """What is added up, and how much of it where that is not all."""
+    return name if weight == 1 else f"{name} (weight {setting(weight)})"
+
+
 def milliseconds(seconds: float | None) -> str:
     """A time in milliseconds."""
     return UNKNOWN if seconds is None else f"{number(1000 * seconds)} ms"

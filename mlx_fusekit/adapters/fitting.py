@@ -1,7 +1,6 @@
 """Whether an adapter fits its base: the name, the modules that mlx-lm would adapt, the tokens."""
 
 import difflib
-import json
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -10,11 +9,13 @@ import numpy as np
 
 from mlx_fusekit.adapters.mlx_lm_settings import AdapterSettings
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
+from mlx_fusekit.checkpoint.folder import optional_json
 from mlx_fusekit.checkpoint.mlx_lm import adapted_modules
 from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.floats import Float32
 
 _NAMED = 3
+_LONGEST_NAME = 200
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 
 
@@ -157,10 +158,10 @@ def token_names(ids: range, *folders: Path) -> str:
 def _added_tokens(folder: Path) -> dict[int, str]:
     """Tokens added to a vocabulary, by id; none where the tokenizer does not tell."""
     try:
-        content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        content = optional_json(folder, "tokenizer.json") or {}
         added: Iterable[dict[str, object]] = content["added_tokens"]
         return {int(str(token["id"])): str(token["content"]) for token in added}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return {}
 
 
@@ -178,6 +179,8 @@ def base_warnings(trained_on: str | None, base_id: str | None) -> tuple[str, ...
         return ()
     if _model_name(trained_on) == _model_name(base_id):
         return ()
+    if len(trained_on) > _LONGEST_NAME:
+        trained_on = trained_on[:_LONGEST_NAME] + "…"
     return (
         f"the adapter was trained on {trained_on}, not on {base_id}; "
         "if they differ in more than the name, the result will be wrong",
@@ -188,8 +191,9 @@ def _model_name(id_or_path: str) -> str:
     """The part of a Hub id, folder or cache path that names the model."""
     if cached := re.search(r"models--([^/\\]+)[/\\]snapshots", id_or_path):
         return cached[1].split("--")[-1].lower()
-    return (
-        Path(id_or_path).resolve().name.lower()
-        if Path(id_or_path).exists()
-        else (id_or_path.rstrip("/").rpartition("/")[2].lower())
-    )
+    try:
+        is_path = Path(id_or_path).exists()
+    except OSError:  # a name that no file system takes, or a folder that may not be read
+        is_path = False
+    name = Path(id_or_path).resolve().name if is_path else id_or_path.rstrip("/").split("/")[-1]
+    return name.lower()

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mlx_fusekit.checkpoint.json_text import shown
 from mlx_fusekit.errors import AdapterError
 
 _KINDS = ("lora", "dora", "full")
@@ -52,7 +53,7 @@ class AdapterSettings:
             return "dora" if self.config.get("use_dora") is True else "lora"
         if not isinstance(stated, str) or stated.lower() not in _KINDS:
             raise AdapterError(
-                f"{self.path}: fine_tune_type is {stated!r}; lora, dora and full are known"
+                f"{self.path}: fine_tune_type is {shown(stated)}; lora, dora and full are known"
             )
         return stated.lower()
 
@@ -73,7 +74,8 @@ class AdapterSettings:
         value = self.config.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise AdapterError(
-                f"{self.path}: {key} is {value!r}; it must be a whole number (-1 for all layers)"
+                f"{self.path}: {key} is {shown(value)}; it must be a whole number "
+                "(-1 for all layers)"
             )
         return value
 
@@ -89,7 +91,8 @@ class AdapterSettings:
             isinstance(keys, list) and all(isinstance(key, str) for key in keys)
         ):
             raise AdapterError(
-                f"{self.path}: lora_parameters.keys is {keys!r}; it must be a list of module names"
+                f"{self.path}: lora_parameters.keys is {shown(keys)}; it must be a list of "
+                "module names"
             )
         return keys
 
@@ -120,10 +123,11 @@ class AdapterSettings:
         rank = self.parameters.get("rank")
         if rank is None:
             return None
-        if isinstance(rank, bool) or not isinstance(rank, int | float) or not abs(rank) < 2**31:
+        if not _is_finite(rank) or abs(rank) >= 2**31 or rank != int(rank):
             hint = f"; write {rank} without quotes" if str(rank).isdigit() else ""
             raise AdapterError(
-                f"{self.path}: lora_parameters.rank is {rank!r}, which is no number{hint}"
+                f"{self.path}: lora_parameters.rank is {shown(rank)}, which is no whole "
+                f"number{hint}"
             )
         return int(rank)
 
@@ -210,17 +214,19 @@ class AdapterSettings:
         return scale, theirs, f"lora_alpha / r is {theirs:g}, but mlx-lm reads lora_parameters"
 
     def _number(self, value: Any, name: str) -> float:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not abs(value) <= sys.float_info.max
-        ):
-            raise AdapterError(f"{self.path}: {name} is {value!r}; it must be a finite number")
+        if not _is_finite(value):
+            raise AdapterError(f"{self.path}: {name} is {shown(value)}; it must be a finite number")
         return float(value)
 
 
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number that a float can hold; to Python, truth values are numbers."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
+
+
 def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and value > 0
+    return _is_finite(value) and value > 0
 
 
 def _single(by_module: Any, module: str) -> Any:

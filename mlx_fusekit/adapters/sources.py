@@ -134,6 +134,11 @@ class Sources:
         """Of each adapter, what may be told of it: never a path of this machine."""
         return tuple(choice.folder.public_name for choice in self.choices)
 
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """What each adapter's update is multiplied by."""
+        return tuple(choice.weight for choice in self.choices)
+
 
 def open_model(model: LocalFolder, wanted: set[str] | None = None) -> BaseModel:
     """Open a base by itself, as :func:`~mlx_fusekit.checkpoint.sanitized.open_base` does."""

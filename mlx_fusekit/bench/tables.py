@@ -21,6 +21,8 @@ _FIGURES = {
     "generation_tokens_per_second": figures.number,
     "total_seconds": figures.in_seconds,
 }
+#: Why a speed-up is not one median by the other.
+PAIRED = "times as fast: the median of the rounds' own ratios, not the ratio of the medians"
 #: How many adapters the decision table asks about.
 _ADAPTERS = (1, 3, 10)
 
@@ -29,8 +31,7 @@ def all_tables(report: "BenchReport") -> Iterator[Table | str]:
     """Everything a reader needs to judge a run, in order: tables and lines."""
     for run in report.runs:
         yield from _times(report, run)
-        yield _speedups(report, run)
-        yield ""
+        yield from _speedups(report, run)
         yield from _same_text(run)
     yield from _costs(report)
     if report.fused and report.reference == "base+adapter":
@@ -101,7 +102,7 @@ def _times(report: "BenchReport", run: "Run") -> Iterator[Table | str]:
     yield ""
 
 
-def _speedups(report: "BenchReport", run: "Run") -> Table:
+def _speedups(report: "BenchReport", run: "Run") -> Iterator[Table | str]:
     metrics = {
         "per token": "tpot_seconds",
         "to the first token": "ttft_seconds",
@@ -115,7 +116,10 @@ def _speedups(report: "BenchReport", run: "Run") -> Table:
             name = arm if place == 0 else ""
             rows.append((name, label, figures.ratio(ratio.ratio), _interval(ratio), ratio.verdict))
     header = ("", "time", "times as fast", "95 % interval", "verdict")
-    return Table(f"Against {run.reference}", header, rows, text_columns=2)
+    yield Table(f"Against {run.reference}", header, rows, text_columns=2)
+    if rows:
+        yield PAIRED
+    yield ""
 
 
 def _same_text(run: "Run") -> Iterator[Table | str]:

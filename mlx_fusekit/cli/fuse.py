@@ -129,9 +129,10 @@ def _print(report: "FuseReport") -> None:
     title = "Plan (nothing was written)" if report.dry_run else f"Fused into {report.save_path}"
     revision = f" @ {report.revision[:12]}" if report.revision else ""
     formats = ", ".join(f"{count} as {name}" for name, count in report.modules.items()) or "none"
+    adapters = ", ".join(map(figures.weighted, report.adapters, report.weights))
     facts = [
         ("base", report.base + revision),
-        ("adapter", f"{', '.join(report.adapters)} ({report.kind})"),
+        ("adapter", f"{adapters} ({report.kind})"),
         ("merged modules", formats),
     ]
     if report.unchanged:

@@ -69,7 +69,8 @@ def command(as_json: bool, **options: Any) -> int:
 
 
 def _print(report: "ParityReport") -> None:
-    added = "".join(f" + {name}" for name in report.adapters)
+    adapters = map(figures.weighted, report.adapters, report.weights)
+    added = "".join(f" + {name}" for name in adapters)
     title = f"{report.fused} against {report.reference}{added}"
     output.print_table(parity_table(report.as_json(), title))
     facts = [("KL", "divergence of each model from the last, in nats a token")]

@@ -90,7 +90,9 @@ TEXTS: Mapping[str, str] = {
     "row_fused": "(b) fused",
     "interval_explained": (
         "How many times as fast (b) is comes with an interval in which the true value lies with "
-        "95 % confidence. An interval that holds 1 means: no difference can be told."
+        "95 % confidence. An interval that holds 1 means: no difference can be told. Each round "
+        "times both, one right after the other, and the figure is the median of the rounds' "
+        "ratios, which need not be the ratio of the medians above."
     ),
     "speed_faster": (
         "The fused model is faster: {ratio} times as fast a token as base+adapter "

@@ -79,6 +79,7 @@ class PreparedFuse:
             base=self.sources.model.public_name,
             revision=self.sources.model.revision,
             adapters=self.sources.adapter_names,
+            weights=self.sources.weights,
             kind=plan.adapter.kind,
             requantize=self.strategy.name if self.strategy else None,
             modules=formats_of(plan),
@@ -191,7 +192,7 @@ class PreparedFuse:
     def recipe(
         self, digests: dict[str, dict[str, str]], calibrated: CalibrationReport | None
     ) -> dict[str, Any]:
-        """The content of ``fusekit.json``."""
+        """The content of ``fusekit.json``: what was asked for and done, and nothing measured."""
         adapters = [
             {
                 "id": choice.folder.public_name,
@@ -216,7 +217,7 @@ class PreparedFuse:
             "earlier_adapters": history.held_by(self.plan.base.folder),
             "kind": self.plan.adapter.kind,
             "requantize": self.strategy.name if self.strategy else None,
-            "calibration": calibrated.as_json() if calibrated else None,
+            "calibration": calibrated.recorded if calibrated else None,
             "bits": formats.bits,
             "dequantize": formats.dequantize,
             "text_only": self.options.text_only,

@@ -25,6 +25,7 @@ class FuseReport:
     """What a fuse did, or with ``dry_run`` would do.
 
     Attributes:
+        weights: what each adapter's update was multiplied by.
         requantize: the strategy, None where nothing was re-quantized.
         modules: merged modules by the format they were written in.
         unchanged: how many of the adapter's modules have a zero update.
@@ -42,6 +43,7 @@ class FuseReport:
     base: str
     revision: str | None
     adapters: tuple[str, ...]
+    weights: tuple[float, ...]
     kind: str
     requantize: str | None
     modules: dict[str, int]

@@ -4,8 +4,10 @@ Text that people wrote stays: only the part between two markers is ours, and is 
 model is published again. Of the front matter, what we know is set and everything else is kept.
 """
 
+import math
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 from mlx_fusekit.checkpoint.belongings import CARD_NAME, MODELFILE_NAME
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError
-from mlx_fusekit.figures import count, nats, setting, size
+from mlx_fusekit.figures import count, size, weighted
 from mlx_fusekit.publishing.evidence import Evidence
 from mlx_fusekit.publishing.files import PublishedModel
 from mlx_fusekit.publishing.foreign_text import code, plain, public_source
@@ -229,9 +231,8 @@ def _adapters(recipe: Mapping[str, Any]) -> str:
     shown = []
     for adapter in _dicts(recipe.get("adapters")):
         weight = adapter.get("weight")
-        odd = _is_number(weight) and weight != 1
-        times = f" (weight {setting(weight)})" if odd else ""
-        shown.append(_linked(adapter.get("id"), "an adapter") + times)
+        name = _linked(adapter.get("id"), "an adapter")
+        shown.append(name if weight is None else weighted(name, _number(weight)))
     kind = recipe.get("kind")
     what = f" ({plain(kind)})" if isinstance(kind, str) else ""
     return (" and ".join(shown) or "an adapter") + what
@@ -261,13 +262,6 @@ def _calibration_rows(calibration: Mapping[str, Any]) -> Iterator[tuple[str, str
     tokens, source = calibration.get("tokens"), calibration.get("source")
     if isinstance(tokens, int) and isinstance(source, str):
         yield "calibrated on", f"{count(tokens)} tokens: {public_source(source)}"
-    kl, base = calibration.get("kl_mean"), calibration.get("kl_base_mean")
-    if _is_number(kl) and _is_number(base):
-        yield (
-            "KL when fused",
-            f"{nats(kl)} nats a token from base+adapter (the base: {nats(base)}), on text of "
-            "the same kind that was not calibrated on",
-        )
     widened = calibration.get("widened")
     if isinstance(widened, dict) and widened:
         yield "given wider bits", f"{len(widened)} modules"
@@ -355,8 +349,10 @@ def _dicts(value: Any) -> list[Mapping[str, Any]]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _number(value: Any) -> float:
+    """What a manifest gives as a number; NaN where it is none."""
+    known = isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    return float(value) if known else math.nan
 
 
 def _is_plain_link(link: str | None) -> bool:

@@ -75,7 +75,7 @@ def read_evidence(
         parity = _read_parity(path)
         name = Path(parity["fused"]).name
         _check_about(f"--verify-report {path}", {name}, names | ggufs)
-        _check_base(path, parity, model)
+        _check_sources(path, parity, model)
         verified_file = name if name in ggufs else None
         if _is_older(path, model):
             warnings.append(f"{path} is older than the model; verify it again if it has changed")
@@ -155,12 +155,24 @@ def _check_about(what: str, found: Collection[str], names: Collection[str]) -> N
         )
 
 
-def _check_base(path: Path, parity: Mapping[str, Any], model: PublishedModel) -> None:
-    """Two models may lie in folders of the same name; they were hardly made of the same base."""
+def _check_sources(path: Path, parity: Mapping[str, Any], model: PublishedModel) -> None:
+    """Two models may lie in folders of the same name; they were hardly made of the same."""
     base = (model.recipe or {}).get("base")
     known = base.get("id") if isinstance(base, dict) else None
     if not parity["adapters"] or not isinstance(known, str):
         return
+    adapters = (model.recipe or {}).get("adapters")
+    fused = [
+        adapter.get("weight")
+        for adapter in (adapters if isinstance(adapters, list) else [])
+        if isinstance(adapter, dict)
+    ]
+    measured = parity.get("weights", fused)  # which reports of earlier versions do not tell
+    if fused and measured != fused:
+        raise ConfigurationError(
+            f"--verify-report {path}: compares with adapters of the weights {measured}, but this "
+            f"model was made with {fused}; give the report of the model that is published"
+        )
     if Path(parity["reference"]).name != Path(known).name:
         raise ConfigurationError(
             f"--verify-report {path}: compares with {parity['reference']}, but this model was made "

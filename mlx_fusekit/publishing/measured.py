@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mlx_fusekit.bench.tables import machine, medians, what_is_timed
+from mlx_fusekit.bench.tables import PAIRED, machine, medians, what_is_timed
 from mlx_fusekit.figures import count, ratio, share, size
 from mlx_fusekit.publishing.foreign_text import plain, public_source
 from mlx_fusekit.tables import Table
@@ -88,4 +88,5 @@ def _speed(report: "BenchReport", run: "Run", speed: "Ratio") -> str:
         "no difference": "No difference that can be told",
         "too few trials": "Too few trials to be sure",
     }.get(speed.verdict)
-    return f"{measured}." if said is None else f"{said} ({measured})."
+    sentence = f"{measured}." if said is None else f"{said} ({measured})."
+    return f"{sentence} ({PAIRED[0].upper()}{PAIRED[1:]}.)"

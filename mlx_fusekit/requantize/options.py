@@ -36,6 +36,20 @@ class CalibrationOptions:
     max_growth: float | None = None
 
 
+#: Of a report, what was measured and what follows from that.
+_MEASURED = frozenset(
+    (
+        "kl_mean",
+        "kl_mean_ci95",
+        "kl_p99",
+        "kl_base_mean",
+        "recovered",
+        "output_error",
+        "reached",
+    )
+)
+
+
 @dataclass(frozen=True)
 class CalibrationReport:
     """What calibrating did, and how close the fused model came.
@@ -80,6 +94,15 @@ class CalibrationReport:
     added_bytes: int
     not_seen: tuple[str, ...]
     skipped_tokens: int
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What a manifest tells of it: nothing that is measured.
+
+        Threads add up in another order from machine to machine, and a measured figure's last digits
+        with them.
+        """
+        return {name: value for name, value in self.as_json().items() if name not in _MEASURED}
 
     @property
     def kl_upper(self) -> float:

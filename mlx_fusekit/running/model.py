@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx_lm.utils import load_tokenizer
 
 from mlx_fusekit.checkpoint.belongings import has_tokenizer
-from mlx_fusekit.checkpoint.folder import read_json
+from mlx_fusekit.checkpoint.folder import optional_json
 from mlx_fusekit.checkpoint.mistaken import mistaken_file
 from mlx_fusekit.checkpoint.mlx_lm import one_line
 from mlx_fusekit.errors import AdapterError, CheckpointError
@@ -105,8 +105,7 @@ def tokenizer_of(source: LocalFolder, config: Mapping[str, Any]) -> Any:
 
 
 def _has_tokenizer_code(folder: Path, config: Mapping[str, Any]) -> bool:
-    file = folder / "tokenizer_config.json"
-    blocks = (config, read_json(file) if file.exists() else {})
+    blocks = (config, optional_json(folder, "tokenizer_config.json") or {})
     maps = (block.get("auto_map") for block in blocks)
     return any(isinstance(names, dict) and "AutoTokenizer" in names for names in maps)
 

@@ -34,6 +34,7 @@ class Reference:
     Attributes:
         running: with its adapter, if there is one.
         adapters: names of the adapters.
+        weights: what each one's update is multiplied by.
         checks: of the fused model's files.
         warnings: one line each.
         author: who wrote the text when none is given.
@@ -42,6 +43,7 @@ class Reference:
 
     running: RunningModel
     adapters: tuple[str, ...]
+    weights: tuple[float, ...]
     checks: tuple[Check, ...]
     warnings: tuple[str, ...]
     author: str
@@ -88,14 +90,15 @@ def teacher(
     running = run_adapted(named.model, sources.adapter, memory_share=EACH_SHARE)
     warnings = (*sources.base.warnings, *sources.adapter.warnings, *_warnings(fused))
     features = tuple(Features.trained_on(adapter.config) for adapter in sources.opened)
-    return Reference(running, sources.adapter_names, checks, warnings, "base+adapter", features)
+    names, weights = sources.adapter_names, sources.weights
+    return Reference(running, names, weights, checks, warnings, "base+adapter", features)
 
 
 def any_model(source: LocalFolder, fused: Checkpoint | None) -> Reference:
     """Another model."""
     running = run_model(source, memory_share=EACH_SHARE)
     checks = (check_no_adapter(fused),) if fused is not None else ()
-    return Reference(running, (), checks, _warnings(fused), "the reference")
+    return Reference(running, (), (), checks, _warnings(fused), "the reference")
 
 
 def _warnings(fused: Checkpoint | None) -> tuple[str, ...]:

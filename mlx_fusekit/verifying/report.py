@@ -28,6 +28,7 @@ class ParityReport:
         reference: that of the reference, of the base where an adapter makes it the reference.
         revision: the commit of a reference from the Hub.
         adapters: what was put on the base, unmerged; empty with another reference.
+        weights: what each adapter's update was multiplied by.
         kl_mean: mean over all scored tokens; ``max_kl`` bounds it.
         kl_mean_ci95: bounds of its 95 % interval, by resampling whole sequences; None of too little
             text for one.
@@ -49,6 +50,7 @@ class ParityReport:
     reference: str
     revision: str | None
     adapters: tuple[str, ...]
+    weights: tuple[float, ...]
     kl_mean: float
     kl_mean_ci95: tuple[float, float] | None
     kl_median: float
@@ -134,6 +136,7 @@ def parity_report(
         reference=truth.running.source.public_name,
         revision=truth.running.source.revision,
         adapters=truth.adapters,
+        weights=truth.weights,
         kl_mean=kl,
         kl_mean_ci95=ours.kl_mean_ci95,
         kl_median=ours.kl_median,

@@ -135,7 +135,7 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "full": (lambda c: c.update(fine_tune_type="full"), "is no parameter of the base"),
     "rank in quotes": (
         lambda c: c["lora_parameters"].update(rank="4"),
-        "rank is '4', which is no number; write 4 without quotes",
+        "rank is '4', which is no whole number; write 4 without quotes",
     ),
     "keys in one": (
         lambda c: c["lora_parameters"].update(keys="self_attn.q_proj"),

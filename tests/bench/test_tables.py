@@ -6,7 +6,7 @@ from support.exercise_reports import make_bench
 
 from mlx_fusekit.bench.environment import Environment
 from mlx_fusekit.bench.report import BenchReport
-from mlx_fusekit.bench.tables import all_tables, comparison, machine, medians, what_is_timed
+from mlx_fusekit.bench.tables import PAIRED, all_tables, comparison, machine, medians, what_is_timed
 from mlx_fusekit.tables import Table
 
 FIRST, GAP = "ttft_seconds", "tpot_seconds"
@@ -30,6 +30,13 @@ def test_what_is_timed_and_how_long_it_took() -> None:
     times = tables(report)[what_is_timed(run)]
     assert [row[0] for row in times.rows] == ["base", "base+adapter", "fused"]
     assert times.rows[2] == ("fused", "40.0 ms", "10.1 ms", "10.2 ms", "800", "99.3", "0.0702 s")
+
+
+def test_a_ratio_is_not_mistaken_for_that_of_the_medians() -> None:
+    """Beside 146 and 154 ms may stand 0.952."""
+    blocks = list(all_tables(make_bench()))
+    titles = [block.title if isinstance(block, Table) else block for block in blocks]
+    assert titles[titles.index("Against base+adapter") + 1] == PAIRED
 
 
 def test_an_interrupted_run_says_so() -> None:

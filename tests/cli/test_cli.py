@@ -82,8 +82,10 @@ def test_json_is_one_object_on_stdout(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_shows_the_plan(folder: Path, tmp_path: Path) -> None:
-    result = run("fuse", "--save-path", str(tmp_path / "new"), "--dry-run", cwd=folder)
+    adapter = ("--adapter-path", "adapters:0.25")
+    result = run("fuse", *adapter, "--save-path", str(tmp_path / "new"), "--dry-run", cwd=folder)
     assert "nothing was written" in result.stdout
+    assert "adapters (weight 0.25) (lora)" in result.stdout
     assert "disk free" in result.stdout
     assert "what running the base takes" not in result.stdout
     assert not (tmp_path / "new").exists()

@@ -99,6 +99,8 @@ def test_the_report_says_what_was_done(calibrated: tuple[Path, FuseReport]) -> N
     recipe = json.loads((folder / "fusekit.json").read_text())
     assert recipe["requantize"] == "calibrated"
     assert recipe["calibration"]["tokens"] == facts.tokens
+    measured = {"kl_mean", "kl_mean_ci95", "kl_p99", "kl_base_mean", "recovered", "output_error"}
+    assert not measured & set(recipe["calibration"])
 
 
 def test_the_same_inputs_give_the_same_bytes(

@@ -298,7 +298,8 @@ def test_several_adapters_add_up(tmp_path: Path) -> None:
     first = make_adapter(tmp_path / "one", base, seed=1)
     second = make_adapter(tmp_path / "two", base, keys=["mlp.up_proj"], seed=2)
     before = dict(_parameters(load_model(base)[0]))
-    fuse(base, [first, f"{second}:-0.5"], tmp_path / "fused")
+    report = fuse(base, [first, f"{second}:-0.5"], tmp_path / "fused")
+    assert report.weights == (1.0, -0.5)
     after = dict(_parameters(load_model(tmp_path / "fused")[0]))
     a, b = (mx.load(str(p / "adapters.safetensors")) for p in (first, second))
     up, q = "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from mlx_lm.utils import load_tokenizer
+from support.limits import in_little
 from support.sweep_values import SENSELESS, replaced
 
 from mlx_fusekit import samples
@@ -103,7 +104,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "only NUL bytes": (raw(bytes(9999)), "UTF-8"),
     "gzip": (raw(b"\x1f\x8b\x08\x00\xff\xff"), "gunzip"),
     "a million empty lines": (text("\n" * 1_000_000), "holds no text"),
-    "300,000 empty objects": (text("{}\n" * 300_000), "none of mlx-lm's formats"),
+    "100,000 empty objects": (text("{}\n" * 100_000), "none of mlx-lm's formats"),
     "nothing": (raw(b""), "holds no text"),
     "a byte order mark alone": (raw(codecs.BOM_UTF8), "holds no text"),
     "10 MB in a line that is no JSON": (text("a" * 10_000_000), "not JSON"),
@@ -141,14 +142,11 @@ def growth() -> Callable[[], int]:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_it_is_refused_in_a_line(name: str, tmp_path: Path, tokenizer, growth) -> None:
+def test_it_is_refused_in_a_line(name: str, tmp_path: Path, tokenizer) -> None:
     make, word = HOSTILE[name]
     path = make(tmp_path)
-    start = time.monotonic()
-    with pytest.raises(ConfigurationError, match=word) as refused:
+    with in_little(), pytest.raises(ConfigurationError, match=word) as refused:
         read_sequences(path, tokenizer, tokens=1000)
-    assert time.monotonic() - start < 20
-    assert growth() < 300_000_000
     assert "\n" not in str(refused.value)
     assert "data" in str(refused.value) or str(path) in str(refused.value)
 

@@ -182,8 +182,6 @@ class TestWhatItSays:
         calibration = {
             "source": "the adapter's training data (sql/train.jsonl)",
             "tokens": 8192,
-            "kl_mean": 0.00049,
-            "kl_base_mean": 3.74,
             "widened": {"a": 5, "b": 6},
         }
         adapters = [{"id": "me/sql-lora", "weight": 0.5}, {"id": "style", "weight": 1.0}]
@@ -191,7 +189,6 @@ class TestWhatItSays:
             with_recipe(facts, requantize="calibrated", calibration=calibration, adapters=adapters)
         )
         assert "8,192 tokens: the adapter's training data (sql/train.jsonl) |" in card
-        assert "| KL when fused | 0.00049 nats a token from base+adapter (the base: 3.74)" in card
         assert "| given wider bits | 2 modules |" in card
         link = "[me/sql-lora](https://huggingface.co/me/sql-lora) (weight 0.5)"
         assert f"{link} and `style` (lora)" in card
@@ -205,6 +202,11 @@ class TestWhatItSays:
     def test_a_recipe_of_another_shape(self, facts: CardFacts, junk: Any) -> None:
         keys = ("base", "adapters", "kind", "requantize", "calibration", "modules", "versions")
         assert "## Use" in write_card(with_recipe(facts, **dict.fromkeys(keys, junk)))
+
+    @pytest.mark.parametrize("weight", ["half", 10**400, float("inf"), [1]])
+    def test_a_weight_that_is_no_number(self, facts: CardFacts, weight: Any) -> None:
+        card = write_card(with_recipe(facts, adapters=[{"id": "style", "weight": weight}]))
+        assert re.search(r"`style` \(weight (nan|inf)\)", card)
 
     def test_names_cannot_write_markdown(self, facts: CardFacts) -> None:
         bad = "x`|\n## Boo <script>alert(1)</script> [a](http://b)"

@@ -113,7 +113,7 @@ def test_what_would_not_be_uploaded_is_refused_before_it_is_fused(
     target = ("--save-path", str(tmp_path / "fused"), "--requantize", "nearest")
     result = run(hub, tmp_path, *fuse, *target, "--upload-repo", REPO)
     assert result.returncode == 1
-    assert f"{base}/LICENSE: tells a path of this machine ({base}/LICENSE)" in result.stderr
+    assert f"{base}/LICENSE: tells a path of this machine (/" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert hub.writes == []
     assert not (tmp_path / "fused").exists()

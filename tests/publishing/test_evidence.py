@@ -90,6 +90,7 @@ class TestReports:
         for change, message in (
             ({"fused": "other-model"}, "is about other-model, and not about sql-model"),
             ({"reference": "llama"}, "compares with llama, but this model was made of mlx-comm"),
+            ({"weights": [0.5]}, r"adapters of the weights \[0.5\], but .* made with \[1.0\]"),
             ({"kl_mean": "low"}, "kl_mean is 'low', which is no number"),
             ({"recovered": 10**400}, "recovered is 1000.*, which is no number"),
             ({"passed": "yes"}, "has no passed"),

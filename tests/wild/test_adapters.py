@@ -211,7 +211,7 @@ def pefts_own_folder(folder: Path, *, file: str) -> Path:
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapters.safetensors"])
 def test_pefts_own_tensors(base: Path, tmp_path: Path, file: str) -> None:
     adapter = pefts_own_folder(tmp_path / "adapter", file=file)
-    with pytest.raises(AdapterError, match=r"this is a PEFT adapter \(LORA\)"):
+    with pytest.raises(AdapterError, match=r"this is a PEFT adapter \('LORA'\)"):
         fuse(base, adapter, tmp_path / "fused")
 
 
