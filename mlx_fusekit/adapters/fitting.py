@@ -10,6 +10,7 @@ import numpy as np
 from mlx_fusekit.adapters.mlx_lm_settings import AdapterSettings
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.checkpoint.folder import optional_json
+from mlx_fusekit.checkpoint.json_text import MOST_OF_TOKENIZER
 from mlx_fusekit.checkpoint.mlx_lm import adapted_modules
 from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.floats import Float32
@@ -158,7 +159,7 @@ def token_names(ids: range, *folders: Path) -> str:
 def _added_tokens(folder: Path) -> dict[int, str]:
     """Tokens added to a vocabulary, by id; none where the tokenizer does not tell."""
     try:
-        content = optional_json(folder, "tokenizer.json") or {}
+        content = optional_json(folder, "tokenizer.json", **MOST_OF_TOKENIZER) or {}
         added: Iterable[dict[str, object]] = content["added_tokens"]
         return {int(str(token["id"])): str(token["content"]) for token in added}
     except (ValueError, KeyError, TypeError):

@@ -300,13 +300,15 @@ def index_fault(folder: Path, files: Mapping[str, str]) -> str | None:
         files: name of the file that holds each tensor.
 
     Raises:
-        CheckpointError: for an index that names other files than weights beside it.
+        CheckpointError: for an index that is a link out of the folder, or names other files than
+            weights beside it.
     """
     index = folder / INDEX_NAME
     if not exists(index):
         return None
+    resolve_inside(folder, INDEX_NAME)
     try:
-        weight_map = read_json_in(folder, INDEX_NAME).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
     except CheckpointError:
         return "is no JSON object"
     if not isinstance(weight_map, dict) or not weight_map:

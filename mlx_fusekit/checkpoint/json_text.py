@@ -12,6 +12,8 @@ from typing import Any
 #: Of a file in which every value is about one tensor or one setting.
 MOST_VALUES = 2_000_000
 LARGEST_TEXT = 40_000_000
+#: Of a tokenizer: with 260,000 tokens and a merge for each, one has 35 MB and 2 million values.
+MOST_OF_TOKENIZER = {"most_bytes": 200_000_000, "most_values": 10_000_000}
 _SHOWN = 200
 _HALF_OF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 

@@ -210,6 +210,14 @@ def test_what_is_no_file(kind: str, folder: Path) -> None:
             assert len(opened.tensors) > 9
 
 
+def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = folder / INDEX_NAME
+    path.rename(tmp_path / "private.json")
+    path.symlink_to(tmp_path / "private.json")
+    with pytest.raises(CheckpointError, match="link that leads out"):
+        Checkpoint.open(folder)
+
+
 def test_a_value_of_any_kind_at_any_place_is_told_of_or_refused(folder: Path) -> None:
     path = folder / INDEX_NAME
     refused = told = 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_fusekit.checkpoint.belongings import TEMPLATES_FOLDER, is_hidden
 from mlx_fusekit.checkpoint.folder import optional_json
+from mlx_fusekit.checkpoint.json_text import MOST_OF_TOKENIZER
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.gguf.tokenizer.tokens import AddedToken
 from mlx_fusekit.reading import exists, read_bytes, resolve_inside
@@ -16,8 +17,6 @@ Json = Mapping[str, Any]
 
 #: Bytes of a chat template; real ones have up to some ten thousand.
 _LARGEST_TEMPLATE = 1_000_000
-#: Of a vocabulary of some 260,000 tokens, with a merge for each, there are 35 MB and 2 million.
-_LARGEST, _MOST_VALUES = 200_000_000, 10_000_000
 _TOO_LARGE = "too large for a chat template; put back the one that the model came with"
 #: Tokenizers from which transformers makes ``tokenizer.json``.
 _CONVERTIBLE = ("tekken.json", "vocab.json")
@@ -241,7 +240,7 @@ def steps(block: Json | None, members: str) -> list[Json]:
 
 
 def _optional(folder: Path, name: str) -> dict[str, Any] | None:
-    return optional_json(folder, name, most_bytes=_LARGEST, most_values=_MOST_VALUES)
+    return optional_json(folder, name, **MOST_OF_TOKENIZER)
 
 
 def _block(tokenizer: Json, key: str, file: Path) -> Json:
