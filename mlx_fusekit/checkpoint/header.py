@@ -26,6 +26,8 @@ from mlx_fusekit.reading import open_descriptor
 #: More than any file has; each takes a kilobyte here, and the time to look at it.
 MOST_TENSORS = 100_000
 MOST_AXES = 32
+#: Of the JSON: a tensor of four axes has ten.
+_MOST_VALUES = 12 * MOST_TENSORS
 _LONGEST_NAME = 1000
 _LARGEST_SIZE = 2**63 - 1
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npz", ".npy")
@@ -167,7 +169,7 @@ def _header_length(path: Path, first: bytes, size: int) -> int:
 
 def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     try:
-        entries = parse_json(text, unique=True)
+        entries = parse_json(text, _MOST_VALUES, unique=True)
     except ValueError as error:
         raise CheckpointError(f"{path}: the header is not JSON to be read ({error})") from error
     if not isinstance(entries, dict):
