@@ -252,7 +252,7 @@ def test_safetensors_reads_none_of_it_that_a_model_has(name: str, tmp_path: Path
     """Refused are more: tensors and axes without number, names and types that MLX has not."""
     only_here = ("tensors", "axes", "name of", "a NUL", "twice", "with more", "half a byte")
     content = HOSTILE[name][0]
-    if callable(content) or name.startswith(("ten million", "a terabyte")):
+    if callable(content) or name.startswith(("ten million", "600,000")):
         pytest.skip("nothing but its size")
     path = written(content, tmp_path / "model.safetensors")
     try:
