@@ -168,6 +168,8 @@ def _header_length(path: Path, first: bytes, size: int) -> int:
 
 
 def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    # Before they are made; what is written otherwise is counted after.
+    _check_count(path, text.count(b'"data_offsets"'))
     try:
         entries = parse_json(text, _MOST_VALUES, unique=True)
     except ValueError as error:
@@ -179,12 +181,16 @@ def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ holds something else than strings")
-    if len(entries) > MOST_TENSORS:
+    _check_count(path, len(entries))
+    return entries, metadata
+
+
+def _check_count(path: Path, tensors: int) -> None:
+    if tensors > MOST_TENSORS:
         raise CheckpointError(
-            f"{path}: {len(entries)} tensors in one file, more than any model has; at most "
+            f"{path}: {tensors} tensors in one file, more than any model has; at most "
             f"{MOST_TENSORS} are read"
         )
-    return entries, metadata
 
 
 def _place(path: Path, entries: dict[str, Any], data_start: int, size: int) -> dict[str, TensorRef]:
