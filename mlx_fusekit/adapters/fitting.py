@@ -1,7 +1,6 @@
 """Whether an adapter fits its base: the name, the modules that mlx-lm would adapt, the tokens."""
 
 import difflib
-import json
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -10,6 +9,8 @@ import numpy as np
 
 from mlx_fusekit.adapters.mlx_lm_settings import AdapterSettings
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
+from mlx_fusekit.checkpoint.folder import read_json
+from mlx_fusekit.checkpoint.json_text import LARGEST_TOKENIZER, MOST_OF_A_TOKENIZER, shown
 from mlx_fusekit.checkpoint.mlx_lm import adapted_modules
 from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.floats import Float32
@@ -149,7 +150,7 @@ def token_names(ids: range, *folders: Path) -> str:
     names: dict[int, str] = {}
     for folder in folders:
         names = {**_added_tokens(folder), **names}
-    known = [repr(names[token]) for token in ids if token in names]
+    known = [shown(names[token]) for token in ids if token in names]
     span = f"{ids[0]} to {ids[-1]}" if len(ids) > 1 else str(ids[0])
     more = ", ..." if len(known) > _NAMED else ""
     return f"{span} ({', '.join(known[:_NAMED])}{more})" if known else span
@@ -158,10 +159,14 @@ def token_names(ids: range, *folders: Path) -> str:
 def _added_tokens(folder: Path) -> dict[int, str]:
     """Tokens added to a vocabulary, by id; none where the tokenizer does not tell."""
     try:
-        content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        content = read_json(
+            folder / "tokenizer.json",
+            most_bytes=LARGEST_TOKENIZER,
+            most_values=MOST_OF_A_TOKENIZER,
+        )
         added: Iterable[dict[str, object]] = content["added_tokens"]
         return {int(str(token["id"])): str(token["content"]) for token in added}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (CheckpointError, ValueError, KeyError, TypeError):
         return {}
 
 

@@ -12,6 +12,9 @@ from typing import Any
 #: Of a file in which every value is about one tensor or one setting.
 MOST_VALUES = 2_000_000
 LARGEST_TEXT = 40_000_000
+#: The same of a tokenizer: of some 260,000 tokens, with a merge for each, there are 35 MB and
+#: 2 million.
+MOST_OF_A_TOKENIZER, LARGEST_TOKENIZER = 10_000_000, 200_000_000
 _HALF_OF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 

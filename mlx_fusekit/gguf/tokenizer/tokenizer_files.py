@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_fusekit.checkpoint.belongings import TEMPLATES_FOLDER, is_hidden
 from mlx_fusekit.checkpoint.folder import read_json, resolve_inside
+from mlx_fusekit.checkpoint.json_text import LARGEST_TOKENIZER, MOST_OF_A_TOKENIZER
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.gguf.tokenizer.tokens import AddedToken
 
@@ -15,8 +16,6 @@ Json = Mapping[str, Any]
 
 #: Bytes of a chat template; real ones have up to some ten thousand.
 _LARGEST_TEMPLATE = 1_000_000
-#: Of a vocabulary of some 260,000 tokens, with a merge for each, there are 35 MB and 2 million.
-_LARGEST, _MOST_VALUES = 200_000_000, 10_000_000
 _TOO_LARGE = "too large for a chat template; put back the one that the model came with"
 #: Tokenizers from which transformers makes ``tokenizer.json``.
 _CONVERTIBLE = ("tekken.json", "vocab.json")
@@ -245,7 +244,7 @@ def _optional(folder: Path, name: str) -> dict[str, Any] | None:
     if not (folder / name).exists():
         return None
     resolve_inside(folder, name)
-    return read_json(folder / name, most_bytes=_LARGEST, most_values=_MOST_VALUES)
+    return read_json(folder / name, most_bytes=LARGEST_TOKENIZER, most_values=MOST_OF_A_TOKENIZER)
 
 
 def _block(tokenizer: Json, key: str, file: Path) -> Json:
