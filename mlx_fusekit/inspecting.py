@@ -13,7 +13,8 @@ from mlx_fusekit.adapters.opening import open_adapter
 from mlx_fusekit.adapters.sources import open_model
 from mlx_fusekit.adapters.updates import AdapterFolder, FullUpdate, LowRankUpdate, Update
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
-from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME, Checkpoint, read_json
+from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME
+from mlx_fusekit.checkpoint.folder import Checkpoint, optional_json
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.formats import codebooks
@@ -21,6 +22,7 @@ from mlx_fusekit.formats.floats import FLOAT_DTYPES, Float32, to_float32
 from mlx_fusekit.formats.quantization import QuantSpec, parts_of
 from mlx_fusekit.merging.arithmetic import merge
 from mlx_fusekit.merging.blocks import WeightReader, row_blocks, weight_sources
+from mlx_fusekit.reading import exists
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,12 @@ def inspect(
     """
     own_revision = revision if model is None else None
     folder = hub.resolve(path, revision=own_revision, what="PATH").path
-    if (folder / ADAPTER_CONFIG_NAME).exists():
+    if exists(folder / ADAPTER_CONFIG_NAME):
         base = None
         if model is not None:
             base = open_model(hub.resolve(model, revision=revision, code=trust_remote_code))
         return _adapter_facts(str(path), open_adapter(folder, scale=scale), base, str(model))
-    if not (folder / "config.json").exists():
+    if not exists(folder / "config.json"):
         raise CheckpointError(
             f"{path}: neither a model (config.json) nor an adapter ({ADAPTER_CONFIG_NAME})"
         )
@@ -151,7 +153,6 @@ def _model_facts(path: str, checkpoint: Checkpoint) -> ModelFacts:
     common = Counter(str(spec) for spec in specs.values()).most_common(1)
     exceptions = {m: str(s) for m, s in specs.items() if common and str(s) != common[0][0]}
     nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    recipe = checkpoint.folder / RECIPE_NAME
     return ModelFacts(
         path=path,
         architecture=str(checkpoint.config.get("model_type", "unknown")),
@@ -163,7 +164,7 @@ def _model_facts(path: str, checkpoint: Checkpoint) -> ModelFacts:
         bits_per_weight=8 * nbytes / max(parameters, 1),
         formats=dict(formats.most_common()),
         exceptions=exceptions,
-        fused=read_json(recipe) if recipe.exists() else None,
+        fused=optional_json(checkpoint.folder, RECIPE_NAME),
         warnings=checkpoint.warnings,
     )
 

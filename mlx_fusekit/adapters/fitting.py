@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_fusekit.adapters.mlx_lm_settings import AdapterSettings
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
-from mlx_fusekit.checkpoint.folder import read_json
+from mlx_fusekit.checkpoint.folder import optional_json
 from mlx_fusekit.checkpoint.json_text import LARGEST_TOKENIZER, MOST_OF_A_TOKENIZER, shown
 from mlx_fusekit.checkpoint.mlx_lm import adapted_modules
 from mlx_fusekit.errors import AdapterError, CheckpointError
@@ -159,14 +159,11 @@ def token_names(ids: range, *folders: Path) -> str:
 def _added_tokens(folder: Path) -> dict[int, str]:
     """Tokens added to a vocabulary, by id; none where the tokenizer does not tell."""
     try:
-        content = read_json(
-            folder / "tokenizer.json",
-            most_bytes=LARGEST_TOKENIZER,
-            most_values=MOST_OF_A_TOKENIZER,
-        )
+        limits = {"most_bytes": LARGEST_TOKENIZER, "most_values": MOST_OF_A_TOKENIZER}
+        content = optional_json(folder, "tokenizer.json", **limits) or {}
         added: Iterable[dict[str, object]] = content["added_tokens"]
         return {int(str(token["id"])): str(token["content"]) for token in added}
-    except (CheckpointError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return {}
 
 

@@ -26,13 +26,14 @@ from mlx_fusekit.adapters.mlx_lm_settings import AdapterSettings
 from mlx_fusekit.adapters.updates import Adapter, FullUpdate, LowRankUpdate, Update
 from mlx_fusekit.adapters.values import check_finite, read_finite
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
+from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME as CONFIG_NAME
 from mlx_fusekit.checkpoint.belongings import is_hidden
-from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME as CONFIG_NAME
-from mlx_fusekit.checkpoint.folder import read_json
+from mlx_fusekit.checkpoint.folder import read_json_in
 from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
 from mlx_fusekit.checkpoint.json_text import shown
 from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.floats import FLOAT_DTYPES, Float32
+from mlx_fusekit.reading import exists, resolve_inside
 
 WEIGHTS_NAME = "adapters.safetensors"
 
@@ -330,15 +331,15 @@ class MlxLmAdapter:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
-    if not path.exists() and (folder / "config.json").exists():
+    if not exists(path) and exists(folder / "config.json"):
         raise AdapterError(f"{folder}: is a model, not an adapter; give the adapter's folder")
-    if not path.exists():
+    if not exists(path):
         raise AdapterError(
             f"{path}: the file is missing; it says with which scale the adapter was trained, "
             "so copy it from the training folder"
         )
     try:
-        config = read_json(path)
+        config = read_json_in(folder, CONFIG_NAME)
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
     return config
@@ -346,7 +347,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_weights(folder: Path, config: Mapping[str, Any]) -> Header:
     path = folder / WEIGHTS_NAME
-    if not path.exists():
+    if not exists(path):
         if "peft_type" in config:
             raise _peft(folder / CONFIG_NAME, config)
         pickled = next((p for s in _PICKLED for p in folder.glob(s) if not is_hidden(p)), None)
@@ -361,6 +362,7 @@ def _read_weights(folder: Path, config: Mapping[str, Any]) -> Header:
         hint = f"; to fuse {checkpoint.name}, copy it to that name" if checkpoint else ""
         raise AdapterError(f"{path}: the file is missing{hint}")
     try:
+        resolve_inside(folder, WEIGHTS_NAME)
         header = read_header(path)
     except CheckpointError as error:
         raise AdapterError(str(error)) from error

@@ -15,7 +15,8 @@ from mlx_lm.utils import sharded_load
 
 from mlx_fusekit.adapters.opening import open_adapter
 from mlx_fusekit.adapters.updates import AdapterFolder
-from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME, Checkpoint
+from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME
+from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.mlx_lm import MLX_LM_ERRORS, one_line
 from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.quantization import LEAVES

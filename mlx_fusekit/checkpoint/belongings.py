@@ -12,11 +12,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME, INDEX_NAME, resolve_inside
 from mlx_fusekit.checkpoint.mistaken import lfs_pointer, mistaken_file, not_json
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError
+from mlx_fusekit.reading import exists, is_folder, not_regular, resolve_inside
 
+#: Of a folder that is an adapter, whatever trained it.
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+INDEX_NAME = "model.safetensors.index.json"
 CARD_NAME = "README.md"
 MODELFILE_NAME = "Modelfile"
 #: Where mlx-lm's tokenizers look for chat templates besides the first.
@@ -54,8 +57,14 @@ class Kind:
         """Whether a step takes them."""
         return step in self.steps and (trust_remote_code or not self.trusted)
 
+    def is_read(self, *, trust_remote_code: bool) -> bool:
+        """Whether somebody reads them where they lie, or copies them."""
+        return self.expected or self.taken(Step.COPY, trust_remote_code=trust_remote_code)
 
-_BESIDE_TEXT = "images and sound"
+
+_BESIDE_TEXT, _WEIGHTS = "images and sound", "weights"
+#: Of a file beside the weights, in bytes; the largest tokenizers have a tenth of it.
+_LARGEST = 1_000_000_000
 #: Names that a tokenizer is loaded from; ``tokenizer_config.json`` may name one in code.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken", "tekken.json")
 
@@ -63,7 +72,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken", "
 KINDS = (
     Kind("settings", ("config.json", INDEX_NAME), Step.DOWNLOAD | Step.PUBLISH, expected=True),
     # Which of them are published, their index or names say: see `Checkpoint.open`.
-    Kind("weights", ("model*.safetensors",), Step.DOWNLOAD, expected=True),
+    Kind(_WEIGHTS, ("model*.safetensors",), Step.DOWNLOAD, expected=True),
     Kind("how it was fused", (RECIPE_NAME,), Step.DOWNLOAD | Step.PUBLISH, expected=True),
     Kind("generation", ("generation_config.json",), Step.ALL),
     Kind(
@@ -144,6 +153,32 @@ class Companions:
     left_out: tuple[str, ...]
 
 
+def check_files(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Refuse a model's folder in which something else lies in the place of a file.
+
+    Also what only others read, as mlx-lm and transformers do, who would wait for a pipe, and follow
+    a link wherever it leads.
+
+    Args:
+        folder: of the model or adapter.
+        trust_remote_code: whether Python files are read.
+
+    Raises:
+        CheckpointError: for a pipe, socket, device or folder in a file's place, a link out of the
+            folder or to nothing, and for a file that is too large for its kind.
+    """
+    for path in data_files(folder):
+        name = path.relative_to(folder).as_posix()
+        kind = _kind(name)
+        if kind is None or not kind.is_read(trust_remote_code=trust_remote_code):
+            continue
+        real = resolve_inside(folder, name)
+        if not_regular(path) or not exists(path):
+            raise CheckpointError(f"{path}: {mistaken_file(path)}")
+        if kind.purpose != _WEIGHTS and real.stat().st_size > _LARGEST:
+            raise CheckpointError(f"{path}: too large for a file beside the weights; remove it")
+
+
 def find_companions(
     folder: Path, *, trust_remote_code: bool = False, text_only: bool = False
 ) -> Companions:
@@ -161,7 +196,7 @@ def find_companions(
     copied, left_out = [], []
     for path in data_files(folder):
         name = path.relative_to(folder).as_posix()
-        if is_hidden(path) or path.is_dir():
+        if is_hidden(path) or is_folder(path):
             continue
         kind = _kind(name)
         if (

@@ -2,24 +2,24 @@
 
 import codecs
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME, INDEX_NAME, check_files
 from mlx_fusekit.checkpoint.decoded import loadable_folder
 from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
-from mlx_fusekit.checkpoint.json_text import LARGEST_TEXT, MOST_VALUES, parse_json, shown
+from mlx_fusekit.checkpoint.json_text import LARGEST_TEXT, MOST_VALUES, cut, parse_json, shown
 from mlx_fusekit.checkpoint.mistaken import mistaken_file
 from mlx_fusekit.checkpoint.mlx_lm import load_lazily, logical_columns, quantization_block
+from mlx_fusekit.checkpoint.plausible import check_layers
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.formats.quantization import CODEBOOK_MODES, QuantSpec
+from mlx_fusekit.reading import exists, read_bytes, resolve_inside
 
-#: Of a folder that is an adapter, whatever trained it.
-ADAPTER_CONFIG_NAME = "adapter_config.json"
-INDEX_NAME = "model.safetensors.index.json"
 _WEIGHT_FILE = re.compile(r"model[^/\\:\0]*\.safetensors")
 _NUMBERED = re.compile(r"(model.*?)(?:\d{5})-of-(\d{5})\.safetensors")
 
@@ -65,7 +65,8 @@ class Checkpoint:
                 f"{folder}: is an adapter, not a model; give it as --adapter-path, and the model "
                 "that it was trained on as --model"
             )
-        config = read_json(folder / "config.json")
+        check_files(folder, trust_remote_code=trust_remote_code)
+        config = read_json_in(folder, "config.json")
         headers = {name: read_header(folder / name) for name in _weight_files(folder)}
         tensors: dict[str, TensorRef] = {}
         for name, header in headers.items():
@@ -76,6 +77,7 @@ class Checkpoint:
                         f"{name}; remove the file that does not belong to this model"
                     )
                 tensors[tensor.name] = tensor
+        check_layers(config, len(tensors), folder / "config.json")
         layers = layer_count(config) or 0
         if layers > len(tensors):
             raise CheckpointError(
@@ -203,13 +205,34 @@ def layer_count(config: Mapping[str, Any]) -> int | None:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter, and no model."""
-    return not (folder / "config.json").exists() and (folder / ADAPTER_CONFIG_NAME).exists()
+    return not exists(folder / "config.json") and exists(folder / ADAPTER_CONFIG_NAME)
+
+
+def read_json_in(
+    folder: Path, name: str, *, most_bytes: int = LARGEST_TEXT, most_values: int = MOST_VALUES
+) -> dict[str, Any]:
+    """A JSON object from a file of a folder, which may be no link out of it; see :func:`read_json`.
+
+    Raises:
+        CheckpointError: also for such a link.
+    """
+    resolve_inside(folder, name)
+    return read_json(folder / name, most_bytes=most_bytes, most_values=most_values)
+
+
+def optional_json(
+    folder: Path, name: str, *, most_bytes: int = LARGEST_TEXT, most_values: int = MOST_VALUES
+) -> dict[str, Any] | None:
+    """The same of a file that need not be there; None where it is not."""
+    if not exists(folder / name):
+        return None
+    return read_json_in(folder, name, most_bytes=most_bytes, most_values=most_values)
 
 
 def read_json(
     path: Path, *, most_bytes: int = LARGEST_TEXT, most_values: int = MOST_VALUES
 ) -> dict[str, Any]:
-    """A JSON object from a file.
+    """A JSON object from a file that the user named.
 
     Args:
         path: of the file.
@@ -220,9 +243,7 @@ def read_json(
         CheckpointError: when the file is missing, too large, or holds no JSON object.
     """
     try:
-        if path.stat().st_size > most_bytes:
-            raise CheckpointError(f"{path}: too large for a configuration file")
-        content = path.read_bytes()
+        content = read_bytes(path, most_bytes)
         if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise CheckpointError(
                 f"{path}: begins with a byte order mark, with which mlx-lm does not read it; save "
@@ -242,28 +263,6 @@ def read_json(
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object")
     return value
-
-
-def resolve_inside(folder: Path, name: str) -> Path:
-    """The real path of a file of a folder; a link may only lead to the folder or its Hub blobs.
-
-    A snapshot in huggingface_hub's cache is a folder of links to ``../../blobs``. Any other link
-    out of the folder could make us copy, and a later upload publish, a file that is not the
-    model's.
-
-    Raises:
-        CheckpointError: when the link leads elsewhere.
-    """
-    path = folder / name
-    real = path.resolve()
-    allowed = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        allowed.append(folder.resolve().parent.parent / "blobs")
-    if not any(real.is_relative_to(place) for place in allowed):
-        raise CheckpointError(
-            f"{path}: a link that leads out of the model's folder; put the file itself there"
-        )
-    return real
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -304,10 +303,10 @@ def index_fault(folder: Path, files: Mapping[str, str]) -> str | None:
         CheckpointError: for an index that names other files than weights beside it.
     """
     index = folder / INDEX_NAME
-    if not index.exists():
+    if not exists(index):
         return None
     try:
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_json_in(folder, INDEX_NAME).get("weight_map")
     except CheckpointError:
         return "is no JSON object"
     if not isinstance(weight_map, dict) or not weight_map:
@@ -350,13 +349,11 @@ def _check_whole(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[str, 
     """
     folder, files = checkpoint.folder, checkpoint.files
     index = folder / INDEX_NAME
-    if index.exists():
-        fault = index_fault(folder, files)
+    if (fault := index_fault(folder, files)) is not None:
         told = f"{index}: {fault}"
+    elif (missing := _missing_number(sorted(set(files.values())))) is not None:
+        told = f"{folder}: {missing}"
     else:
-        fault = _missing_number(sorted(set(files.values())))
-        told = f"{folder}: {fault}"
-    if fault is None:
         return ()
     try:
         weights = loadable_folder(folder, checkpoint.headers)
@@ -366,7 +363,7 @@ def _check_whole(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[str, 
         raise CheckpointError(
             f"{told}, and {why}; download the model again, into an empty folder"
         ) from error
-    if not index.exists():
+    if fault is None:
         return ()
     return (
         f"{told}; it is out of date, and mlx-lm does not read it: the weights are taken from the "
@@ -374,10 +371,10 @@ def _check_whole(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[str, 
     )
 
 
-def _some(names: Iterable[str]) -> str:
+def _some(names: Collection[str]) -> str:
     """The first of some names, and how many more there are."""
-    first, *more = sorted(names)
-    return f"{first} (and {len(more)} more)" if more else first
+    first, more = cut(min(names)), len(names) - 1
+    return f"{first} (and {more} more)" if more else first
 
 
 def _default(block: Mapping[str, Any]) -> QuantSpec | None:

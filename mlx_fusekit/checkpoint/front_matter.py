@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fusekit.checkpoint.belongings import CARD_NAME
-from mlx_fusekit.checkpoint.folder import resolve_inside
+from mlx_fusekit.reading import is_file, resolve_inside
 
 _LARGEST_CARD = 10_000_000
 
@@ -16,7 +16,7 @@ def front_matter(folder: Path) -> Mapping[str, Any]:
     from huggingface_hub import metadata_load
 
     path = folder / CARD_NAME
-    if not path.is_file() or path.stat().st_size > _LARGEST_CARD:
+    if not is_file(path) or path.stat().st_size > _LARGEST_CARD:
         return {}
     try:
         resolve_inside(folder, path.name)

@@ -21,6 +21,7 @@ from mlx_fusekit.checkpoint.json_text import LARGEST_TEXT, parse_json, shown
 from mlx_fusekit.checkpoint.mistaken import BEGINNING, mistaken_file, not_safetensors
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import STORAGE, Array
+from mlx_fusekit.reading import open_descriptor
 
 #: More than any file has; each takes a kilobyte here, and the time to look at it.
 MOST_TENSORS = 100_000
@@ -68,7 +69,7 @@ class TensorRef:
 
     def _read(self, offset: int, length: int) -> Array:
         data = np.empty(length, np.uint8)
-        file = os.open(self.file, os.O_RDONLY)
+        file = open_descriptor(self.file)
         try:
             os.lseek(file, self.start + offset, os.SEEK_SET)
             filled, view = 0, data.data
@@ -127,7 +128,7 @@ def read_header(path: Path) -> Header:
     """
     refuse_pickle(path)
     try:
-        with open(path, "rb") as file:
+        with open(open_descriptor(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = _header_length(path, file.read(BEGINNING), size)
             file.seek(8)

@@ -15,6 +15,7 @@ LARGEST_TEXT = 40_000_000
 #: The same of a tokenizer: of some 260,000 tokens, with a merge for each, there are 35 MB and
 #: 2 million.
 MOST_OF_A_TOKENIZER, LARGEST_TOKENIZER = 10_000_000, 200_000_000
+_SHOWN = 200
 _HALF_OF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -65,5 +66,9 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def shown(value: object) -> str:
     """A value as Python writes it, cut to what fits in a line."""
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "…"
+    return cut(repr(value))
+
+
+def cut(text: str) -> str:
+    """A text from a file, cut to what fits in a line."""
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"

@@ -7,6 +7,8 @@ a page or a text that says so.
 from collections.abc import Callable
 from pathlib import Path
 
+from mlx_fusekit.reading import exists, not_regular, open_file
+
 #: What is read of a file to tell what it is.
 BEGINNING = 64
 
@@ -48,13 +50,13 @@ def not_safetensors(first: bytes) -> str | None:
 
 
 def mistaken_file(path: Path, told_by: Callable[[bytes], str | None] = not_json) -> str | None:
-    """As one of the functions above, of a file that is not open; or that it is a folder."""
-    if path.is_dir():
-        return "is a folder, where a file is expected; put the file itself there"
-    if path.is_symlink() and not path.exists():
+    """As one of the functions above, of a file that is not open; or what else it is."""
+    if (what := not_regular(path)) is not None:
+        return f"{what}, where a file is expected; put the file itself there"
+    if path.is_symlink() and not exists(path):
         return "is a link to a file that is not there; download it again, or remove the link"
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             return told_by(file.read(BEGINNING))
     except OSError:
         return None  # whoever reads all of it says why it cannot be read

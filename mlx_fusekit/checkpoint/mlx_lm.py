@@ -1,11 +1,13 @@
 """What mlx-lm's model classes know of a checkpoint without its weights, and its errors."""
 
+import copy
 import fnmatch
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_fusekit.checkpoint.plausible import limited_building
 from mlx_fusekit.errors import CheckpointError
 
 #: What mlx-lm raises for architectures it does not know, weights that do not fit, and settings that
@@ -84,7 +86,7 @@ def load_lazily(
             weights or folder,
             lazy=True,
             model_config={"quantization": block} if block else None,
-            get_model_classes=_with_checked_groups(classes or model_classes, folder),
+            get_model_classes=_checked_classes(classes or model_classes, folder),
             trust_remote_code=trust_remote_code,
         )
     except CheckpointError:
@@ -100,10 +102,10 @@ def load_lazily(
     return model, config
 
 
-def _with_checked_groups(
+def _checked_classes(
     classes: Callable[[dict[str, Any]], tuple[type, type]], folder: Path
 ) -> Callable[[dict[str, Any]], tuple[type, type]]:
-    """Classes that refuse weights whose groups would have no columns.
+    """Classes that refuse to build without end, and weights whose groups would have no columns.
 
     MLX divides by the size of a group unasked, which ends the process where it is 0.
     """
@@ -112,6 +114,10 @@ def _with_checked_groups(
         model_class, arguments_class = classes(config)
 
         class Checked(model_class):  # type: ignore[misc,valid-type]
+            def __init__(self, arguments: Any) -> None:
+                with limited_building(config, folder / "config.json"):
+                    super().__init__(arguments)
+
             def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
                 self.__class__ = model_class  # from here on it is mlx-lm's own
                 found: dict[str, Any] = getattr(self, "sanitize", dict)(weights)
@@ -262,10 +268,25 @@ def computes_anew(config: Mapping[str, Any], name: str) -> bool:
         return False
 
 
+def build(config: Mapping[str, Any]) -> Any:
+    """mlx-lm's model of a configuration, with weights that are never computed.
+
+    Raises:
+        CheckpointError: for counts that no model has.
+        Exception: one of :data:`MLX_LM_ERRORS`, where mlx-lm makes no model of it.
+    """
+    own = copy.deepcopy(dict(config))  # mlx-lm's classes change what they are given
+    model_class, arguments_class = model_classes(own)
+    arguments = arguments_class.from_dict(own)  # type: ignore[attr-defined]
+    with limited_building(config):
+        return model_class(arguments)
+
+
 def _skeleton(config: Mapping[str, Any]) -> Any:
-    """mlx-lm's model of a configuration, with weights that are never computed; None without one."""
+    """As :func:`build`; None where mlx-lm makes no model."""
     try:
-        model_class, arguments_class = model_classes(config)
-        return model_class(arguments_class.from_dict(dict(config)))  # type: ignore[attr-defined]
+        return build(config)
+    except CheckpointError:
+        raise
     except MLX_LM_ERRORS:
         return None

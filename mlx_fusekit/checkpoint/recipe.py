@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mlx_fusekit.reading import open_file
+
 RECIPE_NAME = "fusekit.json"
 _LFS_BLOB = re.compile(r"[0-9a-f]{64}")
 _READ = 1 << 20
@@ -25,11 +27,9 @@ def sha256(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
     if real.parent.name == "blobs" and _LFS_BLOB.fullmatch(real.name):
         return real.name
     digest = hashlib.sha256()
-    with open(real, "rb", buffering=0) as file:
-        buffer = bytearray(_READ)
-        view = memoryview(buffer)
-        while not stopped() and (count := file.readinto(buffer)):
-            digest.update(view[:count])
+    with open_file(real) as file:
+        while not stopped() and (read := file.read(_READ)):
+            digest.update(read)
     return digest.hexdigest()
 
 
@@ -37,7 +37,7 @@ def holds_its_name(blob: Path) -> bool:
     """Whether a blob of the Hub's cache is what its name says; only large ones are asked."""
     if not _LFS_BLOB.fullmatch(blob.name):
         return True
-    with open(blob, "rb") as file:
+    with open_file(blob) as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == blob.name
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.beside_text import dropped
+from mlx_fusekit.checkpoint.complete import lacking
 from mlx_fusekit.checkpoint.decoded import FOREIGN, decoded_types, loadable_folder
 from mlx_fusekit.checkpoint.folder import Checkpoint, layer_count
 from mlx_fusekit.checkpoint.header import Header, TensorRef
@@ -184,6 +185,8 @@ def open_base(
     odd = odd_weight(checkpoint)
     foreign = foreign_quantization(checkpoint.config) is not None
     own = checkpoint.written_by_mlx and odd is None and not foreign
+    if checkpoint.written_by_mlx and not foreign:
+        _refuse_incomplete(checkpoint, trust_remote_code)
     if own and all(name in checkpoint.tensors for name in wanted):
         return checkpoint
     try:
@@ -195,6 +198,26 @@ def open_base(
         if odd is not None and error.__cause__ is not None and not told:
             raise not_converted(odd, checkpoint.config, one_line(error.__cause__)) from error
         raise
+
+
+def _refuse_incomplete(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Refuse a checkpoint that seems to lack a tensor, where mlx-lm does not load it either."""
+    text = checkpoint.config.get("text_config")
+    settings = {**checkpoint.config, **(text if isinstance(text, dict) else {})}
+    untied = settings.get("tie_word_embeddings") is False
+    lack = lacking(checkpoint.tensors, checkpoint.layer_count, head=untied)
+    if lack is None:
+        return
+    folder = checkpoint.folder
+    try:
+        weights = loadable_folder(folder, checkpoint.headers)
+        load_lazily(folder, weights=weights, trust_remote_code=trust_remote_code)
+    except CheckpointError as error:
+        why = str(error).removeprefix(f"{folder}: ")
+        raise CheckpointError(
+            f"{folder}: seems to lack {lack}, and {why}; download the model again, into an empty "
+            "folder"
+        ) from error
 
 
 def beside_text(base: BaseModel, *, trust_remote_code: bool = False) -> frozenset[str]:

@@ -21,6 +21,7 @@ import numpy as np
 
 from mlx_fusekit.checkpoint.header import Header, TensorRef
 from mlx_fusekit.formats.floats import STORAGE, Array
+from mlx_fusekit.reading import open_file
 from mlx_fusekit.writing import calls
 from mlx_fusekit.writing.files import copy_range, reflink
 
@@ -163,7 +164,7 @@ class FileWriter:
 
     def copy(self, span: CopyRange) -> None:
         """Copy one range."""
-        with open(span.source, "rb", buffering=0) as source:
+        with open_file(span.source) as source:
             copy_range(
                 source.fileno(),
                 self._file,

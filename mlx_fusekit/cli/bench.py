@@ -17,6 +17,7 @@ from mlx_fusekit.cli import options, output
 from mlx_fusekit.cli.failures import INTERRUPTED
 from mlx_fusekit.cli.options import PATH
 from mlx_fusekit.errors import ConfigurationError, OutputError
+from mlx_fusekit.reading import read_bytes
 from mlx_fusekit.writing.staging import write_file
 from mlx_fusekit.writing.targets import FileTarget
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from mlx_fusekit.bench.report import BenchReport
 
 _PLOTS = (".png", ".svg", ".pdf")
+#: Of a file with a prompt, in bytes.
+_LARGEST_PROMPT = 100_000_000
 _csv = click.option("--csv", "csv_path", type=PATH, metavar="FILE", help="Write one line a trial.")
 _plot = click.option(
     "--plot", "plot_path", type=PATH, metavar="FILE", help="Draw the trials: .png, .svg or .pdf."
@@ -237,7 +240,7 @@ def _prompt(options: dict[str, Any]) -> str | None:
     if file is None:
         return None if text is None else str(text)
     try:
-        return Path(file).read_text("utf-8")
+        return read_bytes(Path(file), _LARGEST_PROMPT).decode("utf-8")
     except OSError as error:
         raise ConfigurationError(f"--prompt-file {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:

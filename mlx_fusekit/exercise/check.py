@@ -25,6 +25,7 @@ from mlx_fusekit.exercise.findings import (
 from mlx_fusekit.exercise.parts import timing_row
 from mlx_fusekit.exercise.report import END, HEAD, START
 from mlx_fusekit.exercise.texts import LANGUAGES, TEXTS, text
+from mlx_fusekit.reading import is_file, read_bytes
 
 #: A report of the exercise has some ten thousand characters, and a sentence or two on top.
 _MOST_BYTES = 5_000_000
@@ -98,9 +99,7 @@ def check_report(path: Path, *, any_machine: bool = False) -> Checked:
 
 def _read(path: Path) -> str:
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ConfigurationError(f"--check {path}: too large for a report")
-        return path.read_text("utf-8")
+        return read_bytes(path, _MOST_BYTES).decode("utf-8")
     except FileNotFoundError as error:
         raise ConfigurationError(f"--check {path}: there is no such file") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -112,7 +111,7 @@ def _read_beside(
 ) -> tuple[dict[str, Any] | None, Findings | None, list[str]]:
     """``report.json``, what it holds, and what is wrong with it."""
     beside = path.parent / JSON_NAME
-    if not beside.is_file():
+    if not is_file(beside):
         return None, None, [text(language, "missing_json")]
     try:
         value = read_json(beside)

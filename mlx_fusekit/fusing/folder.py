@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from mlx_fusekit.checkpoint import beside_text, recipe
-from mlx_fusekit.checkpoint.belongings import Companions
-from mlx_fusekit.checkpoint.folder import INDEX_NAME, Checkpoint, index_fault
+from mlx_fusekit.checkpoint.belongings import INDEX_NAME, Companions
+from mlx_fusekit.checkpoint.folder import Checkpoint, index_fault
 from mlx_fusekit.errors import OutputError
 from mlx_fusekit.fusing.report import dtype_name
 from mlx_fusekit.merging.plan import FusePlan

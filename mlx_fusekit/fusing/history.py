@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fusekit.adapters.sources import Sources
-from mlx_fusekit.checkpoint.folder import ADAPTER_CONFIG_NAME, read_json
+from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME
+from mlx_fusekit.checkpoint.folder import optional_json
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME, sha256
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 
@@ -17,10 +18,8 @@ def held_by(base: Path) -> list[dict[str, Any]]:
 
     A base without a recipe, or with one that is not ours, holds none as far as is known.
     """
-    if not (base / RECIPE_NAME).is_file():
-        return []
     try:
-        recipe = read_json(base / RECIPE_NAME)
+        recipe = optional_json(base, RECIPE_NAME) or {}
     except CheckpointError:
         return []
     lists = (recipe.get(key) for key in ("adapters", "earlier_adapters"))

@@ -11,7 +11,7 @@ import gguf
 from mlx_fusekit import hub
 from mlx_fusekit.adapters.sources import open_model
 from mlx_fusekit.checkpoint.base import BaseModel
-from mlx_fusekit.checkpoint.folder import is_adapter, read_json
+from mlx_fusekit.checkpoint.folder import is_adapter, optional_json
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.gguf.file.encoding import TensorEncoding
 from mlx_fusekit.gguf.file.plan import plan_gguf
@@ -101,8 +101,7 @@ class _Exportable:
 
     def modelfile_text(self, modelfile: Modelfile, folder: Path) -> str:
         """What Ollama's Modelfile says; refuses what it cannot hold."""
-        config = folder / _GENERATION_CONFIG
-        generation = read_json(config) if config.exists() else {}
+        generation = optional_json(folder, _GENERATION_CONFIG) or {}
         return modelfile.text(generation, self.vocabulary.stop_texts)
 
 

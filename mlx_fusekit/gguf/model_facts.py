@@ -11,7 +11,7 @@ from typing import Any
 
 from gguf import GGUFWriter, Metadata
 
-from mlx_fusekit.checkpoint.folder import read_json, resolve_inside
+from mlx_fusekit.checkpoint.folder import optional_json
 from mlx_fusekit.checkpoint.front_matter import front_matter
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError
@@ -93,10 +93,7 @@ def base_model(identifier: str) -> dict[str, str]:
 
 
 def _optional(folder: LocalFolder, name: str) -> Mapping[str, Any]:
-    if not (folder.path / name).exists():
-        return {}
-    resolve_inside(folder.path, name)
-    return read_json(folder.path / name)
+    return optional_json(folder.path, name) or {}
 
 
 def _base_models(card: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[dict[str, str]]:

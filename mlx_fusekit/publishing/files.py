@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fusekit.checkpoint.belongings import (
+    ADAPTER_CONFIG_NAME,
     CARD_NAME,
+    INDEX_NAME,
     MODELFILE_NAME,
     TEMPLATES_FOLDER,
     TOKENIZERS,
@@ -22,18 +24,12 @@ from mlx_fusekit.checkpoint.belongings import (
     data_files,
     matches,
 )
-from mlx_fusekit.checkpoint.folder import (
-    ADAPTER_CONFIG_NAME,
-    INDEX_NAME,
-    Checkpoint,
-    index_fault,
-    read_json,
-    resolve_inside,
-)
+from mlx_fusekit.checkpoint.folder import Checkpoint, index_fault, optional_json
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME, as_text
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.publishing.foreign_text import public_source
 from mlx_fusekit.publishing.private import Private
+from mlx_fusekit.reading import is_file, is_folder, read_bytes, resolve_inside
 
 #: Why a file stays, by the first pattern that its name matches.
 _REASONS = {
@@ -146,7 +142,7 @@ class PublishedModel:
             folder=folder,
             files=files,
             left_out=left_out,
-            recipe=_optional(folder / RECIPE_NAME),
+            recipe=optional_json(folder, RECIPE_NAME),
             formats=_formats(checkpoint),
             ggufs=ggufs,
             warnings=tuple(_warnings(checkpoint, files)),
@@ -169,7 +165,7 @@ class PublishedModel:
     def card(self) -> str | None:
         """The text of the folder's own ``README.md``."""
         path = self.folder / CARD_NAME
-        if not path.is_file():
+        if not is_file(path):
             return None
         resolve_inside(self.folder, CARD_NAME)
         return _read_text(path)
@@ -226,7 +222,7 @@ class PublishedModel:
         states = dict(self.states)
         for name, header in (checkpoint.headers if checkpoint is not None else {}).items():
             _refuse(self.folder / name, self.private.in_values(header.metadata), "__metadata__")
-        own_card = [CARD_NAME] if (self.folder / CARD_NAME).is_file() else []
+        own_card = [CARD_NAME] if is_file(self.folder / CARD_NAME) else []
         for name in [*self.names, *own_card]:
             if name.endswith(_WEIGHTS):
                 continue
@@ -329,11 +325,11 @@ def _sort(
     for path in data_files(folder):
         name = path.relative_to(folder).as_posix()
         goes = name in weights or belongs(name, Step.PUBLISH, trust_remote_code=trust_remote_code)
-        if name == CARD_NAME or (path.is_dir() and name == TEMPLATES_FOLDER):
+        if name == CARD_NAME or (is_folder(path) and name == TEMPLATES_FOLDER):
             continue
-        if path.is_dir():
+        if is_folder(path):
             left_out.append(LeftOut(f"{name}/", "a folder"))
-        elif not path.is_file() or not goes:
+        elif not is_file(path) or not goes:
             left_out.append(LeftOut(name, _reason(path.name)))
         elif name == INDEX_NAME and stale is not None:
             left_out.append(LeftOut(name, f"out of date: {stale}"))
@@ -377,27 +373,17 @@ def _read_ggufs(folder: Path, private: Private) -> tuple[GgufFile, ...]:
     return tuple(found)
 
 
-def _optional(path: Path) -> dict[str, Any] | None:
-    return read_json(path) if path.is_file() else None
-
-
 def _read(folder: Path, name: str) -> bytes:
     """All of a file that is no weights."""
     path = resolve_inside(folder, name)
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise CheckpointError(f"{folder / name}: too large for a file beside the weights")
-        return path.read_bytes()
+        return read_bytes(path, _LARGEST_FILE)
     except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{folder / name}: cannot be read ({error.strerror})") from error
 
 
 def _read_text(path: Path) -> str:
-    if path.stat().st_size > _LARGEST_TEXT:
-        raise CheckpointError(f"{path}: too large for a text that people read")
     try:
-        return path.read_text("utf-8-sig")
+        return read_bytes(path, _LARGEST_TEXT).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read as text ({error})") from error

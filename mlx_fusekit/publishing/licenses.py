@@ -1,12 +1,14 @@
 """Under which license and in which languages a model is, from what lies about it."""
 
+import contextlib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_fusekit.errors import ConfigurationError
+from mlx_fusekit.errors import CheckpointError, ConfigurationError
+from mlx_fusekit.reading import open_file, resolve_inside
 
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _HUB = "https://huggingface.co/"
@@ -75,12 +77,12 @@ class License:
     def of_files(cls, folder: Path) -> "License | None":
         """The one whose text lies in a model's folder; None where there is none that is known."""
         for path in sorted([*folder.glob("LICENSE*"), *folder.glob("LICENCE*")]):
-            if not path.is_file():
-                continue
-            with open(path, encoding="utf-8", errors="replace") as file:
-                text = file.read(_READ)
-            if found := _identified(text):
-                return cls(found)
+            with contextlib.suppress(OSError, CheckpointError):
+                resolve_inside(folder, path.name)
+                with open_file(path) as file:
+                    text = file.read(_READ).decode("utf-8", "replace")
+                if found := _identified(text):
+                    return cls(found)
         return None
 
     @property

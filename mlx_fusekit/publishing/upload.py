@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_fusekit.checkpoint.belongings import CARD_NAME
 from mlx_fusekit.errors import ConfigurationError, HubError
 from mlx_fusekit.hub import patience
+from mlx_fusekit.reading import read_bytes
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -233,13 +234,10 @@ def _at(value: Any, *keys: str) -> Any:
 
 def _card_text(repo_id: str, path: Path) -> str:
     try:
-        if path.stat().st_size > _LARGEST_CARD:
-            raise HubError(f"{repo_id}: its {CARD_NAME} is too large for a text that people read")
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise HubError(
-            f"{repo_id}: its {CARD_NAME} is no text in UTF-8; put it right on the Hub"
-        ) from error
+        return read_bytes(path, _LARGEST_CARD).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = "no text in UTF-8" if isinstance(error, ValueError) else error.strerror
+        raise HubError(f"{repo_id}: its {CARD_NAME} is {why}; put it right on the Hub") from error
 
 
 def _api() -> "HfApi":

@@ -7,7 +7,7 @@ from typing import Any
 from mlx_lm.utils import load_tokenizer
 
 from mlx_fusekit.checkpoint.belongings import has_tokenizer
-from mlx_fusekit.checkpoint.folder import read_json
+from mlx_fusekit.checkpoint.folder import optional_json
 from mlx_fusekit.checkpoint.json_text import LARGEST_TOKENIZER, MOST_OF_A_TOKENIZER, shown
 from mlx_fusekit.checkpoint.mistaken import mistaken_file
 from mlx_fusekit.errors import CheckpointError
@@ -71,9 +71,8 @@ def _told(source: LocalFolder, config: Mapping[str, Any], error: CheckpointError
 
 
 def _has_tokenizer_code(folder: Path, config: Mapping[str, Any]) -> bool:
-    file = folder / _SETTINGS
     try:
-        blocks = (config, read_json(file) if file.exists() else {})
+        blocks = (config, optional_json(folder, _SETTINGS) or {})
     except CheckpointError:
         blocks = (config, {})
     maps = (block.get("auto_map") for block in blocks)
@@ -88,10 +87,13 @@ def _check_files(folder: Path) -> None:
     """
     for name in _FILES:
         file = folder / name
-        instead = name == "vocab.json" and (folder / "tokenizer.json").exists()
-        if instead or not file.exists():
+        if name == "vocab.json" and (folder / "tokenizer.json").exists():
             continue
-        content = read_json(file, most_bytes=LARGEST_TOKENIZER, most_values=MOST_OF_A_TOKENIZER)
+        content = optional_json(
+            folder, name, most_bytes=LARGEST_TOKENIZER, most_values=MOST_OF_A_TOKENIZER
+        )
+        if content is None:
+            continue
         largest = max(_ids(name, content), default=0)
         if largest > _LARGEST_ID:
             raise CheckpointError(

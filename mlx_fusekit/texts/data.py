@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from mlx_fusekit.checkpoint.mistaken import lfs_pointer
 from mlx_fusekit.errors import ConfigurationError
+from mlx_fusekit.reading import read_bytes
 from mlx_fusekit.texts.chat import encode_item, shortened
 from mlx_fusekit.texts.items import Features, parse_items
 from mlx_fusekit.texts.sequences import TokenSequence, up_to
@@ -18,6 +19,8 @@ T = TypeVar("T")
 _SPLITS = ("train", "valid", "test")
 #: Suffixes of a folder's files; mlx-lm knows the first.
 _SUFFIXES = ("jsonl", "ndjson", "json")
+#: The largest file that is read as text, in bytes.
+_LARGEST = 1_000_000_000
 #: The longest plain text that is tokenized in one piece, in characters; and how many characters the
 #: pieces of longer ones have for each token of a window: a token has about four.
 _LONGEST_PIECE = 1_000_000
@@ -171,7 +174,7 @@ def _order(items: Sequence[T], tokens: int | None, seed: int) -> Sequence[T]:
 
 def _read_text(file: Path) -> str:
     try:
-        raw = file.read_bytes()
+        raw = read_bytes(file, _LARGEST)
     except OSError as error:
         raise ConfigurationError(
             f"{file}: cannot be read ({error.strerror}); check its permissions"

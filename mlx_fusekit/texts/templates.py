@@ -21,6 +21,7 @@ import jinja2
 
 from mlx_fusekit import processes
 from mlx_fusekit.errors import ResourceError
+from mlx_fusekit.reading import exists
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def limit_templates(tokenizer: Any, folder: Path) -> None:
     if own is not PreTrainedTokenizerBase.apply_chat_template or wrapped.chat_template is None:
         return
     file = folder / "chat_template.jinja"  # which transformers takes before the configuration's
-    file = file if file.exists() else folder / "tokenizer_config.json"
+    file = file if exists(file) else folder / "tokenizer_config.json"
     wrapped.apply_chat_template = _Templates(wrapped, file).apply
 
 

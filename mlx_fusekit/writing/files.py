@@ -6,6 +6,7 @@ import stat
 import sys
 from pathlib import Path
 
+from mlx_fusekit.reading import open_file
 from mlx_fusekit.writing import calls
 
 _COPY_CHUNK = 16 << 20
@@ -79,7 +80,7 @@ def copy_file(source: Path, target: Path) -> None:
     file = os.open(target, os.O_RDWR) if cloned else calls.create(target)
     try:
         if not cloned:
-            with open(source, "rb", buffering=0) as original:
+            with open_file(source) as original:
                 size = os.fstat(original.fileno()).st_size
                 copy_range(original.fileno(), file, 0, 0, size)
         calls.sync(file)
@@ -106,7 +107,7 @@ def remove(path: Path) -> None:
 def _ficlone(source: Path, target: Path) -> bool:
     file = calls.create(target)
     try:
-        with open(source, "rb", buffering=0) as original:
+        with open_file(source) as original:
             cloned = calls.clone_into(original.fileno(), file)
     finally:
         calls.close(file)

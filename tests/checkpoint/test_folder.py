@@ -9,7 +9,8 @@ import mlx.core as mx
 import pytest
 from support.tiny import make_model
 
-from mlx_fusekit.checkpoint.folder import INDEX_NAME, Checkpoint
+from mlx_fusekit.checkpoint.belongings import INDEX_NAME
+from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.quantization import QuantSpec
 

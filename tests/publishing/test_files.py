@@ -68,7 +68,7 @@ def test_only_what_belongs_to_a_model_goes(fused: Path, tmp_path: Path) -> None:
     (fused / "checkpoint-100" / WEIGHTS).write_text("x")
     (tmp_path / "private.txt").write_text("private")
     (fused / "notes.md").symlink_to(tmp_path / "private.txt")
-    os.mkfifo(fused / "vocab.txt")
+    os.mkfifo(fused / "pipe")
     model = PublishedModel.open(fused)
     assert model.names == before
     left_out = {item.name: item.reason for item in model.left_out}
@@ -77,7 +77,7 @@ def test_only_what_belongs_to_a_model_goes(fused: Path, tmp_path: Path) -> None:
     assert left_out == {
         "checkpoint-100/": "a folder",
         "notes.md": "not part of a model",
-        "vocab.txt": "not part of a model",
+        "pipe": "not part of a model",
     }
 
 

@@ -25,7 +25,8 @@ from support.tiny import (
 )
 
 from mlx_fusekit import fuse, samples, verify
-from mlx_fusekit.checkpoint.folder import INDEX_NAME, Checkpoint, index_fault
+from mlx_fusekit.checkpoint.belongings import INDEX_NAME
+from mlx_fusekit.checkpoint.folder import Checkpoint, index_fault
 from mlx_fusekit.checkpoint.sanitized import SanitizedModel, open_base
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.inspecting import inspect

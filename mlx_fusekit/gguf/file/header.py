@@ -19,6 +19,7 @@ import gguf
 from gguf import GGMLQuantizationType as GgmlType
 
 from mlx_fusekit.errors import CheckpointError
+from mlx_fusekit.reading import open_file
 
 MAGIC = b"GGUF"
 #: Every tensor begins at a multiple of this many bytes.
@@ -82,7 +83,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """
     try:
         with (
-            open(path, "rb") as file,
+            open_file(path) as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
             return _Cursor(path, data).header()

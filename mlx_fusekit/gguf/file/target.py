@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mlx_fusekit.gguf.file.header import MAGIC
+from mlx_fusekit.reading import open_file
 from mlx_fusekit.writing.targets import FileTarget
 
 
@@ -20,5 +21,5 @@ def gguf_target(
 
 
 def _refusal(path: Path) -> str | None:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return None if file.read(len(MAGIC)) == MAGIC else "is no GGUF file"

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fusekit.checkpoint.base import BaseModel
-from mlx_fusekit.checkpoint.mlx_lm import MLX_LM_ERRORS, model_classes, one_line
+from mlx_fusekit.checkpoint.mlx_lm import MLX_LM_ERRORS, build, model_classes, one_line
+from mlx_fusekit.checkpoint.plausible import limited_building
 from mlx_fusekit.errors import CheckpointError
 
 
@@ -85,7 +86,10 @@ def _used(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         model_class, arguments_class = model_classes(config)
         arguments: Any = arguments_class.from_dict(config)  # type: ignore[attr-defined]
         if isinstance(getattr(arguments, "text_config", None), dict):
-            arguments = model_class(arguments).language_model.args
+            with limited_building(config, path):
+                arguments = model_class(arguments).language_model.args
+    except CheckpointError:
+        raise
     except MLX_LM_ERRORS as error:
         raise CheckpointError(f"{path}: mlx-lm cannot use it ({one_line(error)})") from error
     return dict(vars(arguments))
@@ -99,10 +103,10 @@ def parameter_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
     """
     from mlx.utils import tree_flatten
 
-    config = copy.deepcopy(dict(base.config))
     try:
-        model_class, arguments_class = model_classes(config)
-        model = model_class(arguments_class.from_dict(config))  # type: ignore[attr-defined]
+        model = build(base.config)
+    except CheckpointError:
+        raise
     except MLX_LM_ERRORS as error:
         path = base.folder / "config.json"
         raise CheckpointError(f"{path}: mlx-lm makes no model of it ({one_line(error)})") from error

@@ -12,6 +12,7 @@ from gguf import TokenType
 
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.gguf.tokenizer.tokens import Token
+from mlx_fusekit.reading import read_bytes
 
 _LARGEST = 200_000_000
 _BPE = 2
@@ -41,9 +42,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
         CheckpointError: when the file is not one.
     """
     try:
-        if path.stat().st_size > _LARGEST:
-            raise CheckpointError(f"{path}: too large for a SentencePiece model")
-        return _read(memoryview(path.read_bytes()))
+        return _read(memoryview(read_bytes(path, _LARGEST)))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, IndexError, struct.error) as error:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fusekit.checkpoint.belongings import TEMPLATES_FOLDER, is_hidden
-from mlx_fusekit.checkpoint.folder import read_json, resolve_inside
+from mlx_fusekit.checkpoint.folder import optional_json
 from mlx_fusekit.checkpoint.json_text import LARGEST_TOKENIZER, MOST_OF_A_TOKENIZER
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.gguf.tokenizer.tokens import AddedToken
+from mlx_fusekit.reading import exists, read_bytes, resolve_inside
 
 Json = Mapping[str, Any]
 
@@ -53,7 +54,7 @@ class TokenizerFiles:
         files = cls(
             folder,
             _optional(folder, "tokenizer.json"),
-            resolve_inside(folder, pieces.name) if pieces.exists() else None,
+            resolve_inside(folder, pieces.name) if exists(pieces) else None,
             {
                 **(_optional(folder, "special_tokens_map.json") or {}),
                 **(_optional(folder, "tokenizer_config.json") or {}),
@@ -62,7 +63,7 @@ class TokenizerFiles:
             _optional(folder, "config.json") or {},
         )
         if files.tokenizer is None and files.pieces is None:
-            other = next((name for name in _CONVERTIBLE if (folder / name).exists()), None)
+            other = next((name for name in _CONVERTIBLE if exists(folder / name)), None)
             if other is not None:
                 place = repr(str(folder))
                 raise CheckpointError(
@@ -195,7 +196,7 @@ class TokenizerFiles:
         """
         main = self.folder / "chat_template.jinja"
         more = sorted((self.folder / TEMPLATES_FOLDER).glob("*.jinja"))
-        named = {"default": main} if main.exists() else {}
+        named = {"default": main} if exists(main) else {}
         named |= {path.stem: path for path in more if not is_hidden(path)}
         if named:
             return {name: self._text(path) for name, path in named.items()}
@@ -219,9 +220,7 @@ class TokenizerFiles:
     def _text(self, path: Path) -> str:
         real = resolve_inside(self.folder, path.relative_to(self.folder).as_posix())
         try:
-            if real.stat().st_size > _LARGEST_TEMPLATE:
-                raise CheckpointError(f"{path}: {_TOO_LARGE}")
-            return real.read_text("utf-8")
+            return read_bytes(real, _LARGEST_TEMPLATE).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 
@@ -241,10 +240,9 @@ def steps(block: Json | None, members: str) -> list[Json]:
 
 
 def _optional(folder: Path, name: str) -> dict[str, Any] | None:
-    if not (folder / name).exists():
-        return None
-    resolve_inside(folder, name)
-    return read_json(folder / name, most_bytes=LARGEST_TOKENIZER, most_values=MOST_OF_A_TOKENIZER)
+    return optional_json(
+        folder, name, most_bytes=LARGEST_TOKENIZER, most_values=MOST_OF_A_TOKENIZER
+    )
 
 
 def _block(tokenizer: Json, key: str, file: Path) -> Json:

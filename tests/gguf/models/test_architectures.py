@@ -14,6 +14,7 @@ import pytest
 from support.tiny_architectures import CONFIGS, LLAMA3, LONGROPE, YARN, make_changed, make_model
 
 from mlx_fusekit.checkpoint.base import BaseModel
+from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.sanitized import ArrayTensor, open_base
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.gguf.models import hyperparameters
@@ -159,7 +160,11 @@ class TestRefusals:
             ("gemma2", {"query_pre_attn_scalar": 32}, "query_pre_attn_scalar is 32"),
             ("gemma3", {"query_pre_attn_scalar": 32}, "query_pre_attn_scalar is 32"),
             ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 1]}, "no_rope_layers"),
-            ("cohere", {"use_qk_norm": True}, "use_qk_norm is True with 2 layers"),
+            (
+                "cohere",
+                {"use_qk_norm": True, "tie_word_embeddings": True},
+                "use_qk_norm is True with 2 layers",
+            ),
             ("exaone4", {"sliding_window_pattern": "LG"}, "with 2 layers"),
             ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq is 2"),
             (
@@ -245,9 +250,10 @@ class TestRefusals:
             lay_out(with_tensors(found, tensors))
 
     def test_layers_that_are_not_stored(self, tmp_path: Path) -> None:
-        found = make_changed(tmp_path, "qwen3", {"num_hidden_layers": 3})
+        with pytest.raises(CheckpointError, match="seems to lack layer 2 of 3"):
+            make_changed(tmp_path, "qwen3", {"num_hidden_layers": 3})
         with pytest.raises(CheckpointError, match=r"layers\.2\..* is missing"):
-            lay_out(found)
+            lay_out(Checkpoint.open(tmp_path))
 
     def test_configuration_that_mlx_lm_cannot_use(self, tmp_path: Path) -> None:
         broken = make_changed(tmp_path, "qwen3", {}, head_dim=None)
