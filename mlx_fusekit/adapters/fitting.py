@@ -10,7 +10,7 @@ import numpy as np
 from mlx_fusekit.adapters.mlx_lm_settings import AdapterSettings
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.checkpoint.folder import optional_json
-from mlx_fusekit.checkpoint.json_text import MOST_OF_TOKENIZER
+from mlx_fusekit.checkpoint.json_text import MOST_OF_TOKENIZER, shown
 from mlx_fusekit.checkpoint.mlx_lm import adapted_modules
 from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.floats import Float32
@@ -150,7 +150,7 @@ def token_names(ids: range, *folders: Path) -> str:
     names: dict[int, str] = {}
     for folder in folders:
         names = {**_added_tokens(folder), **names}
-    known = [repr(names[token]) for token in ids if token in names]
+    known = [shown(names[token]) for token in ids if token in names]
     span = f"{ids[0]} to {ids[-1]}" if len(ids) > 1 else str(ids[0])
     more = ", ..." if len(known) > _NAMED else ""
     return f"{span} ({', '.join(known[:_NAMED])}{more})" if known else span

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_fusekit.errors import ConfigurationError
+from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.texts.chat import TEMPLATE_ERRORS
 from mlx_fusekit.texts.sequences import derived_seed
 
@@ -58,6 +58,7 @@ def text_prompt(text: str, tokenizer: Any) -> list[int]:
 
     Raises:
         ConfigurationError: when nothing comes of it, or too much.
+        CheckpointError: when it becomes tokens that the model has no rows for.
     """
     tokens: Sequence[int] = []
     if len(text) > _LONGEST_PROMPT:
@@ -74,6 +75,8 @@ def text_prompt(text: str, tokenizer: Any) -> list[int]:
             tokens = tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
             )
+        except CheckpointError:  # of the tokenizer
+            raise
         except TEMPLATE_ERRORS as error:
             raise ConfigurationError(
                 f"--prompt: the chat template cannot render it ({error})"

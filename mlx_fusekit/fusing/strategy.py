@@ -1,5 +1,6 @@
 """How merged weights are re-quantized, as far as the base can be run for it."""
 
+from mlx_fusekit.adapters.fitting import vocabulary_size
 from mlx_fusekit.checkpoint.belongings import has_tokenizer
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.fusing.options import FuseOptions
@@ -59,12 +60,12 @@ def _obstacle(plan: FusePlan) -> str | None:
 
 def _what_to_mend(plan: FusePlan, model: LocalFolder) -> str | None:
     """Why the base cannot be run as the command was given."""
-    from mlx_fusekit.running.model import tokenizer_of
+    from mlx_fusekit.running.tokenizers import tokenizer_of
 
     if plan.base.config.get("model_file") is not None and not model.trusted:
         return f"{model.path}: the model is code of its own, which needs --trust-remote-code"
     try:
-        tokenizer_of(model, plan.base.config)
+        tokenizer_of(model, plan.base.config, vocabulary_size(plan.base))
     except CheckpointError as error:
         return str(error)
     return None

@@ -4,19 +4,14 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.utils import load_tokenizer
 
-from mlx_fusekit.checkpoint.belongings import has_tokenizer
-from mlx_fusekit.checkpoint.folder import optional_json
-from mlx_fusekit.checkpoint.mistaken import mistaken_file
-from mlx_fusekit.checkpoint.mlx_lm import one_line
-from mlx_fusekit.errors import AdapterError, CheckpointError
+from mlx_fusekit.errors import AdapterError
 from mlx_fusekit.hub import LocalFolder
-from mlx_fusekit.texts.templates import limit_templates
+from mlx_fusekit.running.tokenizers import tokenizer_of
+from mlx_fusekit.texts.tokens import token_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,42 +69,6 @@ def swapped(values: Iterable[tuple[Place, Any]]) -> Iterator[None]:
             where.put(value)
 
 
-def tokenizer_of(source: LocalFolder, config: Mapping[str, Any]) -> Any:
-    """mlx-lm's ``TokenizerWrapper`` of a folder.
-
-    Args:
-        config: its ``config.json``.
-
-    Raises:
-        CheckpointError: when the folder holds none that transformers can read, or only with code
-            that is not trusted.
-    """
-    # Said in so many words: left open, transformers asks on the terminal whether to run code.
-    extra = {"trust_remote_code": source.trusted}
-    folder = source.path
-    try:
-        tokenizer = load_tokenizer(folder, extra, eos_token_ids=config.get("eos_token_id"))
-    except Exception as error:  # tokenizers raises nothing more special
-        files = (folder / name for name in ("tokenizer.json", "tokenizer_config.json"))
-        stand_ins = {file: mistaken_file(file) for file in (*files, folder / "tokenizer.model")}
-        told = next((f"{file}: {told}" for file, told in stand_ins.items() if told), None)
-        if told is None and not source.trusted and _has_tokenizer_code(folder, config):
-            told = f"{folder}: its tokenizer is code of its own, which needs --trust-remote-code"
-        if told is None:
-            none = "there is none; download the model again, with its tokenizer"
-            why = one_line(error) if has_tokenizer(folder) else none
-            told = f"{folder}: its tokenizer cannot be loaded ({why})"
-        raise CheckpointError(told) from error
-    limit_templates(tokenizer, folder)
-    return tokenizer
-
-
-def _has_tokenizer_code(folder: Path, config: Mapping[str, Any]) -> bool:
-    blocks = (config, optional_json(folder, "tokenizer_config.json") or {})
-    maps = (block.get("auto_map") for block in blocks)
-    return any(isinstance(names, dict) and "AutoTokenizer" in names for names in maps)
-
-
 @dataclass(frozen=True, eq=False)
 class RunningModel:
     """A model in memory, in eval mode.
@@ -134,9 +93,10 @@ class RunningModel:
         """mlx-lm's ``TokenizerWrapper``, loaded on first use.
 
         Raises:
-            CheckpointError: when the folder holds none that transformers can read.
+            CheckpointError: when the folder holds none that transformers can read, or that of
+                another model.
         """
-        return tokenizer_of(self.source, self.config)
+        return tokenizer_of(self.source, self.config, token_rows(self.model, self.config))
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[nn.Module]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jinja2
 
+from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.texts.sequences import TokenSequence
 
 #: What a chat template raises at a conversation it was not written for, and transformers where
@@ -103,6 +104,8 @@ def _render(
 
     try:
         tokens = list(create_dataset([item], tokenizer, SimpleNamespace()).process(item)[0])
+    except CheckpointError:  # of the tokenizer
+        raise
     except TEMPLATE_ERRORS:
         return None
     start = 0 if question is None else _answer_start(tokens, question, item.get("tools"), tokenizer)
@@ -125,6 +128,8 @@ def _answer_start(
         prompt = tokenizer.apply_chat_template(
             question, tools=tools, add_generation_prompt=True, return_dict=False
         )
+    except CheckpointError:
+        raise
     except TEMPLATE_ERRORS:  # what fails for the question alone may do for the whole
         return 0
     start = len(prompt)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
+from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.progress import Progress
 from mlx_fusekit.texts.chat import TEMPLATE_ERRORS
 from mlx_fusekit.texts.data import sequence_start
@@ -277,5 +278,7 @@ def _render(tokenizer: Any, message: str, *, tokenize: bool) -> Any:
             tokenize=tokenize,
             **({"return_dict": False} if tokenize else {}),
         )
+    except CheckpointError:  # of the tokenizer
+        raise
     except TEMPLATE_ERRORS:
         return None

@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from mlx_fusekit.progress import Progress
 from mlx_fusekit.texts.chat import end_ids, special_ids
+from mlx_fusekit.texts.tokens import token_rows
 
 _BATCH = 32
 
@@ -77,8 +78,10 @@ class Sampler:
 
     def random_token(self) -> int:
         """A token of printable text, from all over the vocabulary."""
+        known = len(self.tokenizer)
+        rows = token_rows(self.model, {}) or known
         for _ in range(1000):
-            token = self._random.randrange(len(self.tokenizer))
+            token = self._random.randrange(min(known, rows))
             text = str(self.tokenizer.decode([token])).strip()
             if token not in self.special and text and text.isprintable() and "\ufffd" not in text:
                 break

@@ -14,7 +14,7 @@ from mlx_fusekit import export_gguf, fuse, processes, samples, verify
 from mlx_fusekit.bench.workload import text_prompt
 from mlx_fusekit.errors import CheckpointError, FusekitError, ResourceError
 from mlx_fusekit.hub import LocalFolder
-from mlx_fusekit.running.model import tokenizer_of
+from mlx_fusekit.running.tokenizers import tokenizer_of
 from mlx_fusekit.texts import templates
 from mlx_fusekit.texts.data import read_sequences
 from mlx_fusekit.texts.templates import Limits, limit_templates

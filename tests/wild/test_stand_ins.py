@@ -164,7 +164,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "unknown to tokenizers": (
         tokenizer_of_a_library_to_come,
-        r"its tokenizer cannot be loaded \(.*\)",
+        r"its tokenizer cannot be loaded \(.*\); update transformers, or .*",
     ),
 }
 
