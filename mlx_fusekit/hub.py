@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_fusekit.checkpoint.belongings import download_patterns
 from mlx_fusekit.checkpoint.recipe import holds_its_name
 from mlx_fusekit.errors import HubError
+from mlx_fusekit.reading import exists, is_file
 from mlx_fusekit.writing import calls
 
 if TYPE_CHECKING:
@@ -69,9 +70,9 @@ def resolve(
         path = Path(name).expanduser()
     except RuntimeError as error:
         raise HubError(f"{what} {name}: there is no such user; check the name") from error
-    if path.is_file():
+    if is_file(path):
         raise HubError(f"{what} {name}: is a file; {_folder_of(path)}")
-    if path.exists():
+    if exists(path):
         if revision is not None:
             raise HubError(
                 f"--revision {revision}: {path} is a folder and has no revisions; drop the flag"
@@ -156,7 +157,7 @@ def _check_arrived(snapshot: Path, before: Collection[str], what: str) -> None:
     """
     for path in sorted(snapshot.rglob("*")):
         blob = path.resolve()
-        if blob.parent.name != "blobs" or blob.name in before or not blob.is_file():
+        if blob.parent.name != "blobs" or blob.name in before or not is_file(blob):
             continue
         if not holds_its_name(blob):
             calls.unlink(path)

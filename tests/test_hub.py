@@ -177,6 +177,10 @@ def test_an_unknown_revision_is_said(hub: Hub, tmp_path: Path) -> None:
 def test_what_cannot_be_the_name_of_a_repository_is_said() -> None:
     with pytest.raises(HubError, match=r"--model owner/a--b: no name of a repository"):
         resolve("owner/a--b")
+    for long in ("a" * 300, f"{'a' * 300}/b", "a/" * 3000):
+        with pytest.raises(HubError, match=r"--model a") as refused:
+            resolve(long)
+        assert "\n" not in str(refused.value)
 
 
 def test_a_revision_of_a_folder_makes_no_sense(

@@ -14,6 +14,7 @@ from mlx_fusekit.checkpoint.json_text import MOST_OF_TOKENIZER, shown
 from mlx_fusekit.checkpoint.mlx_lm import adapted_modules
 from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.floats import Float32
+from mlx_fusekit.reading import exists
 
 _NAMED = 3
 _LONGEST_NAME = 200
@@ -193,7 +194,7 @@ def _model_name(id_or_path: str) -> str:
     if cached := re.search(r"models--([^/\\]+)[/\\]snapshots", id_or_path):
         return cached[1].split("--")[-1].lower()
     try:
-        is_path = Path(id_or_path).exists()
+        is_path = exists(Path(id_or_path))
     except OSError:  # a name that no file system takes, or a folder that may not be read
         is_path = False
     name = Path(id_or_path).resolve().name if is_path else id_or_path.rstrip("/").split("/")[-1]

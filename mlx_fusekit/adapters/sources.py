@@ -13,6 +13,7 @@ from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.hub import LocalFolder
+from mlx_fusekit.reading import exists
 
 #: How adapters are named: one or several folders or Hub ids, each maybe followed by ``:WEIGHT``.
 AdapterNames = str | Path | Sequence[str | Path]
@@ -153,7 +154,7 @@ def _chosen(name: str, weighted: bool) -> AdapterChoice:
 def _split_weight(name: str) -> tuple[str, float]:
     """``PATH:0.5`` as path and weight; a path that exists with the colon in it is left alone."""
     path, colon, weight = name.rpartition(":")
-    if not colon or Path(name).expanduser().exists():
+    if not colon or exists(Path(name).expanduser()):
         return name, 1.0
     try:
         number = float(weight)

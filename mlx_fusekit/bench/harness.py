@@ -44,6 +44,7 @@ from mlx_fusekit.progress import Progress, StepProgress, of_step
 from mlx_fusekit.running.model import RunningModel
 from mlx_fusekit.texts.chat import special_ids
 from mlx_fusekit.texts.sequences import derived_seed
+from mlx_fusekit.texts.tokens import token_rows
 from mlx_fusekit.verifying.structure import check_same_model
 
 #: The share of memory that all arms may take together; the rest is for what they compute.
@@ -169,7 +170,8 @@ class _Session:
             shapes = [Shape(len(tokens), g, work.batch_size) for g in work.generation_tokens]
             prompts = {shape: [tokens] * work.batch_size for shape in shapes}
         else:
-            sizes = [vocabulary_size(arm.running.config) for arm in loaded.values()]
+            running = [arm.running for arm in loaded.values()]
+            sizes = [token_rows(each.model, each.config) for each in running]
             vocabulary = min(size for size in sizes if size is not None)
             special = _special(first)
             prompts = {

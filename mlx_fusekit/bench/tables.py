@@ -22,7 +22,7 @@ _FIGURES = {
     "total_seconds": figures.in_seconds,
 }
 #: Why a speed-up is not one median by the other.
-PAIRED = "times as fast: the median of the rounds' own ratios, not the ratio of the medians"
+PAIRED = "times as fast: the median of the rounds' ratios, not the ratio of the medians"
 #: How many adapters the decision table asks about.
 _ADAPTERS = (1, 3, 10)
 

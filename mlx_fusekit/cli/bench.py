@@ -17,7 +17,7 @@ from mlx_fusekit.cli import options, output
 from mlx_fusekit.cli.failures import INTERRUPTED
 from mlx_fusekit.cli.options import PATH
 from mlx_fusekit.errors import ConfigurationError, OutputError
-from mlx_fusekit.reading import read_bytes
+from mlx_fusekit.reading import exists, is_file, read_bytes
 from mlx_fusekit.writing.staging import write_file
 from mlx_fusekit.writing.targets import FileTarget
 
@@ -254,7 +254,7 @@ def _named(values: Sequence[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for value in values:
         found = re.fullmatch(r"([^=/\\]+)=(.+)", value)
-        if found and not Path(value).exists():
+        if found and not exists(Path(value)):
             name, path = found.groups()
         else:
             path = value
@@ -284,7 +284,7 @@ def report_command(
     written.check(overwrite=overwrite, read=files)
     reports = {}
     for name in files:
-        if not Path(name).is_file():
+        if not is_file(Path(name)):
             raise ConfigurationError(f"{name}: there is no such file")
         reports[name] = read_report(read_json(Path(name)), name)
     for name, report in reports.items():

@@ -39,6 +39,7 @@ from mlx_fusekit.exercise.texts import text
 from mlx_fusekit.exercise.trade_off import speed_sentence
 from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.progress import StepProgress
+from mlx_fusekit.reading import is_file
 from mlx_fusekit.tables import Table
 from mlx_fusekit.texts.data import check_text
 from mlx_fusekit.writing.files import write_new
@@ -133,7 +134,7 @@ class _Lesson:
         self._data = Path(settings.data).expanduser() if settings.data else None
         if self._data is None and sample:
             self._data = samples.evaluation_data_path()
-        if self._data is not None and not self._data.is_file():
+        if self._data is not None and not is_file(self._data):
             raise ConfigurationError(f"--data {settings.data}: there is no such file")
         if self._data is not None:
             check_text(self._data)

@@ -7,6 +7,7 @@ from pathlib import Path
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.formats.floats import DTYPE_NAMES
 from mlx_fusekit.merging.plan import FormatOptions
+from mlx_fusekit.reading import exists
 from mlx_fusekit.requantize.options import (
     CALIBRATION_TOKENS,
     DEFAULT_MAX_GROWTH,
@@ -93,7 +94,7 @@ class FuseOptions:
                 f"--calibration-tokens {self.calibration_tokens}: must be 1 or more"
             )
         if self._text is not None:
-            if not self._text.exists():
+            if not exists(self._text):
                 raise ConfigurationError(
                     f"--calibration {self.calibration}: there is no such file or folder"
                 )

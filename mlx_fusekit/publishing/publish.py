@@ -22,6 +22,7 @@ from mlx_fusekit.publishing.card import Card, CardFacts, write_card
 from mlx_fusekit.publishing.evidence import read_evidence
 from mlx_fusekit.publishing.files import LeftOut, PublishedFile, PublishedModel
 from mlx_fusekit.publishing.licenses import License, languages_of
+from mlx_fusekit.reading import is_file, is_folder
 from mlx_fusekit.writing import calls
 from mlx_fusekit.writing.files import write_new
 from mlx_fusekit.writing.staging import temporary_folder
@@ -143,11 +144,11 @@ def publish(
 def _folder(path: str | Path) -> Path:
     """The folder of a model, as far as its kind tells."""
     folder = Path(path).expanduser()
-    if folder.is_file():
+    if is_file(folder):
         raise CheckpointError(
             f"--path {path}: is a file; give the folder that it lies in, {folder.parent}"
         )
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise CheckpointError(f"--path {path}: there is no such folder; name that of a model")
     if is_adapter(folder) and not any(folder.glob("*.gguf")):
         raise CheckpointError(

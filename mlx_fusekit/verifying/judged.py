@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.hub import LocalFolder
+from mlx_fusekit.reading import is_file
 from mlx_fusekit.running.llamacpp import LlamaCpp
 from mlx_fusekit.running.loading import run_model
 from mlx_fusekit.running.model import RunningModel
@@ -63,7 +64,7 @@ def loadable_gguf(fused: str | Path) -> Path | None:
     path = Path(fused).expanduser()
     if path.suffix != ".gguf":
         return None
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"--fused {fused}: there is no such file")
     LlamaCpp(path, vocabulary_only=True).close()
     return path
