@@ -91,11 +91,12 @@ def test_fusing_into_a_base_that_gives_nan(
         raise AssertionError(f"{constant} is no JSON")
 
     recipe = (tmp_path / "fused" / "fusekit.json").read_text()
-    for text in (shown.out, recipe):
-        calibration = json.loads(text, parse_constant=refuse)["calibration"]
-        assert calibration.get("kl_mean") is None
-        assert not calibration["reached"]
-        assert calibration["widened"] == {}
+    told, recorded = (
+        json.loads(text, parse_constant=refuse)["calibration"] for text in (shown.out, recipe)
+    )
+    assert told["kl_mean"] is None
+    assert not told["reached"]
+    assert told["widened"] == recorded["widened"] == {}
 
 
 def test_verifying_against_a_base_that_gives_nan(tmp_path: Path) -> None:
