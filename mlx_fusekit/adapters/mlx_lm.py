@@ -13,17 +13,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from mlx_fusekit.adapters.fitting import (
     base_warnings,
     check_targeted,
     closest,
-    fit_vocabulary,
     refuse_vocabulary,
 )
+from mlx_fusekit.adapters.low_rank import fitted
 from mlx_fusekit.adapters.mlx_lm_settings import AdapterSettings
-from mlx_fusekit.adapters.updates import Adapter, FullUpdate, LowRankUpdate, Update
+from mlx_fusekit.adapters.updates import Adapter, FullUpdate, Update
 from mlx_fusekit.adapters.values import check_finite, read_finite
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME as CONFIG_NAME
@@ -32,7 +30,7 @@ from mlx_fusekit.checkpoint.folder import read_json_in
 from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
 from mlx_fusekit.checkpoint.json_text import shown
 from mlx_fusekit.errors import AdapterError, CheckpointError
-from mlx_fusekit.formats.floats import FLOAT_DTYPES, Float32
+from mlx_fusekit.formats.floats import FLOAT_DTYPES
 from mlx_fusekit.reading import exists, resolve_inside
 
 WEIGHTS_NAME = "adapters.safetensors"
@@ -220,14 +218,23 @@ class MlxLmAdapter:
                 f"{self.header.file}: {b.name} has shape {list(b.shape)}; want 2 or 3 axes"
             )
         magnitude = read_finite(tensors["m"]) if "m" in tensors else None
-        note = None
-        if magnitude is None:
-            up, note = fit_vocabulary(self.header.file, base, module, weight, up)
-        self._check_shapes(base, module, weight, up, down, tensors)
-        with np.errstate(over="ignore"):
-            up = up * np.float32(self._factor(module, scaled=scaled))
-        self._check_overflow(module, up, down)
-        update = LowRankUpdate(np.ascontiguousarray(up), np.ascontiguousarray(down), magnitude)
+        update, note = fitted(
+            base,
+            module,
+            up,
+            down,
+            magnitude,
+            scale=self._factor(module, scaled=scaled),
+            file=self.header.file,
+            have=", ".join(f"{leaf} {list(ref.shape)}" for leaf, ref in sorted(tensors.items())),
+            cure=f"correct 'scale' in {CONFIG_NAME}",
+        )
+        declared = self.settings.rank_of(module)
+        if declared is not None and declared != update.rank:
+            raise AdapterError(
+                f"{self.header.file}: {module} has rank {update.rank}, but {CONFIG_NAME} says "
+                f"{declared}; correct 'rank' there"
+            )
         return update, note
 
     def _factor(self, module: str, *, scaled: bool) -> float:
@@ -235,63 +242,6 @@ class MlxLmAdapter:
         if scaled:
             return own
         return 1.0 if own == common or not common else own / common
-
-    def _check_shapes(
-        self,
-        base: BaseModel,
-        module: str,
-        weight: TensorSource,
-        up: Float32,
-        down: Float32,
-        tensors: Mapping[str, TensorRef],
-    ) -> None:
-        experts, rows, rank = up.shape
-        columns = down.shape[-1]
-        have = f"lora_a {list(tensors['lora_a'].shape)}, lora_b {list(tensors['lora_b'].shape)}"
-        expected = weight.shape[:-1] if len(weight.shape) == 3 else (1, *weight.shape[:-1])
-        fits = (experts, rows) == expected and down.shape[:2] == (experts, rank)
-        if fits:
-            try:
-                spec = base.quantization(module, columns)
-            except CheckpointError:
-                fits = False
-            else:
-                fits = spec is not None or columns == weight.shape[-1]
-        magnitude = tensors.get("m")
-        if magnitude is not None:
-            have += f", m {list(magnitude.shape)}"
-            fits &= magnitude.shape == (rows,) and experts == 1
-        if not fits:
-            raise AdapterError(
-                f"{self.header.file}: {module} has {have}, which does not fit the base's weight "
-                f"{weight.dtype} {list(weight.shape)}; "
-                "fuse into the model the adapter was trained on"
-            )
-        declared = self.settings.rank_of(module)
-        if declared is not None and declared != rank:
-            raise AdapterError(
-                f"{self.header.file}: {module} has rank {rank}, but {CONFIG_NAME} says {declared}; "
-                "correct 'rank' there"
-            )
-
-    def _check_overflow(self, module: str, up: Float32, down: Float32) -> None:
-        if not np.isfinite(up).all():
-            raise AdapterError(
-                f"{self.header.file}: {module} overflows float32 when multiplied with scale "
-                f"{self.settings.scale_of(module):g}; correct 'scale' in {CONFIG_NAME}"
-            )
-        largest = (
-            float(np.abs(up).max(initial=0)) * float(np.abs(down).max(initial=0)) * up.shape[-1]
-        )
-        if largest < 1e38:
-            return
-        with np.errstate(over="ignore", invalid="ignore"):
-            finite = np.isfinite(up @ down).all()
-        if not finite:
-            raise AdapterError(
-                f"{self.header.file}: the update of {module} overflows float32 at scale "
-                f"{self.settings.scale_of(module):g}; correct 'scale' in {CONFIG_NAME}"
-            )
 
     def _bind_full(self, base: BaseModel) -> tuple[Mapping[str, Update], Mapping[str, FullUpdate]]:
         weights: dict[str, Update] = {}
