@@ -190,7 +190,10 @@ class _Binding:
         experts: dict[str, dict[int, tuple[Float32, Float32]]] = defaultdict(dict)
         for module, leaves in self._adapter.modules.items():
             if (expert := self._names.expert(module)) is not None and "lora_A" in leaves:
-                experts[expert.module][expert.number] = self._matrices(module, leaves)
+                up, down = self._matrices(module, leaves)
+                with np.errstate(over="ignore"):  # which is told where they are put together
+                    up = up * np.float32(self._factor(module))
+                experts[expert.module][expert.number] = up, down
             elif (places := self._names.experts(module)) is not None and "lora_A" in leaves:
                 self._all_experts(module, leaves, places)
             else:
@@ -212,12 +215,11 @@ class _Binding:
         if "lora_A" in leaves:
             up, down = self._matrices(module, leaves)
             magnitude = read_finite(leaves["magnitude"]) if "magnitude" in leaves else None
-            self._put(place, module, up[None], down[None], magnitude, leaves)
+            self._put(place, up[None], down[None], _shapes(leaves), self._factor(module), magnitude)
         if "embedding_A" in leaves:
-            down, up = read_finite(leaves["embedding_B"]).T, read_finite(leaves["embedding_A"]).T
+            up, down = read_finite(leaves["embedding_A"]).T, read_finite(leaves["embedding_B"]).T
             self._check_rank(module, up.shape[-1])
-            scale = self._adapter.factor(module, scaled=self._scaled)
-            self._put(place, module, up[None] * np.float32(scale), down[None], None, leaves)
+            self._put(place, up[None], down[None], _shapes(leaves), self._factor(module))
         if "base weight" in leaves and leaves["base weight"].shape[:1] != self._rows(place):
             refuse_vocabulary(
                 self._file,
@@ -235,7 +237,7 @@ class _Binding:
         return tuple(self._base.tensors[f"{place}.weight"].shape[:1])
 
     def _matrices(self, module: str, leaves: Mapping[str, TensorRef]) -> tuple[Float32, Float32]:
-        """``[rows, rank]``, the scale in it, and ``[rank, columns]``."""
+        """``[rows, rank]`` and ``[rank, columns]``."""
         down, up = read_finite(leaves["lora_A"]), read_finite(leaves["lora_B"])
         if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
             raise AdapterError(
@@ -243,7 +245,10 @@ class _Binding:
                 "[rank, columns] and lora_B [rows, rank]"
             )
         self._check_rank(module, up.shape[1])
-        return up * np.float32(self._adapter.factor(module, scaled=self._scaled)), down
+        return up, down
+
+    def _factor(self, module: str) -> float:
+        return self._adapter.factor(module, scaled=self._scaled)
 
     def _check_rank(self, module: str, rank: int) -> None:
         told = self._adapter.settings.rank_of(module)
@@ -256,12 +261,13 @@ class _Binding:
     def _put(
         self,
         place: str,
-        module: str,
         up: Float32,
         down: Float32,
-        magnitude: Float32 | None,
-        leaves: Mapping[str, TensorRef],
+        have: str,
+        scale: float,
+        magnitude: Float32 | None = None,
     ) -> None:
+        """Note the update of a module of the base; ``have`` says what the file has of it."""
         if place in self._weights:
             raise AdapterError(f"{self._file}: has {place} twice, under two names; remove one")
         update, note = fitted(
@@ -270,9 +276,9 @@ class _Binding:
             up,
             down,
             magnitude,
-            scale=1.0,
+            scale=scale,
             file=self._file,
-            have=_shapes(leaves),
+            have=have,
             cure=f"correct lora_alpha in {CONFIG_NAME}",
         )
         self._weights[place] = update
@@ -308,42 +314,36 @@ class _Binding:
         self._check_rank(name, rank)
         down = a.reshape(experts, rank, a.shape[1])
         up = b.reshape(b.shape[0], rank, experts).transpose(2, 0, 1)
-        up = up * np.float32(self._adapter.factor(name, scaled=self._scaled))
+        scale = self._factor(name)
         _, parts = either[parameter]
         for part, share in zip(parts, np.split(up, len(parts), axis=1), strict=True):
-            self._put(places[part], module, share, down, None, leaves)
+            self._put(places[part], share, down, _shapes(leaves), scale)
 
     def _stacked(self, place: str, found: Mapping[int, tuple[Float32, Float32]]) -> None:
         """Experts that have matrices of their own; those without stay as they are."""
-        weight = self._base.tensors[f"{place}.weight"]
-        experts = weight.shape[0]
+        experts = self._base.tensors[f"{place}.weight"].shape[0]
         rank = max(up.shape[1] for up, _ in found.values())
-        first = next(iter(found.values()))
-        up = np.zeros((experts, first[0].shape[0], rank), np.float32)
-        down = np.zeros((experts, rank, first[1].shape[1]), np.float32)
+        rows, columns = (sizes.pop() for sizes in self._sizes(place, found, experts))
+        up = np.zeros((experts, rows, rank), np.float32)
+        down = np.zeros((experts, rank, columns), np.float32)
         for number, (own_up, own_down) in found.items():
-            fits = (own_up.shape[0], own_down.shape[1]) == (up.shape[1], down.shape[2])
-            if number >= experts or not fits:
-                raise AdapterError(
-                    f"{self._file}: expert {number} of {place} does not fit the base's "
-                    f"{experts} experts; {_WHERE}"
-                )
             up[number, :, : own_up.shape[1]] = own_up
             down[number, : own_down.shape[0]] = own_down
-        leaves = {"lora_A": (rank, down.shape[2]), "lora_B": (up.shape[1], rank)}
-        update, note = fitted(
-            self._base,
-            place,
-            up,
-            down,
-            None,
-            scale=1.0,
-            file=self._file,
-            have=", ".join(f"{leaf} {list(shape)}" for leaf, shape in leaves.items()),
-            cure=f"correct lora_alpha in {CONFIG_NAME}",
-        )
-        self._weights[place] = update
-        self._notes += [note] if note else []
+        have = f"lora_A {[rank, columns]}, lora_B {[rows, rank]} of single experts"
+        self._put(place, up, down, have, scale=1.0)
+
+    def _sizes(
+        self, place: str, found: Mapping[int, tuple[Float32, Float32]], experts: int
+    ) -> tuple[set[int], set[int]]:
+        """The one number of rows and of columns that the experts have."""
+        rows = {up.shape[0] for up, _ in found.values()}
+        columns = {down.shape[1] for _, down in found.values()}
+        if max(found) >= experts or len(rows) > 1 or len(columns) > 1:
+            raise AdapterError(
+                f"{self._file}: expert {max(found)} of {place} does not fit the base's "
+                f"{experts} experts; {_WHERE}"
+            )
+        return rows, columns
 
     def _stranger(self, module: str) -> str:
         if is_of_another_tower(module):
