@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -376,11 +377,36 @@ def read_report(value: Mapping[str, Any], name: str) -> BenchReport:
         facts["arms"] = {arm: _read_arm(entry) for arm, entry in value["arms"].items()}
         facts["runs"] = [_read_run(entry) for entry in value["runs"]]
         facts["environment"] = typed(Environment, value["environment"])
-        return typed(BenchReport, facts)
+        report: BenchReport = typed(BenchReport, facts)
+        _check_whole(report)
+        return report
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigurationError(
             f"{name}: a damaged report of `mlx-fusekit bench --json` ({error!r})"
         ) from error
+
+
+def _check_whole(report: BenchReport) -> None:
+    """Refuse what says something of arms that are not there, or of no time.
+
+    Raises:
+        ValueError: saying what.
+    """
+    if not report.runs:
+        raise ValueError("no runs")
+    for run in report.runs:
+        named = {run.reference, report.reference, *run.equivalence, *(t.arm for t in run.trials)}
+        if unknown := {*named, *run.arms} - {*report.arms} or named - {*run.arms}:
+            raise ValueError(f"nothing is said of the arm {min(unknown)!r}")
+        for trial in run.trials:
+            if not all(
+                0 < seconds < math.inf for seconds in (trial.ttft_seconds, *trial.itl_seconds)
+            ):
+                raise ValueError("a trial that took no time")
+        if min(run.shape.prompt_tokens, run.shape.generation_tokens, run.shape.batch_size) < 1:
+            raise ValueError("a shape without tokens")
+    if report.bandwidth_bytes_per_second is not None and not report.bandwidth_bytes_per_second > 0:
+        raise ValueError("a memory that reads nothing")
 
 
 def _read_arm(entry: Mapping[str, Any]) -> ArmReport:
