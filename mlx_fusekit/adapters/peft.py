@@ -152,9 +152,8 @@ class PeftAdapter:
             modules[found.module][found.leaf] = tensor
         for module, leaves in modules.items():
             for first, second in _PAIRS:
-                if (first in leaves) != (second in leaves) or (
-                    "magnitude" in leaves and not leaves.keys() >= {"lora_A", "lora_B"}
-                ):
+                lonely = "magnitude" in leaves and not leaves.keys() & {"lora_A", "embedding_A"}
+                if lonely or (first in leaves) != (second in leaves):
                     have = next(iter(leaves.values())).name
                     raise AdapterError(
                         f"{self.header.file}: {shown(module)} has {shown(have)} without its "
@@ -189,12 +188,16 @@ class _Binding:
         """The adapter in neutral form."""
         experts: dict[str, dict[int, tuple[Float32, Float32]]] = defaultdict(dict)
         for module, leaves in self._adapter.modules.items():
-            if (expert := self._names.expert(module)) is not None and "lora_A" in leaves:
+            if "lora_A" not in leaves:
+                self._plain(module, leaves)
+            elif (expert := self._names.expert(module)) is not None:
+                self._refuse_beside_lora(module, leaves)
                 up, down = self._matrices(module, leaves)
                 with np.errstate(over="ignore"):  # which is told where they are put together
                     up = up * np.float32(self._factor(module))
                 experts[expert.module][expert.number] = up, down
-            elif (places := self._names.experts(module)) is not None and "lora_A" in leaves:
+            elif (places := self._names.experts(module)) is not None:
+                self._refuse_beside_lora(module, leaves)
                 self._all_experts(module, leaves, places)
             else:
                 self._plain(module, leaves)
@@ -217,6 +220,8 @@ class _Binding:
             magnitude = read_finite(leaves["magnitude"]) if "magnitude" in leaves else None
             self._put(place, up[None], down[None], _shapes(leaves), self._factor(module), magnitude)
         if "embedding_A" in leaves:
+            if "magnitude" in leaves:
+                self._refuse_beside_lora(module, leaves)
             up, down = read_finite(leaves["embedding_A"]).T, read_finite(leaves["embedding_B"]).T
             self._check_rank(module, up.shape[-1])
             self._put(place, up[None], down[None], _shapes(leaves), self._factor(module))
@@ -232,6 +237,15 @@ class _Binding:
             if leaf in leaves:
                 name, tensor = f"{place}.{leaf}", leaves[leaf]
                 put_whole(self._base, name, tensor, self._file, self._weights, self._parameters)
+
+    def _refuse_beside_lora(self, module: str, leaves: Mapping[str, TensorRef]) -> None:
+        more = sorted(set(leaves) - {"lora_A", "lora_B"})
+        if more:
+            what = "DoRA" if "magnitude" in leaves else more[0]
+            raise AdapterError(
+                f"{self._file}: {shown(module)} has {what}, which this version does not fuse into "
+                "experts or embeddings; merge the adapter with PEFT (merge_and_unload)"
+            )
 
     def _rows(self, place: str) -> tuple[int, ...]:
         return tuple(self._base.tensors[f"{place}.weight"].shape[:1])

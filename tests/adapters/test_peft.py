@@ -15,6 +15,7 @@ from support.peft import as_peft, pair, random, write_peft
 from support.tiny import LLAMA, QWEN3_MOE, make_adapter, make_model
 
 from mlx_fusekit import fuse, samples, verify
+from mlx_fusekit.adapters.fitting import base_warnings
 from mlx_fusekit.adapters.opening import open_adapter
 from mlx_fusekit.adapters.peft_names import parsed
 from mlx_fusekit.bench.arms import ArmSource, load_arm
@@ -344,6 +345,24 @@ def test_it_goes_to_llama_cpp_as_mlx_lms_does(tmp_path: Path) -> None:
         files.append((alpha, {t.name: t.data.tobytes() for t in reader.tensors}))
     assert files[0] == files[1]
     assert files[0][1]
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "base", "told"),
+    [
+        ("meta-llama/Llama-3.2-1B-Instruct", "mlx-community/Llama-3.2-1B-Instruct-4bit", "rounded"),
+        ("unsloth/Qwen3-8B-unsloth-bnb-4bit", "mlx-community/Qwen3-8B-4bit", "rounded"),
+        ("me/Model-bf16", "me/model-MXFP4", "rounded"),
+        ("me/model-4bit", "you/model-4bit", None),
+        ("me/Model-1B", "me/Model-3B-4bit", "if they differ in more than the name"),
+        (None, "me/model", None),
+    ],
+)
+def test_a_base_that_is_rounded_in_another_way(
+    trained_on: str | None, base: str, told: str | None
+) -> None:
+    found = " ".join(base_warnings(trained_on, base))
+    assert (told in found) if told else found == ""
 
 
 def test_several_add_up(dense: Path, tmp_path: Path) -> None:

@@ -162,6 +162,17 @@ REFUSED: dict[str, tuple[Made, str]] = {
         beside({f"{Q}.lora_magnitude_vector": random(64)}),
         "does not fit",
     ),
+    "DoRA of an embedding": (
+        beside(
+            {
+                f"{EMBEDDING}.lora_embedding_A": random(4, TOKENS),
+                f"{EMBEDDING}.lora_embedding_B": random(HIDDEN, 4),
+                f"{EMBEDDING}.lora_magnitude_vector": random(1, HIDDEN),
+            },
+            use_dora=True,
+        ),
+        "has DoRA, .* merge the adapter with PEFT",
+    ),
     "a module that is not there": (holding(pair("model.layers.1.nothing", 4, 4)), "no module"),
     "a layer that is not there": (holding(pair(Q.replace("1", "9"), HIDDEN, HIDDEN)), "no module"),
     "a vision tower": (
@@ -192,6 +203,10 @@ OF_EXPERTS: dict[str, tuple[Made, str]] = {
     "an expert of another size": (
         holding(pair(EXPERT, 64, HIDDEN) | pair(f"{MLP}.experts.2.gate_proj", 32, HIDDEN)),
         "does not fit",
+    ),
+    "DoRA of an expert": (
+        holding(pair(EXPERT, 64, HIDDEN) | {f"{EXPERT}.lora_magnitude_vector": random(64)}),
+        "has DoRA, .* merge the adapter with PEFT",
     ),
     "fewer experts in a parameter": (
         holding(
