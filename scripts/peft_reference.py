@@ -62,6 +62,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bias-all": ("llama", {"target_modules": ["q_proj"], "bias": "all"}),
     "bias-lora-only": ("llama", {"target_modules": ["q_proj"], "bias": "lora_only"}),
+    "tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [100, 3]}),
     "one-layer": ("qwen3", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
     "experts": ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": _EXPERTS}),
     "gate-and-up": (

@@ -12,6 +12,15 @@ from functools import cached_property
 
 from mlx_fusekit.checkpoint.base import BaseModel
 
+#: What training wraps modules in, without another name for them.
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+#: What some models keep in one matrix and others in several, in the order of its rows.
+_FUSED = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+}
 #: What leads to the text model's layers, in one tree or another.
 _TRUNK = frozenset(
     ("model", "language_model", "text_model", "transformer", "decoder", "gpt_neox", "backbone")
@@ -48,9 +57,9 @@ class PeftName:
 
 def parsed(name: str) -> PeftName | None:
     """What the tensor of a name is; None for what PEFT does not write."""
-    inner = name
-    if name.startswith("base_model."):
-        inner = name.removeprefix("base_model.").removeprefix("model.")
+    inner = _WRAPPERS.sub("", name)
+    if inner.startswith("base_model."):
+        inner = inner.removeprefix("base_model.").removeprefix("model.")
     for pattern, leaf in _LEAVES:
         if found := pattern.fullmatch(inner):
             return PeftName(found[1], leaf.format(*found.groups()[1:]))
@@ -103,6 +112,13 @@ class ModulesOf:
         if is_of_another_tower(module):
             return None
         return self._by_core.get(_core(module))
+
+    def parts(self, module: str) -> tuple[str, ...]:
+        """The base's modules that share the rows of a fused matrix, in their order."""
+        before, _, leaf = module.rpartition(".")
+        found = [self.plain(f"{before}.{part}") for part in _FUSED.get(leaf, ())]
+        known = tuple(place for place in found if place is not None)
+        return known if len(known) == len(found) else ()
 
     def expert(self, module: str) -> Expert | None:
         """One expert's place in a stacked matrix; None for what is no expert's."""

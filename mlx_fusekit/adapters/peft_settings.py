@@ -8,7 +8,7 @@ and ``utils/other.py`` of PEFT 0.21.2.
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +40,9 @@ _FEATURES = {
     "monteclora_config": "a MonteCLoRA, which draws at random",
 }
 _CONVERT = "convert it to LoRA with PEFT (peft.save_as_lora), and fuse that"
-_LONGEST_PATTERN = 1000
+#: More repetitions than this in one pattern of a stranger could be searched for without end.
+_REPETITIONS = 2
+_LONGEST_PATTERN = 300
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,25 @@ class PeftSettings:
         alpha = self.config.get("lora_alpha", 8) if own is None else own
         return self._scaling(self._alpha(alpha, "lora_alpha"), self.rank_of(module))
 
+    def tokens_of(self, module: str) -> Sequence[int] | None:
+        """Which rows of an embedding were trained (``trainable_token_indices``).
+
+        Raises:
+            AdapterError: for what is no list of token ids.
+        """
+        tokens = self.config.get("trainable_token_indices")
+        if isinstance(tokens, dict):
+            names = (key for key in tokens if module == key or module.endswith(f".{key}"))
+            tokens = tokens.get(next(names, None))
+        if tokens is None:
+            return None
+        if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
+            raise AdapterError(
+                f"{self.path}: trainable_token_indices is {shown(tokens)}; it must be a list of "
+                "token ids"
+            )
+        return tokens
+
     def _scaling(self, alpha: float, rank: int) -> float:
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
@@ -142,18 +163,27 @@ class PeftSettings:
         patterns = self.config.get(key) or {}
         if not isinstance(patterns, dict):
             raise AdapterError(f"{self.path}: {key} is {shown(patterns)}; it must be an object")
-        for pattern, value in patterns.items():
-            if len(pattern) > _LONGEST_PATTERN:
-                raise AdapterError(f"{self.path}: {key} has a pattern that is too long")
-            try:
-                found = re.match(rf"(.*\.)?({pattern})$", module)
-            except re.error as error:
-                raise AdapterError(
-                    f"{self.path}: {key} has {shown(pattern)}, which is no pattern ({error})"
-                ) from error
-            if found:
-                return value
-        return None
+        found = (value for pattern, value in patterns.items() if self._fits(key, pattern, module))
+        return next(found, None)
+
+    def _fits(self, key: str, pattern: str, module: str) -> bool:
+        """Whether a pattern matches the end of a module's path."""
+        if module == pattern or module.endswith(f".{pattern}"):
+            return True
+        plain = re.sub(r"([*+}])\?|\(\?", r"\1", pattern)
+        nested = re.search(r"\)[*+{?]", plain)
+        many = len(re.findall(r"[*+{?]", plain)) > _REPETITIONS
+        if nested or many or max(len(pattern), len(module)) > _LONGEST_PATTERN:
+            raise AdapterError(
+                f"{self.path}: {key} has the pattern {shown(pattern)}, which may take without end "
+                "to look for; write the modules' names instead"
+            )
+        try:
+            return re.match(rf"(.*\.)?({pattern})$", module) is not None
+        except re.error as error:
+            raise AdapterError(
+                f"{self.path}: {key} has {shown(pattern)}, which is no pattern ({error})"
+            ) from error
 
     def _rank(self, value: Any, name: str) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:

@@ -146,6 +146,47 @@ def test_embeddings(dense: Path, tmp_path: Path) -> None:
     assert_changed(changed(dense, adapter), {f"{EMBEDDING}.weight": 2.0 * (b @ a).T})
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+def test_rows_of_single_tokens(tmp_path: Path, bits: int | None) -> None:
+    base = make_model(tmp_path / "base", bits=bits, dtype=mx.float32)
+    new = random(2, HIDDEN)
+    tensors = pair(Q, HIDDEN, HIDDEN) | {f"{EMBEDDING}.token_adapter.trainable_tokens_delta": new}
+    adapter = write_peft(tmp_path / "adapter", tensors, trainable_token_indices=[70, 3])
+    dense = {"dequantize": True, "dtype": "float32"} if bits else {}
+    fuse(base, adapter, tmp_path / "fused", **dense)
+    before, after = (
+        np.array(load_model(folder)[0].model.embed_tokens(mx.arange(TOKENS)))
+        for folder in (base, tmp_path / "fused")
+    )
+    before[[70, 3]] = new
+    np.testing.assert_allclose(after, before, atol=1e-6)
+
+
+def test_what_the_base_has_in_several_matrices(dense: Path, tmp_path: Path) -> None:
+    fused = f"{MLP}.gate_up_proj"
+    tensors = pair(fused, 2 * INNER, HIDDEN)
+    both = product(tensors, fused, 2.0)
+    expected = {f"{MLP}.gate_proj.weight": both[:INNER], f"{MLP}.up_proj.weight": both[INNER:]}
+    assert_changed(changed(dense, write_peft(tmp_path / "adapter", tensors)), expected)
+
+
+def test_a_head_that_is_the_embedding(dense: Path, tmp_path: Path) -> None:
+    """PEFT saves both; the base has but one."""
+    value = random(TOKENS, HIDDEN)
+    tensors = pair(Q, HIDDEN, HIDDEN) | {f"{EMBEDDING}.weight": value, "lm_head.weight": value}
+    adapter = write_peft(tmp_path / "one" / "adapter", tensors)
+    found = changed(dense, adapter)
+    before = weights(dense)[f"{EMBEDDING}.weight"]
+    assert_changed(
+        found, {f"{Q}.weight": product(tensors, Q, 2.0), f"{EMBEDDING}.weight": value - before}
+    )
+    tensors["lm_head.weight"] = value + 1
+    with pytest.raises(AdapterError, match=r"a head of its own, .* merge the adapter with PEFT"):
+        changed(dense, write_peft(tmp_path / "two" / "adapter", tensors))
+    with pytest.raises(AdapterError, match="changes lm_head, and the base has none"):
+        changed(dense, write_peft(tmp_path / "three/adapter", pair("lm_head", TOKENS, HIDDEN)))
+
+
 def test_what_was_saved_as_a_whole(untied: Path, tmp_path: Path) -> None:
     head, norm = random(TOKENS, HIDDEN), random(HIDDEN)
     tensors = pair(Q, HIDDEN, HIDDEN) | {
@@ -248,6 +289,7 @@ def test_names_with_the_adapters_own() -> None:
         ("base_model.model.lm_head.modules_to_save.default.weight", "lm_head", "weight"),
         (f"{Q}.lora_magnitude_vector.default", Q, "magnitude"),
         (f"{Q}.lora_B.bias", Q, "lora_B.bias"),
+        (f"base_model.model._orig_mod.{Q}.lora_A.weight", Q, "lora_A"),
     ):
         found = parsed(name)
         assert found is not None

@@ -108,9 +108,44 @@ REFUSED: dict[str, tuple[Made, str]] = {
     "lora_bias by its settings": (plain(lora_bias=True), "lora_bias"),
     "lora_bias by its tensors": (beside({f"{Q}.lora_B.bias": random(HIDDEN)}), "bias of lora_B"),
     "QA-LoRA": (plain(use_qalora=True), "QA-LoRA"),
-    "rows of single tokens": (
+    "rows of tokens that nothing names": (
         beside({f"{EMBEDDING}.token_adapter.trainable_tokens_delta": random(2, HIDDEN)}),
-        "merge it with PEFT",
+        "does not fit trainable_token_indices",
+    ),
+    "rows of fewer tokens than are named": (
+        beside(
+            {f"{EMBEDDING}.token_adapter.trainable_tokens_delta": random(2, HIDDEN)},
+            trainable_token_indices=[1, 2, 3],
+        ),
+        "does not fit trainable_token_indices",
+    ),
+    "rows of a token twice": (
+        beside(
+            {f"{EMBEDDING}.token_adapter.trainable_tokens_delta": random(2, HIDDEN)},
+            trainable_token_indices=[1, 1],
+        ),
+        "each token once",
+    ),
+    "rows of a token that the base has not": (
+        beside(
+            {f"{EMBEDDING}.token_adapter.trainable_tokens_delta": random(1, HIDDEN)},
+            trainable_token_indices=[96],
+        ),
+        "changes token 96, and .* has 96 rows",
+    ),
+    "rows of another width": (
+        beside(
+            {f"{EMBEDDING}.token_adapter.trainable_tokens_delta": random(1, 64)},
+            trainable_token_indices={"embed_tokens": [5]},
+        ),
+        "has 64 columns",
+    ),
+    "tokens that are a text": (
+        beside(
+            {f"{EMBEDDING}.token_adapter.trainable_tokens_delta": random(1, HIDDEN)},
+            trainable_token_indices=["<a>"],
+        ),
+        "must be a list of token ids",
     ),
     # Settings
     "no rank": (plain(r=0), "r is 0"),
@@ -124,7 +159,12 @@ REFUSED: dict[str, tuple[Made, str]] = {
     "an alpha that overflows": (plain(lora_alpha=1.7e308), "overflow|infinity|finite"),
     "patterns that are a list": (plain(alpha_pattern=["q_proj"]), "must be an object"),
     "a pattern that is none": (plain(alpha_pattern={"(q_proj": 4}), "no pattern"),
-    "a pattern of a megabyte": (plain(rank_pattern={"q" * 1_000_000: 4}), "too long"),
+    "a pattern of a megabyte": (plain(rank_pattern={"q" * 1_000_000: 4}), "without end"),
+    "a pattern that takes forever": (
+        plain(alpha_pattern={r"(.*)*(.*)*(.*)*x": 4}),
+        "without end",
+    ),
+    "a pattern of many repetitions": (plain(alpha_pattern={".*.*.*.*x": 4}), "without end"),
     "a rank of a pattern that is null": (plain(rank_pattern={"q_proj": [4]}), "rank_pattern is"),
     "settings that are a list": (with_settings("[]"), "JSON object"),
     "settings that are no JSON": (with_settings("{"), "not valid JSON"),

@@ -27,6 +27,7 @@ ADAPTERS = {
     "saved": "llama",
     "bias-all": "llama",
     "bias-lora-only": "llama",
+    "tokens": "llama",
     "one-layer": "qwen3",
     "experts": "qwen3_moe",
     "gate-and-up": "qwen3_moe",
