@@ -11,6 +11,7 @@ RUNS ?= 100000
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 LLAMACPP := $(VENV)/.llamacpp
+PEFT := $(VENV)-peft/.installed
 FUZZ := $(VENV)/.fuzz
 MINIMUM := $(VENV)-minimum/.installed
 TOOLS := $(VENV)-tools/.installed
@@ -35,7 +36,7 @@ test: $(INSTALLED) ## Run the tests
 	LD_PRELOAD="$$(sh scripts/fast_blas.sh)" OPENBLAS_NUM_THREADS=1 \
 		$(PY) -m pytest -m "not real" -n auto $(ARGS)
 
-test-real: $(LLAMACPP) ## Run the tests on real models and llama.cpp (downloads, builds, trains, once)
+test-real: $(LLAMACPP) $(PEFT) ## Run the tests on real models, llama.cpp and PEFT (downloads, builds, trains, once)
 	@sh scripts/fast_blas.sh install >/dev/null
 	LD_PRELOAD="$$(sh scripts/fast_blas.sh)" $(PY) -m pytest -m real $(ARGS)
 
@@ -82,13 +83,19 @@ bench-gguf: $(INSTALLED) ## Time exporting to GGUF
 	$(PY) benchmarks/gguf_speed.py $(ARGS)
 
 clean: ## Remove the environment and everything that was built
-	rm -rf $(VENV) $(VENV)-wheel $(VENV)-minimum $(VENV)-tools build dist demo exercise
+	rm -rf $(VENV) $(VENV)-wheel $(VENV)-minimum $(VENV)-tools $(VENV)-peft build dist demo exercise
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find mlx_fusekit scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(LLAMACPP): $(INSTALLED)
 	@echo "Building llama.cpp; that takes about five minutes, once"
 	@$(PY) -m pip $(if $(LOCKED),$(FROM_LOCK) requirements/llamacpp.txt,install --quiet llama-cpp-python)
+	@touch $@
+
+$(PEFT): requirements/peft.txt scripts/bootstrap.sh
+	@sh scripts/bootstrap.sh $(VENV)-peft
+	@echo "Installing PEFT and PyTorch into $(VENV)-peft; that takes some minutes, once"
+	@$(VENV)-peft/bin/python -m pip $(FROM_LOCK) requirements/peft.txt
 	@touch $@
 
 $(FUZZ): $(INSTALLED)

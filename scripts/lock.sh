@@ -20,4 +20,6 @@ lock() {
 # What an environment begins with, and what builds our own package, are locked as well.
 printf 'pip\nsetuptools\nhatchling\neditables\n' | lock ci pyproject.toml --group dev --group fuzz -
 echo llama-cpp-python | lock llamacpp --constraint requirements/ci.txt -
+# An environment of its own, with other versions of what we need too.
+lock peft --group peft
 lock tools --group lock

@@ -31,7 +31,7 @@ def wanted(lock: str) -> Iterator[str]:
     elif lock == "llamacpp":
         yield from PROJECT["project"]["optional-dependencies"]["llamacpp"]
     else:
-        yield from groups["lock"]
+        yield from groups["lock" if lock == "tools" else lock]
 
 
 @pytest.mark.parametrize("lock", [path.stem for path in LOCKS])

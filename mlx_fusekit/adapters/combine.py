@@ -31,7 +31,12 @@ def combine(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
                 "fuse it alone, then fuse the next into the result"
             )
         for module, update in adapter.weights.items():
-            assert isinstance(update, LowRankUpdate), "LoRA adapters hold low-rank updates only"
+            if adapter.parameters or not isinstance(update, LowRankUpdate):
+                whole = next(iter(adapter.parameters), module)
+                raise AdapterError(
+                    f"--adapter-path: an adapter with {whole} saved as a whole cannot be weighted "
+                    "or added to others; fuse it alone, then fuse the next into the result"
+                )
             updates[module] = _add(updates.get(module), update, weight)
     warnings = tuple(dict.fromkeys(w for adapter, _ in adapters for w in adapter.warnings))
     return Adapter("lora", MappingProxyType(updates), MappingProxyType({}), warnings)

@@ -18,6 +18,10 @@ from mlx_fusekit.reading import exists
 
 _NAMED = 3
 _LONGEST_NAME = 200
+_PRECISION = re.compile(
+    r"([-_.](unsloth|mlx|hf|bnb|awq|gptq|dwq|qat|mxfp[48]|nvfp4|bf16|fp16|fp32|bfloat16|float16|"
+    r"float32|q[2-8]|int[48]|[2-8]-?bits?))+$"
+)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 
 
@@ -181,12 +185,24 @@ def base_warnings(trained_on: str | None, base_id: str | None) -> tuple[str, ...
         return ()
     if _model_name(trained_on) == _model_name(base_id):
         return ()
+    same = _without_precision(trained_on) == _without_precision(base_id)
     if len(trained_on) > _LONGEST_NAME:
         trained_on = trained_on[:_LONGEST_NAME] + "…"
+    if same:
+        return (
+            f"the adapter was trained on {trained_on}, whose weights are rounded in another way "
+            f"than {base_id}'s; it has not seen the error of that, whose size beside the update's "
+            "`mlx-fusekit inspect ADAPTER --model BASE` shows",
+        )
     return (
         f"the adapter was trained on {trained_on}, not on {base_id}; "
         "if they differ in more than the name, the result will be wrong",
     )
+
+
+def _without_precision(id_or_path: str) -> str:
+    """The name of a model without what says how its weights are stored."""
+    return _PRECISION.sub("", _model_name(id_or_path))
 
 
 def _model_name(id_or_path: str) -> str:

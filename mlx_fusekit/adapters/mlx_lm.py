@@ -13,36 +13,26 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from mlx_fusekit.adapters.fitting import (
     base_warnings,
     check_targeted,
     closest,
-    fit_vocabulary,
-    refuse_vocabulary,
 )
+from mlx_fusekit.adapters.low_rank import fitted
 from mlx_fusekit.adapters.mlx_lm_settings import AdapterSettings
-from mlx_fusekit.adapters.updates import Adapter, FullUpdate, LowRankUpdate, Update
-from mlx_fusekit.adapters.values import check_finite, read_finite
+from mlx_fusekit.adapters.updates import Adapter, FullUpdate, Update
+from mlx_fusekit.adapters.values import read_finite
+from mlx_fusekit.adapters.whole import put_whole
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME as CONFIG_NAME
-from mlx_fusekit.checkpoint.belongings import is_hidden
-from mlx_fusekit.checkpoint.folder import read_json_in
-from mlx_fusekit.checkpoint.header import Header, TensorRef, read_header
-from mlx_fusekit.checkpoint.json_text import shown
-from mlx_fusekit.errors import AdapterError, CheckpointError
-from mlx_fusekit.formats.floats import FLOAT_DTYPES, Float32
-from mlx_fusekit.reading import exists, resolve_inside
-
-WEIGHTS_NAME = "adapters.safetensors"
+from mlx_fusekit.checkpoint.header import Header, TensorRef
+from mlx_fusekit.errors import AdapterError
 
 _LORA_LEAVES = ("lora_a", "lora_b")
 _DORA_LEAVES = ("lora_a", "lora_b", "m")
 #: What mlx-vlm's own layers, up to its version 0.4, called the same matrices.
 _MLX_VLM_LEAVES = {"A": "lora_a", "B": "lora_b"}
 _FUSED_PROJECTION = re.compile(r"\.lora_[ab]\.\d+$")
-_PICKLED = ("*.npz", "*.bin", "*.pt", "*.pth", "*.pkl")
 
 
 @dataclass(frozen=True)
@@ -54,23 +44,15 @@ class MlxLmAdapter:
     header: Header
 
     @classmethod
-    def open(cls, folder: Path, *, scale: float | None = None) -> "MlxLmAdapter":
-        """Open an adapter folder and check what can be checked without its base.
-
-        Args:
-            folder: the adapter's.
-            scale: taken instead of the recorded one.
+    def of(cls, settings: AdapterSettings, header: Header) -> "MlxLmAdapter":
+        """An adapter from what was read of its folder.
 
         Raises:
-            AdapterError: naming the file or tensor that is wrong, and the cure.
+            AdapterError: naming what is wrong, and the cure.
         """
-        if not folder.is_dir():
-            raise AdapterError(f"{folder}: there is no such adapter folder")
-        config = MappingProxyType(_read_config(folder))
-        header = _read_weights(folder, config)
         if not header.tensors:
             raise AdapterError(f"{header.file}: holds no tensors; train the adapter first")
-        adapter = cls(folder, AdapterSettings(folder / CONFIG_NAME, config, scale), header)
+        adapter = cls(settings.path.parent, settings, header)
         _ = adapter.kind
         return adapter
 
@@ -87,7 +69,7 @@ class MlxLmAdapter:
     @property
     def files(self) -> tuple[Path, ...]:
         """What the adapter is made of."""
-        return self.folder / CONFIG_NAME, self.folder / WEIGHTS_NAME
+        return self.settings.path, self.header.file
 
     @property
     def tensors(self) -> Mapping[str, TensorRef]:
@@ -220,14 +202,23 @@ class MlxLmAdapter:
                 f"{self.header.file}: {b.name} has shape {list(b.shape)}; want 2 or 3 axes"
             )
         magnitude = read_finite(tensors["m"]) if "m" in tensors else None
-        note = None
-        if magnitude is None:
-            up, note = fit_vocabulary(self.header.file, base, module, weight, up)
-        self._check_shapes(base, module, weight, up, down, tensors)
-        with np.errstate(over="ignore"):
-            up = up * np.float32(self._factor(module, scaled=scaled))
-        self._check_overflow(module, up, down)
-        update = LowRankUpdate(np.ascontiguousarray(up), np.ascontiguousarray(down), magnitude)
+        update, note = fitted(
+            base,
+            module,
+            up,
+            down,
+            magnitude,
+            scale=self._factor(module, scaled=scaled),
+            file=self.header.file,
+            have=", ".join(f"{leaf} {list(ref.shape)}" for leaf, ref in sorted(tensors.items())),
+            cure=f"correct 'scale' in {CONFIG_NAME}",
+        )
+        declared = self.settings.rank_of(module)
+        if declared is not None and declared != update.rank:
+            raise AdapterError(
+                f"{self.header.file}: {module} has rank {update.rank}, but {CONFIG_NAME} says "
+                f"{declared}; correct 'rank' there"
+            )
         return update, note
 
     def _factor(self, module: str, *, scaled: bool) -> float:
@@ -236,147 +227,12 @@ class MlxLmAdapter:
             return own
         return 1.0 if own == common or not common else own / common
 
-    def _check_shapes(
-        self,
-        base: BaseModel,
-        module: str,
-        weight: TensorSource,
-        up: Float32,
-        down: Float32,
-        tensors: Mapping[str, TensorRef],
-    ) -> None:
-        experts, rows, rank = up.shape
-        columns = down.shape[-1]
-        have = f"lora_a {list(tensors['lora_a'].shape)}, lora_b {list(tensors['lora_b'].shape)}"
-        expected = weight.shape[:-1] if len(weight.shape) == 3 else (1, *weight.shape[:-1])
-        fits = (experts, rows) == expected and down.shape[:2] == (experts, rank)
-        if fits:
-            try:
-                spec = base.quantization(module, columns)
-            except CheckpointError:
-                fits = False
-            else:
-                fits = spec is not None or columns == weight.shape[-1]
-        magnitude = tensors.get("m")
-        if magnitude is not None:
-            have += f", m {list(magnitude.shape)}"
-            fits &= magnitude.shape == (rows,) and experts == 1
-        if not fits:
-            raise AdapterError(
-                f"{self.header.file}: {module} has {have}, which does not fit the base's weight "
-                f"{weight.dtype} {list(weight.shape)}; "
-                "fuse into the model the adapter was trained on"
-            )
-        declared = self.settings.rank_of(module)
-        if declared is not None and declared != rank:
-            raise AdapterError(
-                f"{self.header.file}: {module} has rank {rank}, but {CONFIG_NAME} says {declared}; "
-                "correct 'rank' there"
-            )
-
-    def _check_overflow(self, module: str, up: Float32, down: Float32) -> None:
-        if not np.isfinite(up).all():
-            raise AdapterError(
-                f"{self.header.file}: {module} overflows float32 when multiplied with scale "
-                f"{self.settings.scale_of(module):g}; correct 'scale' in {CONFIG_NAME}"
-            )
-        largest = (
-            float(np.abs(up).max(initial=0)) * float(np.abs(down).max(initial=0)) * up.shape[-1]
-        )
-        if largest < 1e38:
-            return
-        with np.errstate(over="ignore", invalid="ignore"):
-            finite = np.isfinite(up @ down).all()
-        if not finite:
-            raise AdapterError(
-                f"{self.header.file}: the update of {module} overflows float32 at scale "
-                f"{self.settings.scale_of(module):g}; correct 'scale' in {CONFIG_NAME}"
-            )
-
     def _bind_full(self, base: BaseModel) -> tuple[Mapping[str, Update], Mapping[str, FullUpdate]]:
         weights: dict[str, Update] = {}
         parameters: dict[str, FullUpdate] = {}
         for name, tensor in self.header.tensors.items():
-            module = name.removesuffix(".weight")
-            target = base.tensors.get(name)
-            if target is None:
-                raise AdapterError(
-                    f"{self.header.file}: {name!r} is no parameter of the base model"
-                    f"{closest(name, base)}; fuse into the model it was trained from"
-                )
-            check_finite(tensor)
-            if tensor.shape == target.shape and target.dtype in FLOAT_DTYPES:
-                parameters[name] = FullUpdate(tensor)
-            elif name.endswith(".weight") and self._fits_quantized(base, module, tensor):
-                weights[module] = FullUpdate(tensor)
-            else:
-                if len(tensor.shape) == 2:
-                    refuse_vocabulary(self.header.file, base, module, target, tensor.shape[0])
-                raise AdapterError(
-                    f"{self.header.file}: {name!r} is {tensor.dtype} {list(tensor.shape)}, which "
-                    f"does not fit the base's {target.dtype} {list(target.shape)}; "
-                    "fuse into the model it was trained from"
-                )
+            put_whole(base, name, tensor, self.header.file, weights, parameters)
         return MappingProxyType(weights), MappingProxyType(parameters)
-
-    def _fits_quantized(self, base: BaseModel, module: str, tensor: TensorRef) -> bool:
-        target = base.tensors[f"{module}.weight"]
-        if tensor.shape[:-1] != target.shape[:-1] or tensor.dtype not in FLOAT_DTYPES:
-            return False
-        try:
-            return base.quantization(module, tensor.shape[-1]) is not None
-        except CheckpointError:
-            return False
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    if not exists(path) and exists(folder / "config.json"):
-        raise AdapterError(f"{folder}: is a model, not an adapter; give the adapter's folder")
-    if not exists(path):
-        raise AdapterError(
-            f"{path}: the file is missing; it says with which scale the adapter was trained, "
-            "so copy it from the training folder"
-        )
-    try:
-        config = read_json_in(folder, CONFIG_NAME)
-    except CheckpointError as error:
-        raise AdapterError(str(error)) from error
-    return config
-
-
-def _read_weights(folder: Path, config: Mapping[str, Any]) -> Header:
-    path = folder / WEIGHTS_NAME
-    if not exists(path):
-        if "peft_type" in config:
-            raise _peft(folder / CONFIG_NAME, config)
-        pickled = next((p for s in _PICKLED for p in folder.glob(s) if not is_hidden(p)), None)
-        if pickled is not None:
-            raise AdapterError(
-                f"{pickled}: pickled or old-format weights are never opened; save the adapter "
-                f"again with a current mlx-lm, as {WEIGHTS_NAME}"
-            )
-        checkpoint = next(
-            iter(sorted(folder.glob("[0-9]*_adapters.safetensors"), reverse=True)), None
-        )
-        hint = f"; to fuse {checkpoint.name}, copy it to that name" if checkpoint else ""
-        raise AdapterError(f"{path}: the file is missing{hint}")
-    try:
-        resolve_inside(folder, WEIGHTS_NAME)
-        header = read_header(path)
-    except CheckpointError as error:
-        raise AdapterError(str(error)) from error
-    # Others write mlx-lm's tensors and PEFT's settings beside mlx-lm's: the tensors decide.
-    if "peft_type" in config and any(".lora_A." in name for name in header.tensors):
-        raise _peft(path, config)
-    return header
-
-
-def _peft(path: Path, config: Mapping[str, Any]) -> AdapterError:
-    return AdapterError(
-        f"{path}: this is a PEFT adapter ({shown(config['peft_type'])}); "
-        "this version reads the adapters of mlx-lm only"
-    )
 
 
 def _is_embedding(module: str, weight: TensorSource, a: TensorRef, b: TensorRef) -> bool:

@@ -129,8 +129,8 @@ class AdapterFolder(Protocol):
         """What the user should know of how the settings were read, one line each."""
 
     @property
-    def mlx_lm_config(self) -> Mapping[str, Any]:
-        """``adapter_config.json`` as today's mlx-lm reads it."""
+    def mlx_lm_config(self) -> Mapping[str, Any] | None:
+        """``adapter_config.json`` as today's mlx-lm reads it; None where it does not."""
 
     def bind(self, base: BaseModel, base_id: str | None = None, *, scaled: bool = True) -> Adapter:
         """Check every tensor against the base and read the adapter into its neutral form.

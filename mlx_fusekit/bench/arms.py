@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import sharded_load
 
 from mlx_fusekit.adapters.opening import open_adapter
+from mlx_fusekit.adapters.sources import open_model
 from mlx_fusekit.adapters.updates import AdapterFolder
 from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME
 from mlx_fusekit.checkpoint.folder import Checkpoint
@@ -21,6 +23,7 @@ from mlx_fusekit.checkpoint.mlx_lm import MLX_LM_ERRORS, one_line
 from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.quantization import LEAVES
 from mlx_fusekit.hub import LocalFolder
+from mlx_fusekit.running.adapted import put_adapter
 from mlx_fusekit.running.loading import run_model
 from mlx_fusekit.running.model import RunningModel
 from mlx_fusekit.running.tokenizers import check_tokenizer_files
@@ -111,7 +114,7 @@ def load_arm(source: ArmSource) -> LoadedArm:
     if source.adapter is None:
         return LoadedArm(running, loaded - start, None)
     try:
-        _put_adapter(running.model, open_adapter(source.adapter, scale=source.scale))
+        _put_adapter(running.model, source, open_adapter(source.adapter, scale=source.scale))
     except MLX_LM_ERRORS as error:
         raise AdapterError(
             f"--adapter-path {source.adapter}: mlx-lm cannot run it on {source.public_name}, "
@@ -122,8 +125,17 @@ def load_arm(source: ArmSource) -> LoadedArm:
     return LoadedArm(running, end - start, end - loaded)
 
 
-def _put_adapter(model: nn.Module, adapter: AdapterFolder) -> None:
-    """Let mlx-lm load an adapter, its settings told as today's mlx-lm reads them."""
+def _put_adapter(model: nn.Module, source: ArmSource, adapter: AdapterFolder) -> None:
+    """Let mlx-lm load an adapter, its settings told as today's mlx-lm reads them.
+
+    What it does not read is put into the same layers here, in the type that it is stored in.
+    """
+    if adapter.mlx_lm_config is None:
+        stored = Counter(tensor.dtype for tensor in adapter.tensors.values()).most_common(1)[0][0]
+        dtype = {"F16": mx.float16, "BF16": mx.bfloat16}.get(stored, mx.float32)
+        base = open_model(source.local, adapter.target_tensors)
+        put_adapter(model, adapter.bind(base, scaled=False), scale=adapter.scale, dtype=dtype)
+        return
     with temporary_folder() as folder:
         write_new(folder / ADAPTER_CONFIG_NAME, json.dumps(adapter.mlx_lm_config).encode())
         calls.make_link(folder / "adapters.safetensors", adapter.files[-1].resolve())

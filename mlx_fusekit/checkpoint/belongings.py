@@ -19,6 +19,8 @@ from mlx_fusekit.reading import exists, is_folder, not_regular, resolve_inside
 
 #: Of a folder that is an adapter, whatever trained it.
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+#: Its weights, as mlx-lm and as PEFT call them.
+ADAPTER_WEIGHTS, PEFT_WEIGHTS = "adapters.safetensors", "adapter_model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CARD_NAME = "README.md"
 MODELFILE_NAME = "Modelfile"
@@ -105,7 +107,7 @@ KINDS = (
     Kind("model card", (CARD_NAME,), Step.DOWNLOAD),
     Kind("Ollama", (MODELFILE_NAME,), Step.PUBLISH),
     Kind("an adapter's settings", (ADAPTER_CONFIG_NAME,), Step.DOWNLOAD, expected=True),
-    Kind("an adapter's weights", ("adapters.safetensors",), Step.DOWNLOAD),
+    Kind("an adapter's weights", (ADAPTER_WEIGHTS, PEFT_WEIGHTS), Step.DOWNLOAD),
     Kind(
         "other data",
         ("*.json", "*.jsonl", "*.txt", "*.jinja", "*.model"),

@@ -183,7 +183,11 @@ def _unscaled(folder: AdapterFolder, base: BaseModel) -> Mapping[str, LowRankUpd
     """Updates by module whose numbers are the file's own, without the scale multiplied in."""
     updates = {}
     for module, update in folder.bind(base, scaled=False).weights.items():
-        assert isinstance(update, LowRankUpdate), "LoRA adapters hold low-rank updates only"
+        if not isinstance(update, LowRankUpdate):
+            raise AdapterError(
+                f"{folder.files[-1]}: saves {module} as a whole, which a GGUF adapter cannot hold; "
+                f"{_CURE}"
+            )
         if update.rank == 0:
             raise AdapterError(f"{folder.files[-1]}: {module} has rank 0; train the adapter again")
         updates[module] = update

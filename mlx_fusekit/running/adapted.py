@@ -58,6 +58,29 @@ def run_adapted(
     return RunningModel(model, source, config, exact, tuple(bare))
 
 
+def put_adapter(model: nn.Module, adapter: Adapter, *, scale: float, dtype: mx.Dtype) -> None:
+    """Put mlx-lm's adapter layers into a model that runs as it is stored.
+
+    Args:
+        model: mlx-lm's.
+        adapter: bound to the same base, without the scale multiplied in.
+        scale: of its updates.
+        dtype: of the matrices of its layers.
+
+    Raises:
+        AdapterError: when mlx-lm has no adapter layer for a module.
+    """
+    for path, update in adapter.weights.items():
+        _put(model, path, update, None, exact=False)
+        if isinstance(update, LowRankUpdate):
+            layer = place(model, path).value
+            layer.scale = scale
+            layer.lora_a, layer.lora_b = (m.astype(dtype) for m in (layer.lora_a, layer.lora_b))
+    for name, parameter in adapter.parameters.items():
+        place(model, name).put(_array(parameter.tensor, exact=False))
+    mx.eval(model.parameters())
+
+
 def _put(
     model: nn.Module, path: str, update: Update, norms_as_run: mx.array | None, exact: bool
 ) -> tuple[Place, Any]:

@@ -8,7 +8,7 @@ import pytest
 from support.tiny import make_adapter, make_model
 
 from mlx_fusekit import prepare_fuse
-from mlx_fusekit.adapters import mlx_lm, sources
+from mlx_fusekit.adapters import opening, sources
 from mlx_fusekit.adapters.sources import NamedSources
 from mlx_fusekit.checkpoint import header
 from mlx_fusekit.errors import AdapterError, ConfigurationError, HubError
@@ -68,7 +68,7 @@ def test_a_fuse_reads_each_header_once(
         return header.read_header(path)
 
     monkeypatch.setattr("mlx_fusekit.checkpoint.folder.read_header", counted)
-    monkeypatch.setattr(mlx_lm, "read_header", counted)
+    monkeypatch.setattr(opening, "read_header", counted)
     prepare_fuse(base, adapter, tmp_path / "fused", requantize="nearest")
     assert read == {"model.safetensors": 1, "adapters.safetensors": 1}
 

@@ -279,7 +279,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
             settings(peft_type={"a": "\n" * 9}),
             renamed(Q + ".lora_a", "base_model.model." + Q + ".lora_A.weight"),
         ),
-        "PEFT",
+        "peft_type",
     ),
     # Names
     "a name with a NUL": (renamed(Q, "model\0"), "NUL"),

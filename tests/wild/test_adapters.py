@@ -199,22 +199,6 @@ def test_a_fine_tune_type_that_mlx_lm_takes_for_lora(
     check_merged(base, adapter, merged(base, matrices(), {Q: 3.0, V: 3.0}))
 
 
-def pefts_own_folder(folder: Path, *, file: str) -> Path:
-    folder.mkdir()
-    name = f"base_model.model.{Q}.lora_A.weight"
-    mx.save_safetensors(str(folder / file), {name: mx.zeros((4, DIMS))})
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapters.safetensors"])
-def test_pefts_own_tensors(base: Path, tmp_path: Path, file: str) -> None:
-    adapter = pefts_own_folder(tmp_path / "adapter", file=file)
-    with pytest.raises(AdapterError, match=r"this is a PEFT adapter \('LORA'\)"):
-        fuse(base, adapter, tmp_path / "fused")
-
-
 # -- older versions of mlx-lm
 
 

@@ -1,0 +1,136 @@
+"""From the names of a PEFT file's tensors to modules of a base in MLX's form.
+
+PEFT names a tensor by the path of its module in the transformers model, with ``base_model.model.``
+in front, and maybe the adapter's own name inside. MLX's models have the same paths but for what
+leads to the layers, and for experts, which are one stacked matrix.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from mlx_fusekit.checkpoint.base import BaseModel
+
+#: What leads to the text model's layers, in one tree or another.
+_TRUNK = frozenset(
+    ("model", "language_model", "text_model", "transformer", "decoder", "gpt_neox", "backbone")
+)
+_OTHER_TOWERS = re.compile(r"vision|visual|audio|image|speech|multi_modal|mm_projector")
+_LEAVES = (
+    (re.compile(r"(.+)\.lora_(A|B)(?:\.[^.]+)?\.weight"), "lora_{}"),
+    (re.compile(r"(.+)\.lora_(A|B)(?:\.[^.]+)?\.bias"), "lora_{}.bias"),
+    (re.compile(r"(.+)\.lora_embedding_(A|B)(?:\.(?!weight$)[^.]+)?(?:\.weight)?"), "embedding_{}"),
+    (re.compile(r"(.+)\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?"), "magnitude"),
+    (re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?"), "tokens"),
+    (re.compile(r"(.+?)\.base_layer\.weight"), "base weight"),
+    (re.compile(r"(.+?)(?:\.base_layer|\.modules_to_save(?:\.[^.]+)?)?\.(weight|bias)"), "{}"),
+)
+_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
+_EXPERTS = re.compile(r"(.+)\.experts((?:\.base_layer)*)")
+#: What Mixtral's experts call the three.
+_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+@dataclass(frozen=True)
+class PeftName:
+    """What a tensor is.
+
+    Attributes:
+        module: path of its module in the transformers model.
+        leaf: ``lora_A``, ``lora_B``, ``embedding_A``, ``embedding_B``, ``magnitude``, ``tokens``,
+            ``weight``, ``bias``, ``base weight`` or ``lora_B.bias``.
+    """
+
+    module: str
+    leaf: str
+
+
+def parsed(name: str) -> PeftName | None:
+    """What the tensor of a name is; None for what PEFT does not write."""
+    inner = name
+    if name.startswith("base_model."):
+        inner = name.removeprefix("base_model.").removeprefix("model.")
+    for pattern, leaf in _LEAVES:
+        if found := pattern.fullmatch(inner):
+            return PeftName(found[1], leaf.format(*found.groups()[1:]))
+    return None
+
+
+def is_of_peft(name: str) -> bool:
+    """Whether only PEFT gives a tensor such a name."""
+    return ".lora_A." in name or ".lora_embedding_A" in name
+
+
+def is_of_another_tower(module: str) -> bool:
+    """Whether a module belongs to a part for images or sound."""
+    return _OTHER_TOWERS.search(module) is not None
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert's matrix of a projection.
+
+    Attributes:
+        module: path of the stacked matrix in the base.
+        number: of the expert.
+    """
+
+    module: str
+    number: int
+
+
+class ModulesOf:
+    """Finds modules of a base by the paths that transformers gives them."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+
+    @cached_property
+    def _by_core(self) -> Mapping[str, str]:
+        """Paths of modules by what remains of them without the trunk."""
+        found: dict[str, str] = {}
+        for name in self._base.tensors:
+            module, _, leaf = name.rpartition(".")
+            if leaf in ("weight", "bias") and not is_of_another_tower(module):
+                found.setdefault(_core(module), module)
+        return found
+
+    def plain(self, module: str) -> str | None:
+        """The module of a path; None where the base has none."""
+        if f"{module}.weight" in self._base.tensors:
+            return module
+        if is_of_another_tower(module):
+            return None
+        return self._by_core.get(_core(module))
+
+    def expert(self, module: str) -> Expert | None:
+        """One expert's place in a stacked matrix; None for what is no expert's."""
+        found = _EXPERT.fullmatch(module)
+        if found is None:
+            return None
+        stacked = self._stacked(found[1], _PROJECTIONS.get(found[3], found[3]))
+        return None if stacked is None else Expert(stacked, int(found[2]))
+
+    def experts(self, module: str) -> Mapping[str, str] | None:
+        """The stacked matrices of all experts, by projection; None for what is no such module."""
+        found = _EXPERTS.fullmatch(module)
+        if found is None:
+            return None
+        names = ("gate_proj", "up_proj", "down_proj")
+        places = {name: self._stacked(found[1], name) for name in names}
+        known = {name: place for name, place in places.items() if place is not None}
+        return known if len(known) == len(names) else None
+
+    def _stacked(self, block: str, projection: str) -> str | None:
+        for between in ("switch_mlp", "experts", "switch_glu"):
+            if (place := self.plain(f"{block}.{between}.{projection}")) is not None:
+                return place
+        return None
+
+
+def _core(module: str) -> str:
+    parts = module.split(".")
+    while len(parts) > 1 and parts[0] in _TRUNK:
+        parts.pop(0)
+    return ".".join(parts)
