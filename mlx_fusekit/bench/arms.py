@@ -26,6 +26,7 @@ from mlx_fusekit.hub import LocalFolder
 from mlx_fusekit.running.adapted import put_adapter
 from mlx_fusekit.running.loading import run_model
 from mlx_fusekit.running.model import RunningModel
+from mlx_fusekit.running.tokenizers import check_tokenizer_files
 from mlx_fusekit.writing import calls
 from mlx_fusekit.writing.files import write_new
 from mlx_fusekit.writing.staging import temporary_folder
@@ -149,6 +150,7 @@ def _load_whole(source: ArmSource) -> RunningModel:
 def _load_shard(source: ArmSource) -> RunningModel:
     trust = source.trust_remote_code
     Checkpoint.open(source.folder, trust_remote_code=trust)
+    check_tokenizer_files(source.folder)
     try:
         model, _, config = sharded_load(
             str(source.folder),

@@ -1,7 +1,7 @@
 """Tokenizers of strangers' folders: loaded as mlx-lm does, and tried out before minutes of work."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from mlx_lm.utils import load_tokenizer
@@ -42,7 +42,7 @@ def tokenizer_of(source: LocalFolder, config: Mapping[str, Any], rows: int | Non
     folder = source.path
     try:
         with told_in_a_line(folder, "cannot be loaded", f"update transformers, or {_CURE}"):
-            _check_files(folder)
+            check_tokenizer_files(folder)
             ends = _end_ids(folder, config)
             # Said in so many words: left open, transformers asks on the terminal whether to run
             # code.
@@ -79,8 +79,10 @@ def _has_tokenizer_code(folder: Path, config: Mapping[str, Any]) -> bool:
     return any(isinstance(names, dict) and "AutoTokenizer" in names for names in maps)
 
 
-def _check_files(folder: Path) -> None:
+def check_tokenizer_files(folder: Path) -> None:
     """Refuse what transformers would fail at in words of its own, or take all memory for.
+
+    And that by which it would read files that are not the folder's.
 
     Raises:
         CheckpointError: naming the file.
@@ -98,9 +100,36 @@ def _check_files(folder: Path) -> None:
                 f"{file}: has the token id {shown(largest)}, far more than any model has tokens; "
                 f"{_CURE}"
             )
+        if name == _SETTINGS:
+            _check_paths(file, content)
         if name == "tokenizer.json":
             _check_added(file, content.get("added_tokens"))
             _check_growth(file, content)
+
+
+def _check_paths(file: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that make transformers read another file, wherever it lies.
+
+    Its classes get the settings as arguments and hand them on: what stands in the place of a table
+    of tokens is a path to tokenizers, and SentencePiece has an argument for one.
+    """
+    named = {key: [settings.get(key)] for key in ("vocab", "merges")}
+    first, pieces = settings.get("init_inputs"), settings.get("sp_model_kwargs")
+    named["init_inputs"] = first if isinstance(first, list) else [first]
+    named["sp_model_kwargs"] = [pieces.get("model_file")] if isinstance(pieces, dict) else []
+    versions = settings.get("fast_tokenizer_files")
+    named["fast_tokenizer_files"] = [
+        name
+        for name in (versions if isinstance(versions, list) else ())
+        if isinstance(name, str) and PurePath(name).name != name
+    ]
+    for key, values in named.items():
+        path = next((value for value in values if isinstance(value, str)), None)
+        if path is not None:
+            raise CheckpointError(
+                f"{file}: {key} names the file {shown(path)}, which transformers would read, "
+                f"wherever it lies; remove {key}"
+            )
 
 
 def _check_added(file: Path, added: Any) -> None:

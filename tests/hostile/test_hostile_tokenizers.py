@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -393,6 +394,24 @@ ENDS = {
 }
 
 
+#: Settings that transformers and what it calls take for the path of a file to read, be it a pipe, a
+#: device without end or a file of the user's; and what of them it does not take for one.
+PATHS: dict[str, Any] = {
+    "vocab": "/dev/zero",
+    "merges": "../merges.txt",
+    "init_inputs": [1, "/dev/zero"],
+    "sp_model_kwargs": {"model_file": "/dev/zero"},
+    "fast_tokenizer_files": ["tokenizer.json", "../tokenizer.1.0.json"],
+}
+NO_PATHS: dict[str, Any] = {
+    "vocab": None,
+    "merges": None,
+    "init_inputs": [],
+    "sp_model_kwargs": {"enable_sampling": True, "alpha": 0.1},
+    "fast_tokenizer_files": ["tokenizer.json"],
+}
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for name in (TOKENIZER, SETTINGS, "chat_template.jinja"):
@@ -432,6 +451,19 @@ def test_it_works(name: str, folder: Path) -> None:
 
 def test_there_are_enough() -> None:
     assert len(HOSTILE) >= 60
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_settings_lead_to_no_other_file(key: str, folder: Path) -> None:
+    changed(SETTINGS, **{key: PATHS[key]})(folder)
+    named = f"{SETTINGS}: {key} names the file '"
+    with in_little(), pytest.raises(CheckpointError, match=re.escape(named)):
+        load(folder)
+
+
+def test_settings_that_are_no_paths_are_read(folder: Path) -> None:
+    changed(SETTINGS, **NO_PATHS)(folder)
+    assert load(folder).encode("SELECT")
 
 
 @pytest.mark.parametrize("name", ENDS)
