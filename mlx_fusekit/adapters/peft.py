@@ -46,9 +46,8 @@ class PeftAdapter:
         if header.tensors:
             settings.check()
         adapter = cls(settings.path.parent, settings, header)
-        if not any(
-            leaf in _PAIRS[0] + _PAIRS[1] for leaves in adapter.modules.values() for leaf in leaves
-        ):
+        found = {leaf for leaves in adapter.modules.values() for leaf in leaves}
+        if not found & {"tokens", *_PAIRS[0], *_PAIRS[1]}:
             raise AdapterError(f"{header.file}: holds no LoRA tensors; train the adapter first")
         return adapter
 

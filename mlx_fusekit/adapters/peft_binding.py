@@ -100,19 +100,27 @@ class Binding:
             up, down = read_finite(leaves["embedding_A"]).T, read_finite(leaves["embedding_B"]).T
             self._check_rank(module, up.shape[-1])
             self._put(place, up[None], down[None], _shapes(leaves), self._factor(module))
-        if "base weight" in leaves and leaves["base weight"].shape[:1] != self._rows(place):
-            refuse_vocabulary(
-                self._file,
-                self._base,
-                place,
-                self._base.tensors[f"{place}.weight"],
-                leaves["base weight"].shape[0],
+        if (original := leaves.get("base weight")) is not None:
+            target = self._base.tensors[f"{place}.weight"]
+            if original.shape[:1] != target.shape[:1]:
+                refuse_vocabulary(self._file, self._base, place, target, original.shape[0])
+            self._notes.append(
+                f"{original.name} is left out: it is the embedding that the adapter was put on"
             )
+        self._tell_tied(place)
         for leaf in ("weight", "bias"):
             if leaf in leaves:
                 name, tensor = f"{place}.{leaf}", leaves[leaf]
                 put_whole(self._base, name, tensor, self._file, self._weights, self._parameters)
         return None
+
+    def _tell_tied(self, place: str) -> None:
+        """Warn where a changed embedding is the head too: unmerged, PEFT leaves the head alone."""
+        is_embedding = "emb" in place.rpartition(".")[2] or place.endswith(".wte")
+        if is_embedding and self._names.plain("lm_head") is None:
+            self._notes.append(
+                f"{place} is also the base's head: the head changes with it, as when PEFT merges"
+            )
 
     def _elsewhere(self, module: str, leaves: Mapping[str, TensorRef]) -> None:
         """What the base has in several modules, or in another's place."""
@@ -160,7 +168,7 @@ class Binding:
         if not tokens or new.ndim != 2 or len({*tokens}) != len(new) or len(tokens) != len(new):
             raise AdapterError(
                 f"{self._file}: {shown(tensor.name)} {list(tensor.shape)} does not fit "
-                f"trainable_token_indices in {CONFIG_NAME}; correct that, each token once"
+                f"trainable_token_indices in {CONFIG_NAME}; correct that, each once"
             )
         if max(tokens) >= rows:
             raise AdapterError(

@@ -68,7 +68,7 @@ def parsed(name: str) -> PeftName | None:
 
 def is_of_peft(name: str) -> bool:
     """Whether only PEFT gives a tensor such a name."""
-    return ".lora_A." in name or ".lora_embedding_A" in name
+    return any(part in name for part in (".lora_A.", ".lora_embedding_A", ".token_adapter."))
 
 
 def is_of_another_tower(module: str) -> bool:

@@ -182,7 +182,13 @@ def _check_lora(folder: AdapterFolder) -> None:
 def _unscaled(folder: AdapterFolder, base: BaseModel) -> Mapping[str, LowRankUpdate]:
     """Updates by module whose numbers are the file's own, without the scale multiplied in."""
     updates = {}
-    for module, update in folder.bind(base, scaled=False).weights.items():
+    adapter = folder.bind(base, scaled=False)
+    if whole := next(iter(adapter.parameters), None):
+        raise AdapterError(
+            f"{folder.files[-1]}: saves {whole} as a whole, which a GGUF adapter cannot hold; "
+            f"{_CURE}"
+        )
+    for module, update in adapter.weights.items():
         if not isinstance(update, LowRankUpdate):
             raise AdapterError(
                 f"{folder.files[-1]}: saves {module} as a whole, which a GGUF adapter cannot hold; "

@@ -124,7 +124,7 @@ REFUSED: dict[str, tuple[Made, str]] = {
             {f"{EMBEDDING}.token_adapter.trainable_tokens_delta": random(2, HIDDEN)},
             trainable_token_indices=[1, 1],
         ),
-        "each token once",
+        "each once",
     ),
     "rows of a token that the base has not": (
         beside(
