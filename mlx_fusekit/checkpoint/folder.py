@@ -343,6 +343,23 @@ def _missing_number(names: Collection[str]) -> str | None:
     return None
 
 
+def refuse_unloadable(checkpoint: Checkpoint, told: str, *, trust_remote_code: bool) -> None:
+    """Refuse a folder of which something is told, where mlx-lm cannot make a model of it.
+
+    Raises:
+        CheckpointError: with what is told, and mlx-lm's reason.
+    """
+    folder = checkpoint.folder
+    try:
+        weights = loadable_folder(folder, checkpoint.headers)
+        load_lazily(folder, weights=weights, trust_remote_code=trust_remote_code)
+    except CheckpointError as error:
+        why = str(error).removeprefix(f"{folder}: ")
+        raise CheckpointError(
+            f"{told}, and {why}; download the model again, into an empty folder"
+        ) from error
+
+
 def _check_whole(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[str, ...]:
     """Warnings about an index that is out of date; mlx-lm does not read it.
 
@@ -357,14 +374,7 @@ def _check_whole(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[str, 
         told = f"{folder}: {missing}"
     else:
         return ()
-    try:
-        weights = loadable_folder(folder, checkpoint.headers)
-        load_lazily(folder, weights=weights, trust_remote_code=trust_remote_code)
-    except CheckpointError as error:
-        why = str(error).removeprefix(f"{folder}: ")
-        raise CheckpointError(
-            f"{told}, and {why}; download the model again, into an empty folder"
-        ) from error
+    refuse_unloadable(checkpoint, told, trust_remote_code=trust_remote_code)
     if fault is None:
         return ()
     return (

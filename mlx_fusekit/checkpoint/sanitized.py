@@ -18,7 +18,7 @@ from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.beside_text import dropped
 from mlx_fusekit.checkpoint.complete import lacking
 from mlx_fusekit.checkpoint.decoded import FOREIGN, decoded_types, loadable_folder
-from mlx_fusekit.checkpoint.folder import Checkpoint, layer_count
+from mlx_fusekit.checkpoint.folder import Checkpoint, layer_count, refuse_unloadable
 from mlx_fusekit.checkpoint.header import Header, TensorRef
 from mlx_fusekit.checkpoint.mlx_lm import (
     foreign_quantization,
@@ -206,18 +206,9 @@ def _refuse_incomplete(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
     settings = {**checkpoint.config, **(text if isinstance(text, dict) else {})}
     untied = settings.get("tie_word_embeddings") is False
     lack = lacking(checkpoint.tensors, checkpoint.layer_count, head=untied)
-    if lack is None:
-        return
-    folder = checkpoint.folder
-    try:
-        weights = loadable_folder(folder, checkpoint.headers)
-        load_lazily(folder, weights=weights, trust_remote_code=trust_remote_code)
-    except CheckpointError as error:
-        why = str(error).removeprefix(f"{folder}: ")
-        raise CheckpointError(
-            f"{folder}: seems to lack {lack}, and {why}; download the model again, into an empty "
-            "folder"
-        ) from error
+    if lack is not None:
+        told = f"{checkpoint.folder}: seems to lack {lack}"
+        refuse_unloadable(checkpoint, told, trust_remote_code=trust_remote_code)
 
 
 def beside_text(base: BaseModel, *, trust_remote_code: bool = False) -> frozenset[str]:
