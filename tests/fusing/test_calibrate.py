@@ -203,6 +203,7 @@ def flags(**options: Any) -> list[str]:
     ]
 
 
+@pytest.mark.real
 def test_a_bound_out_of_reach_keeps_the_model_and_says_so(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -228,7 +228,7 @@ def test_many_conversations_are_no_excess(limited) -> None:
 
 
 def test_slow_conversations_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(templates, "LIMITS", Limits(seconds=0.3, seconds_each=0))
+    monkeypatch.setattr(templates, "LIMITS", Limits(seconds=0.3, seconds_each=0.001))
     tokenizer = tokenizer_with(
         "{% for i in range(2000) %}{% for j in range(1000) %}{% endfor %}{% endfor %}"
     )

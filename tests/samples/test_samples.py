@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm
+import pytest
 from support.exact_match import exact_match, load_chat_items
 
 from mlx_fusekit import samples
@@ -51,9 +52,11 @@ def test_general_data_is_chat_without_sql() -> None:
     assert not any("SELECT" in message["content"] for item in items for message in item["messages"])
 
 
+@pytest.mark.real
 def test_the_base_does_not_know_the_task() -> None:
     assert _exact_match(None) < 0.10
 
 
+@pytest.mark.real
 def test_the_adapter_knows_the_task() -> None:
     assert _exact_match(samples.adapter_path()) > 0.95
