@@ -11,6 +11,7 @@ number of times sorted into powers of two; findings that were mended are added b
 import argparse
 import hashlib
 import json
+import math
 import struct
 import sys
 import tempfile
@@ -197,6 +198,45 @@ def _adapters(scratch: Path, model: Path) -> Iterator[bytes]:
     }
     parameters = {"rank": 2, "scale": 2.0, "keys": ["model.embed_tokens"]}
     yield _json({"lora_parameters": parameters}) + targets.DIVIDER + _json(embedding)
+    yield from _pefts()
+
+
+def _pefts() -> Iterator[bytes]:
+    """Adapters in PEFT's form."""
+    module, embedding = "model.layers.0.self_attn.q_proj", "model.embed_tokens"
+    shapes = [
+        {f"{module}.lora_A.weight": [2, 64], f"{module}.lora_B.weight": [64, 2]},
+        {f"{module}.lora_magnitude_vector": [64], "model.norm.weight": [64]},
+        {
+            f"{embedding}.lora_embedding_A": [2, 100],
+            f"{embedding}.lora_embedding_B": [64, 2],
+            f"{embedding}.base_layer.weight": [100, 64],
+        },
+        {f"{embedding}.token_adapter.trainable_tokens_delta": [2, 64]},
+        {
+            "model.layers.0.mlp.experts.1.gate_proj.lora_A.weight": [2, 64],
+            "model.layers.0.mlp.experts.1.gate_proj.lora_B.weight": [64, 2],
+        },
+    ]
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "someone/other",
+        "r": 2,
+        "lora_alpha": 4,
+        "use_rslora": True,
+        "rank_pattern": {r".*\.q_proj": 2},
+        "alpha_pattern": {"q_proj": 3.5},
+        "trainable_token_indices": {"embed_tokens": [3, 9]},
+        "init_lora_weights": "eva",
+    }
+    for more in ({}, shapes[1], shapes[2], shapes[3], shapes[4]):
+        rows, position = {}, 0
+        for name, shape in {**shapes[0], **more}.items():
+            end = position + 4 * math.prod(shape)
+            offsets = [position, end]
+            row = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+            rows[f"base_model.model.{name}"], position = row, end
+        yield _json(settings) + targets.DIVIDER + _json(rows)
 
 
 def _settings(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
