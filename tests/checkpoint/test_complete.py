@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from support.every_class import NOT_RUN, config_of, model_of, names
+from support.every_class import config_of, model_of, runnable
 from support.tiny import LLAMA, make_adapter, make_model
 
 from mlx_fusekit import fuse
@@ -86,7 +86,7 @@ def test_a_fuse_refuses_it(tmp_path: Path) -> None:
     assert not (tmp_path / "fused").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name not in NOT_RUN])
+@pytest.mark.parametrize("name", runnable())
 def test_no_class_is_missed(name: str, tmp_path: Path) -> None:
     """Layers of many classes differ; mlx-lm is asked, and says that it is whole."""
     from mlx.utils import tree_flatten

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from support.command import run
-from support.every_class import NOT_RUN, config_of, names
+from support.every_class import config_of, runnable
 from support.limits import in_little
 from support.sweep_values import places, replaced, with_value
 from support.tiny import LLAMA, make_model
@@ -283,7 +283,7 @@ def test_a_value_of_any_kind_at_any_key_is_read_or_refused(folder: Path) -> None
     "name",
     [
         pytest.param(name, marks=pytest.mark.real if place % 6 else ())
-        for place, name in enumerate(name for name in names() if name not in NOT_RUN)
+        for place, name in enumerate(runnable())
     ],
 )
 def test_a_billion_of_anything_in_any_class(name: str, tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_a_billion_of_anything_in_any_class(name: str, tmp_path: Path) -> None:
     assert refused
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name not in NOT_RUN])
+@pytest.mark.parametrize("name", runnable())
 def test_no_class_is_refused(name: str, tmp_path: Path) -> None:
     config = config_of(name)
     check_layers(config, 1, tmp_path)
