@@ -63,6 +63,19 @@ def fitted(
     return LowRankUpdate(np.ascontiguousarray(up), np.ascontiguousarray(down), magnitude), note
 
 
+def factor(own: float, common: float, *, scaled: bool) -> float:
+    """What a module's matrices are multiplied with.
+
+    Args:
+        own: the module's scale.
+        common: the adapter's.
+        scaled: whether the scale is multiplied in; else what is left of it beside the common one.
+    """
+    if scaled:
+        return own
+    return 1.0 if own == common or not common else own / common
+
+
 def _fits(
     base: BaseModel,
     module: str,

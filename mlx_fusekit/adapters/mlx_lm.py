@@ -18,7 +18,7 @@ from mlx_fusekit.adapters.fitting import (
     check_targeted,
     closest,
 )
-from mlx_fusekit.adapters.low_rank import fitted
+from mlx_fusekit.adapters.low_rank import factor, fitted
 from mlx_fusekit.adapters.mlx_lm_settings import AdapterSettings
 from mlx_fusekit.adapters.updates import Adapter, FullUpdate, Update
 from mlx_fusekit.adapters.values import read_finite
@@ -208,7 +208,7 @@ class MlxLmAdapter:
             up,
             down,
             magnitude,
-            scale=self._factor(module, scaled=scaled),
+            scale=factor(self.settings.scale_of(module), self.scale, scaled=scaled),
             file=self.header.file,
             have=", ".join(f"{leaf} {list(ref.shape)}" for leaf, ref in sorted(tensors.items())),
             cure=f"correct 'scale' in {CONFIG_NAME}",
@@ -220,12 +220,6 @@ class MlxLmAdapter:
                 f"{declared}; correct 'rank' there"
             )
         return update, note
-
-    def _factor(self, module: str, *, scaled: bool) -> float:
-        own, common = self.settings.scale_of(module), self.scale
-        if scaled:
-            return own
-        return 1.0 if own == common or not common else own / common
 
     def _bind_full(self, base: BaseModel) -> tuple[Mapping[str, Update], Mapping[str, FullUpdate]]:
         weights: dict[str, Update] = {}

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_fusekit.adapters.base_rows import base_rows
 from mlx_fusekit.adapters.fitting import closest, refuse_vocabulary
-from mlx_fusekit.adapters.low_rank import fitted
+from mlx_fusekit.adapters.low_rank import factor, fitted
 from mlx_fusekit.adapters.peft_names import ModulesOf, is_of_another_tower
 from mlx_fusekit.adapters.peft_settings import PeftSettings
 from mlx_fusekit.adapters.updates import Adapter, FullUpdate, Update
@@ -88,6 +88,11 @@ class Binding:
         place = self._names.plain(module)
         if place is None:
             return self._elsewhere(module, leaves)
+        if "weight" in leaves and leaves.keys() & {"lora_A", "embedding_A", "tokens"}:
+            raise AdapterError(
+                f"{self._file}: {shown(module)} has trained matrices and a whole weight beside "
+                "them; merge the adapter with PEFT (merge_and_unload)"
+            )
         if "tokens" in leaves:
             self._tokens(place, module, leaves)
         if "lora_A" in leaves:
@@ -217,9 +222,7 @@ class Binding:
     def _factor(self, module: str) -> float:
         """What a module's update is multiplied with."""
         own, common = self._settings.scale_of(module), self._settings.scale
-        if self._scaled:
-            return own
-        return 1.0 if own == common or not common else own / common
+        return factor(own, common, scaled=self._scaled)
 
     def _check_rank(self, module: str, rank: int) -> None:
         told = self._settings.rank_of(module)

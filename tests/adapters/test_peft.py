@@ -11,7 +11,7 @@ import pytest
 from gguf import GGUFReader
 from mlx_lm.utils import load_model
 from support.exportable import make_exportable
-from support.peft import as_peft, pair, random, write_peft
+from support.peft import as_peft, pair, product, random, write_peft
 from support.tiny import LLAMA, QWEN3_MOE, make_adapter, make_model
 
 from mlx_fusekit import fuse, samples, verify
@@ -76,11 +76,6 @@ def assert_changed(found: Weights, expected: Weights) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, atol=2e-7, err_msg=name)
-
-
-def product(tensors: Weights, module: str, scale: float) -> np.ndarray:
-    a, b = tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
-    return scale * b.astype(np.float64) @ a
 
 
 def test_lora(dense: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.peft_folders import Tensors, pair, product, save_peft
+from support.peft import Tensors, pair, product, write_peft
 from support.tiny import LLAMA, QWEN3_MOE, VOCABULARY, make_model, save_adapter
 
 from mlx_fusekit import export_lora, fuse
@@ -104,7 +104,7 @@ def test_scale(base: Path, tmp_path: Path, case: str) -> None:
         f"{module}.weight": before[f"{module}.weight"] + factor * product(tensors, module)
         for module, factor in ((Q, of_q), (K, of_k))
     }
-    check(base, save_peft(tmp_path / "adapter", tensors, **settings), expected)
+    check(base, write_peft(tmp_path / "adapter", tensors, **settings), expected)
 
 
 NAMES = {
@@ -126,13 +126,13 @@ def test_names(base: Path, tmp_path: Path, case: str) -> None:
         f"{module}.weight": before[f"{module}.weight"] + 2 * product(PLAIN, module)
         for module in (Q, K)
     }
-    check(base, save_peft(tmp_path / "adapter", renamed), expected)
+    check(base, write_peft(tmp_path / "adapter", renamed), expected)
 
 
 def test_the_same_adapter_in_both_formats_fuses_to_the_same_bytes(
     quantized: Path, tmp_path: Path
 ) -> None:
-    theirs = save_peft(tmp_path / "peft", PLAIN)
+    theirs = write_peft(tmp_path / "peft", PLAIN)
     ours = save_adapter(
         tmp_path / "mlx",
         {
@@ -158,7 +158,7 @@ def test_dora(base: Path, tmp_path: Path, suffix: str) -> None:
     tensors = pair(Q, SIZE, SIZE) | {f"{Q}.lora_magnitude_vector{suffix}": magnitude}
     merged = weights(base)[f"{Q}.weight"] + 2 * product(tensors, Q)
     merged *= (magnitude / np.linalg.norm(merged, axis=1))[:, None]
-    adapter = save_peft(tmp_path / "adapter", tensors, use_dora=True)
+    adapter = write_peft(tmp_path / "adapter", tensors, use_dora=True)
     check(base, adapter, {f"{Q}.weight": merged})
 
 
@@ -175,7 +175,7 @@ def test_embedding(base: Path, tmp_path: Path) -> None:
     a, b = tensors.values()
     before = weights(base)[f"{EMBEDDING}.weight"]
     beside = {f"{EMBEDDING}.base_layer.weight": before + 1}
-    adapter = save_peft(tmp_path / "adapter", tensors | beside)
+    adapter = write_peft(tmp_path / "adapter", tensors | beside)
     check(base, adapter, {f"{EMBEDDING}.weight": before + 2 * (b @ a).T})
     notes = NamedSources.find(base, adapter).open().adapter.warnings
     assert any("is left out: it is the embedding" in note for note in notes)
@@ -185,7 +185,7 @@ def test_embedding(base: Path, tmp_path: Path) -> None:
 def test_single_tokens(base: Path, tmp_path: Path) -> None:
     new = np.random.default_rng(6).normal(0, 1, (2, SIZE)).astype(np.float32)
     name = f"{EMBEDDING}.token_adapter.trainable_tokens_delta"
-    adapter = save_peft(
+    adapter = write_peft(
         tmp_path / "adapter", PLAIN | {name: new}, trainable_token_indices={"embed_tokens": [7, 3]}
     )
     before = weights(base)
@@ -198,7 +198,7 @@ def test_single_tokens(base: Path, tmp_path: Path) -> None:
 def test_single_tokens_of_a_quantized_embedding(quantized: Path, tmp_path: Path) -> None:
     new = np.random.default_rng(6).normal(0, 0.1, (1, SIZE)).astype(np.float32)
     name = f"{EMBEDDING}.token_adapter.trainable_tokens_delta"
-    adapter = save_peft(tmp_path / "adapter", {name: new}, trainable_token_indices=[9])
+    adapter = write_peft(tmp_path / "adapter", {name: new}, trainable_token_indices=[9])
     found = changed_words(quantized, adapter)
     assert found == {f"{EMBEDDING}.weight": [9]}
     fused = {n: mx.array(a) for n, a in mx.load(str(tmp_path / "fused/model.safetensors")).items()}
@@ -232,7 +232,7 @@ SAVED = {
 def test_modules_to_save(base: Path, tmp_path: Path, case: str) -> None:
     norm = np.linspace(0, 1, SIZE, dtype=np.float32)
     tensors = pair(Q, SIZE, SIZE) | {SAVED[case]: norm}
-    adapter = save_peft(tmp_path / "adapter", tensors, modules_to_save=["norm"])
+    adapter = write_peft(tmp_path / "adapter", tensors, modules_to_save=["norm"])
     merged = weights(base)[f"{Q}.weight"] + 2 * product(tensors, Q)
     check(base, adapter, {"model.norm.weight": norm, f"{Q}.weight": merged})
 
@@ -241,7 +241,7 @@ def test_modules_to_save(base: Path, tmp_path: Path, case: str) -> None:
 def test_biases(base: Path, tmp_path: Path, bias: str) -> None:
     values = np.linspace(-1, 1, SIZE, dtype=np.float32)
     tensors = pair(Q, SIZE, SIZE) | {f"{Q}.base_layer.bias": values}
-    adapter = save_peft(tmp_path / "adapter", tensors, bias=bias)
+    adapter = write_peft(tmp_path / "adapter", tensors, bias=bias)
     merged = weights(base)[f"{Q}.weight"] + 2 * product(tensors, Q)
     check(base, adapter, {f"{Q}.bias": values, f"{Q}.weight": merged})
 
@@ -249,7 +249,7 @@ def test_biases(base: Path, tmp_path: Path, bias: str) -> None:
 def test_a_whole_embedding_onto_a_quantized_one(quantized: Path, tmp_path: Path) -> None:
     values = np.random.default_rng(8).normal(0, 0.1, (VOCABULARY, SIZE)).astype(np.float32)
     tensors = pair(Q, SIZE, SIZE) | {f"{EMBEDDING}.weight": values, "lm_head.weight": values}
-    adapter = save_peft(tmp_path / "adapter", tensors, modules_to_save=["embed_tokens", "lm_head"])
+    adapter = write_peft(tmp_path / "adapter", tensors, modules_to_save=["embed_tokens", "lm_head"])
     found = changed_words(quantized, adapter)
     assert set(found) == {f"{Q}.weight", f"{EMBEDDING}.weight"}
     fused = mx.load(str(tmp_path / "fused/model.safetensors"))
@@ -264,7 +264,7 @@ def test_single_experts(experts: Path, tmp_path: Path) -> None:
     expected = weights(experts)[stack].copy()
     expected[1] += 2 * product(tensors, one)
     expected[3] += 4 * product(tensors, other)
-    adapter = save_peft(tmp_path / "adapter", tensors, rank_pattern={"experts.3.gate_proj": 2})
+    adapter = write_peft(tmp_path / "adapter", tensors, rank_pattern={"experts.3.gate_proj": 2})
     check(experts, adapter, {stack: expected})
 
 
@@ -281,7 +281,7 @@ def test_all_experts_at_once(experts: Path, tmp_path: Path) -> None:
     down, of_down = all_experts(f"{BLOCK}.experts", SIZE, EXPERT_WIDTH)
     gate_up, of_gate_up = all_experts(f"{BLOCK}.experts.base_layer", 2 * EXPERT_WIDTH, SIZE)
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    adapter = save_peft(tmp_path / "adapter", down | gate_up, target_parameters=parameters)
+    adapter = write_peft(tmp_path / "adapter", down | gate_up, target_parameters=parameters)
     before = weights(experts)
     stacks = {leaf: f"{BLOCK}.switch_mlp.{leaf}_proj.weight" for leaf in ("gate", "up", "down")}
     updates = {
@@ -294,7 +294,7 @@ def test_all_experts_at_once(experts: Path, tmp_path: Path) -> None:
 
 
 def test_a_scale_that_the_user_says(base: Path, tmp_path: Path) -> None:
-    adapter = save_peft(tmp_path / "adapter", PLAIN, lora_alpha=None)
+    adapter = write_peft(tmp_path / "adapter", PLAIN, lora_alpha=None)
     update = NamedSources.find(base, adapter, scale=3.0).open().adapter.weights[Q]
     np.testing.assert_allclose(update.up[0] @ update.down[0], 3 * product(PLAIN, Q), atol=1e-6)
 
@@ -326,7 +326,7 @@ def test_tokens_that_do_not_fit(base: Path, tmp_path: Path, case: str) -> None:
     tokens, match = TRAINED_TOKENS[case]
     name = f"{EMBEDDING}.token_adapter.trainable_tokens_delta"
     tensors = {name: np.ones((2, SIZE), np.float32)}
-    adapter = save_peft(tmp_path / "adapter", tensors, trainable_token_indices=tokens)
+    adapter = write_peft(tmp_path / "adapter", tensors, trainable_token_indices=tokens)
     with pytest.raises(AdapterError, match=match):
         fuse(base, adapter, tmp_path / "fused")
     assert not (tmp_path / "fused").exists()
@@ -336,12 +336,12 @@ def test_a_head_of_its_own_on_a_base_that_has_none(base: Path, tmp_path: Path) -
     rows = np.ones((VOCABULARY, SIZE), np.float32)
     tensors = PLAIN | {f"{EMBEDDING}.weight": rows, "lm_head.weight": 2 * rows}
     with pytest.raises(AdapterError, match=r"a head of its own.*merge the adapter with PEFT"):
-        fuse(base, save_peft(tmp_path / "adapter", tensors), tmp_path / "fused")
+        fuse(base, write_peft(tmp_path / "adapter", tensors), tmp_path / "fused")
 
 
 def test_a_gguf_adapter_leaves_out_nothing_that_was_trained(base: Path, tmp_path: Path) -> None:
     tensors = PLAIN | {"model.norm.weight": np.ones(SIZE, np.float32)}
-    adapter = save_peft(tmp_path / "adapter", tensors, modules_to_save=["norm"])
+    adapter = write_peft(tmp_path / "adapter", tensors, modules_to_save=["norm"])
     with pytest.raises(AdapterError, match=r"saves model\.norm\.weight as a whole"):
         export_lora(base, adapter, tmp_path / "adapter.gguf")
     assert not (tmp_path / "adapter.gguf").exists()

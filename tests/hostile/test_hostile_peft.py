@@ -213,6 +213,10 @@ REFUSED: dict[str, tuple[Made, str]] = {
         ),
         "has DoRA, .* merge the adapter with PEFT",
     ),
+    "matrices and a whole weight": (
+        beside({f"{Q}.weight": random(HIDDEN, HIDDEN)}),
+        "a whole weight beside them; merge",
+    ),
     "a module that is not there": (holding(pair("model.layers.1.nothing", 4, 4)), "no module"),
     "a layer that is not there": (holding(pair(Q.replace("1", "9"), HIDDEN, HIDDEN)), "no module"),
     "a vision tower": (

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+Tensors = dict[str, np.ndarray]
 #: What PEFT writes of a plain LoRA, as far as it matters.
 SETTINGS: dict[str, Any] = {
     "peft_type": "LORA",
@@ -35,7 +36,7 @@ def write_peft(
     **settings: Any,
 ) -> Path:
     """An adapter of these tensors, whose names get ``prefix``."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     arrays = {f"{prefix}{name}": mx.array(value) for name, value in tensors.items()}
     mx.save_safetensors(str(folder / file), arrays)
     (folder / "adapter_config.json").write_text(json.dumps(SETTINGS | settings))
@@ -52,6 +53,12 @@ def pair(module: str, rows: int, columns: int, rank: int = 4, seed: int = 0) -> 
         f"{module}.lora_A.weight": random(rank, columns, seed=seed),
         f"{module}.lora_B.weight": random(rows, rank, seed=seed + 1),
     }
+
+
+def product(tensors: Tensors, module: str, scale: float = 1.0) -> np.ndarray:
+    """``scale * B A`` of a module."""
+    a, b = tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
+    return scale * b.astype(np.float64) @ a
 
 
 def as_peft(adapter: Path, folder: Path) -> Path:
