@@ -45,6 +45,12 @@ def weighted(name: str, weight: float) -> str:
     return name if weight == 1 else f"{name} (weight {setting(weight)})"
 
 
+def combination(how: Mapping[str, Any]) -> str:
+    """By what several adapters were combined, as reports tell it."""
+    seed = "" if how.get("seed") is None else f", seed {how['seed']}"
+    return f"{how['method']}, density {setting(how['density'])}{seed}"
+
+
 def milliseconds(seconds: float | None) -> str:
     """A time in milliseconds."""
     return UNKNOWN if seconds is None else f"{number(1000 * seconds)} ms"

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from mlx_fusekit import hub
+from mlx_fusekit.adapters.matrices import LowRankUpdate
 from mlx_fusekit.adapters.opening import open_adapter
 from mlx_fusekit.adapters.sources import open_model
-from mlx_fusekit.adapters.updates import AdapterFolder, FullUpdate, LowRankUpdate, Update
+from mlx_fusekit.adapters.updates import AdapterFolder, Update
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME
 from mlx_fusekit.checkpoint.folder import Checkpoint, optional_json
@@ -207,15 +208,14 @@ def _adapter_facts(
 
 
 def _delta_facts(base: BaseModel, module: str, update: Update) -> DeltaFacts:
-    columns = update.tensor.shape[-1] if isinstance(update, FullUpdate) else update.down.shape[-1]
-    spec = base.quantization(module, columns)
+    spec = base.quantization(module, update.columns)
     reader = WeightReader.open(weight_sources(base, module, spec), spec)
     delta_rms = _delta_norm(reader, update) / math.sqrt(math.prod(reader.shape))
     step_rms = _step_rms(reader.sources["scales"], spec) if spec else None
     return DeltaFacts(
         module=module,
         format=str(spec) if spec else reader.sources["weight"].dtype,
-        rank=update.rank if isinstance(update, LowRankUpdate) else None,
+        rank=update.rank,
         delta_rms=delta_rms,
         step_rms=step_rms,
         delta_steps=delta_rms / step_rms if step_rms else None,

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_fusekit.adapters.fitting import fit_vocabulary
-from mlx_fusekit.adapters.updates import LowRankUpdate
+from mlx_fusekit.adapters.matrices import LowRankUpdate
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.floats import Float32

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_fusekit import hub
+from mlx_fusekit.adapters.combination import SUM, Combination
 from mlx_fusekit.adapters.combine import combine
 from mlx_fusekit.adapters.opening import open_adapter
 from mlx_fusekit.adapters.updates import Adapter, AdapterFolder
@@ -33,11 +34,13 @@ class NamedSources:
 
     Attributes:
         scale: of the only adapter's update, where the user says it.
+        combination: how several adapters are combined.
     """
 
     model: LocalFolder
     adapters: tuple[AdapterChoice, ...]
     scale: float | None = None
+    combination: Combination = SUM
 
     @classmethod
     def find(
@@ -49,6 +52,7 @@ class NamedSources:
         trust_remote_code: bool = False,
         weighted: bool = True,
         scale: float | None = None,
+        combination: Combination = SUM,
     ) -> "NamedSources":
         """Find what the user named; what is on the Hub is downloaded.
 
@@ -57,6 +61,7 @@ class NamedSources:
             adapter_path: of the adapters.
             weighted: whether a name may end with ``:WEIGHT``.
             scale: of the adapter's update, taken instead of the recorded one; of one adapter only.
+            combination: how several adapters are combined.
             revision: of the base on the Hub.
             trust_remote_code: let model code that lies in the base's folder run.
 
@@ -73,7 +78,9 @@ class NamedSources:
                 f"--scale {scale:g}: goes with one --adapter-path; of several, correct 'scale' in "
                 "each adapter_config.json"
             )
-        return cls(found, tuple(_chosen(str(name), weighted) for name in named), scale)
+        combination.check_count(len(named))
+        chosen = tuple(_chosen(str(name), weighted) for name in named)
+        return cls(found, chosen, scale, combination)
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -105,7 +112,9 @@ class NamedSources:
             (adapter.bind(base, self.model.identity), choice.weight)
             for adapter, choice in zip(opened, self.adapters, strict=True)
         ]
-        return Sources(self.model, base, self.adapters, opened, combine(bound))
+        adapter = combine(bound, self.combination)
+        alone = tuple(adapter for adapter, _ in bound)
+        return Sources(self.model, base, self.adapters, opened, adapter, alone, self.combination)
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,8 @@ class Sources:
         choices: the adapters as they were named.
         opened: the same, in the same order.
         adapter: all of them together, bound to the base.
+        alone: each of them bound by itself, without its weight.
+        combination: how they were combined.
     """
 
     model: LocalFolder
@@ -124,6 +135,8 @@ class Sources:
     choices: tuple[AdapterChoice, ...]
     opened: tuple[AdapterFolder, ...]
     adapter: Adapter
+    alone: tuple[Adapter, ...] = ()
+    combination: Combination = SUM
 
     @property
     def folders(self) -> tuple[Path, ...]:

@@ -2,49 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
+from mlx_fusekit.adapters.combined import CombinedUpdate
+from mlx_fusekit.adapters.matrices import LowRankUpdate
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.header import TensorRef
-from mlx_fusekit.formats.floats import Float32
-
-
-@dataclass(frozen=True, eq=False)
-class LowRankUpdate:
-    """LoRA, and DoRA when there is a magnitude: weight + up @ down, rows then scaled to a norm.
-
-    Attributes:
-        up: float32 ``[experts, rows, rank]``, the adapter's scale already multiplied in.
-        down: float32 ``[experts, rank, columns]``.
-        magnitude: DoRA's learned row norms, float32 ``[rows]``, or None for LoRA.
-
-    A plain linear or embedding counts as one expert.
-    """
-
-    up: Float32
-    down: Float32
-    magnitude: Float32 | None = None
-
-    @property
-    def rank(self) -> int:
-        """Rank of the update of each expert."""
-        return int(self.down.shape[1])
-
-    @cached_property
-    def delta_norm(self) -> float:
-        """Frobenius norm of ``up @ down``, from rank-sized products only."""
-        up_gram = np.einsum("eor,eos->ers", self.up, self.up, dtype=np.float64)
-        down_gram = np.einsum("eri,esi->ers", self.down, self.down, dtype=np.float64)
-        return float(np.sqrt(max((up_gram * down_gram).sum(), 0.0)))
-
-    @cached_property
-    def is_zero(self) -> bool:
-        """Whether it certainly changes nothing (DoRA's rows may still be rescaled)."""
-        return self.magnitude is None and not (self.up.any() and self.down.any())
 
 
 @dataclass(frozen=True)
@@ -57,9 +21,15 @@ class FullUpdate:
 
     tensor: TensorRef
     is_zero = False
+    rank = None
+
+    @property
+    def columns(self) -> int:
+        """Columns of the value."""
+        return self.tensor.shape[-1]
 
 
-Update = LowRankUpdate | FullUpdate
+Update = LowRankUpdate | CombinedUpdate | FullUpdate
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command("fuse")
 @options.model(default="mlx_model", show_default=True)
 @options.adapter_path(
-    "Adapter: folder or Hub id. Repeat to add up several LoRA adapters, each with a weight.  "
+    "Adapter: folder or Hub id. Repeat to combine several LoRA adapters, each with a weight.  "
     "[default: adapters]",
     multiple=True,
     default=("adapters",),
@@ -86,6 +86,7 @@ if TYPE_CHECKING:
     help="Upload the result to this repository on the Hub, which is made private; "
     "`mlx-fusekit publish` does the same, and more.",
 )
+@options.combine()
 @options.scale()
 @click.option(
     "--text-only",
@@ -130,9 +131,10 @@ def _print(report: "FuseReport") -> None:
     revision = f" @ {report.revision[:12]}" if report.revision else ""
     formats = ", ".join(f"{count} as {name}" for name, count in report.modules.items()) or "none"
     adapters = ", ".join(map(figures.weighted, report.adapters, report.weights))
+    how = f"; {figures.combination(report.combine)}" if report.combine else ""
     facts = [
         ("base", report.base + revision),
-        ("adapter", f"{adapters} ({report.kind})"),
+        ("adapter", f"{adapters} ({report.kind}{how})"),
         ("merged modules", formats),
     ]
     if report.unchanged:

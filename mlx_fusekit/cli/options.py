@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from mlx_fusekit.adapters.combination import DEFAULT_DENSITY, METHODS
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.gguf.outtypes import OUTTYPES
 
@@ -96,6 +97,44 @@ def scale() -> Callable[[_Command], _Command]:
     )
 
 
+def combine(
+    default: str | None = "sum", otherwise: str | None = None
+) -> Callable[[_Command], _Command]:
+    """``--combine``, ``--density`` and ``--combine-seed``, of several adapters."""
+    flags = (
+        click.option(
+            "--combine",
+            type=click.Choice(list(METHODS)),
+            default=default,
+            show_default=otherwise or True,
+            help="How several adapters become one: sum, or element by element: ties keeps the "
+            "largest of each, and where signs differ one side; dare a random share of each; "
+            "dare-ties both.",
+        ),
+        click.option(
+            "--density",
+            type=float,
+            metavar="SHARE",
+            help="Share of each adapter's elements that ties and dare keep.  "
+            f"[default: {DEFAULT_DENSITY}]",
+        ),
+        click.option(
+            "--combine-seed",
+            type=int,
+            default=0,
+            show_default=True,
+            help="Seed of the elements that dare keeps.",
+        ),
+    )
+
+    def add(command: _Command) -> _Command:
+        for flag in reversed(flags):
+            command = flag(command)
+        return command
+
+    return add
+
+
 def gguf_path() -> Callable[[_Command], _Command]:
     """``--gguf-path``, of the commands that write nothing else."""
     return click.option(
@@ -103,9 +142,9 @@ def gguf_path() -> Callable[[_Command], _Command]:
     )
 
 
-def data(words: str) -> Callable[[_Command], _Command]:
+def data(words: str, **more: Any) -> Callable[[_Command], _Command]:
     """``--data``."""
-    return click.option("--data", type=PATH, metavar="FILE", help=words)
+    return click.option("--data", type=PATH, metavar="FILE", help=words, **more)
 
 
 def max_kl(words: str) -> Callable[[_Command], _Command]:

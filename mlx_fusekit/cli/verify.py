@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 @options.data(
     "Text to compare on: chat, completions or text items as JSON lines or an array, or plain "
     "text. Of conversations and completions the answers count.  [default: text written by base "
-    "and adapter]",
+    "and adapter]  Repeat, one for each adapter, to see what each task lost.",
+    multiple=True,
 )
 @options.max_kl(
     "Bound on the mean KL in nats a token, in place of the default ones: exits with code 3 unless "
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 )
 @options.seed("Seed of the text.")
 @options.number("--max-tokens", words="About how many tokens to run.", default=MAX_TOKENS, least=2)
+@options.combine(None, "as fusekit.json of the fused model tells, else sum")
 @options.scale()
 @options.revision("base or reference")
 @options.as_json()
@@ -71,8 +73,14 @@ def command(as_json: bool, **options: Any) -> int:
 def _print(report: "ParityReport") -> None:
     adapters = map(figures.weighted, report.adapters, report.weights)
     added = "".join(f" + {name}" for name in adapters)
+    if report.combine:
+        added += f" ({figures.combination(report.combine)})"
     title = f"{report.fused} against {report.reference}{added}"
     output.print_table(parity_table(report.as_json(), title))
+    if report.tasks:
+        from mlx_fusekit.verifying.tasks import tasks_table
+
+        output.print_table(tasks_table(report.tasks))
     facts = [("KL", "divergence of each model from the last, in nats a token")]
     if report.recovered is not None:
         kept = figures.share(report.recovered, 2)

@@ -17,8 +17,8 @@ from mlx_fusekit import (
     samples,
     verify,
 )
+from mlx_fusekit.adapters.matrices import LowRankUpdate
 from mlx_fusekit.adapters.sources import Sources
-from mlx_fusekit.adapters.updates import LowRankUpdate
 from mlx_fusekit.bench.workload import Shape, check_context
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.exercise import parts, plots, report

@@ -80,6 +80,7 @@ class PreparedFuse:
             revision=self.sources.model.revision,
             adapters=self.sources.adapter_names,
             weights=self.sources.weights,
+            combine=self.sources.combination.as_json(),
             kind=plan.adapter.kind,
             requantize=self.strategy.name if self.strategy else None,
             modules=formats_of(plan),
@@ -214,6 +215,7 @@ class PreparedFuse:
                 "license": self._license,
             },
             "adapters": adapters,
+            "combine": self.sources.combination.as_json(),
             "earlier_adapters": history.held_by(self.plan.base.folder),
             "kind": self.plan.adapter.kind,
             "requantize": self.strategy.name if self.strategy else None,
@@ -257,7 +259,12 @@ def prepare_fuse(
     """
     asked = FuseOptions(**options)
     named = NamedSources.find(
-        model, adapter_path, revision=revision, trust_remote_code=trust_remote_code, scale=scale
+        model,
+        adapter_path,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        scale=scale,
+        combination=asked.combination,
     )
     path = Path(save_path).expanduser()
     target = model_target(path, overwrite=asked.overwrite, sources=named.folders)
@@ -303,6 +310,9 @@ def fuse(
     max_growth: float | None = None,
     seed: int = 0,
     scale: float | None = None,
+    combine: str = "sum",
+    density: float | None = None,
+    combine_seed: int = 0,
     again: bool = False,
     text_only: bool = False,
     export_gguf: bool = False,
@@ -338,6 +348,11 @@ def fuse(
             default there is no cap where ``max_kl`` is given, and 0.1 otherwise.
         seed: of calibration text that is chosen or generated.
         scale: of the adapter's update, taken instead of the one in ``adapter_config.json``.
+        combine: how several adapters become one update: "sum" adds them up exactly; "ties", "dare"
+            and "dare-ties" combine them element by element, as :mod:`mlx_fusekit.adapters.combined`
+            says.
+        density: share of each update's elements that ties and dare keep; 0.5 by default.
+        combine_seed: of the elements that dare keeps.
         again: fuse an adapter also into a model that holds it already.
         text_only: leave out vision, sound and further heads, which mlx-lm does not run; by default
             they come along unchanged.
@@ -372,6 +387,9 @@ def fuse(
         max_growth=max_growth,
         seed=seed,
         scale=scale,
+        combine=combine,
+        density=density,
+        combine_seed=combine_seed,
         again=again,
         text_only=text_only,
         overwrite=overwrite,

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_fusekit.adapters.combination import Combination
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.formats.floats import DTYPE_NAMES
 from mlx_fusekit.merging.plan import FormatOptions
@@ -38,6 +39,9 @@ class FuseOptions:
     max_kl: float | None = None
     max_growth: float | None = None
     seed: int = 0
+    combine: str = "sum"
+    density: float | None = None
+    combine_seed: int = 0
     again: bool = False
     text_only: bool = False
     overwrite: bool = False
@@ -63,7 +67,7 @@ class FuseOptions:
                 f"--gguf-path {self.gguf_path} names the file of --export-gguf; add that, or drop "
                 "it"
             )
-        _ = self.formats
+        _ = self.formats, self.combination
 
     def _check_calibration(self) -> None:
         given = {
@@ -130,6 +134,11 @@ class FuseOptions:
         return (
             self.strategy.otherwise is not None and self.max_kl is None and self.calibration is None
         )
+
+    @property
+    def combination(self) -> Combination:
+        """How several adapters are combined."""
+        return Combination(self.combine, self.density, self.combine_seed)
 
     @property
     def formats(self) -> FormatOptions:

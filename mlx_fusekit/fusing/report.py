@@ -26,6 +26,8 @@ class FuseReport:
 
     Attributes:
         weights: what each adapter's update was multiplied by.
+        combine: method, density and seed by which several adapters were combined; None of one, or
+            of a sum.
         requantize: the strategy, None where nothing was re-quantized.
         modules: merged modules by the format they were written in.
         unchanged: how many of the adapter's modules have a zero update.
@@ -44,6 +46,7 @@ class FuseReport:
     revision: str | None
     adapters: tuple[str, ...]
     weights: tuple[float, ...]
+    combine: dict[str, Any] | None
     kind: str
     requantize: str | None
     modules: dict[str, int]

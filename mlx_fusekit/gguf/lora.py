@@ -16,8 +16,9 @@ from typing import Any
 import gguf
 import numpy as np
 
+from mlx_fusekit.adapters.matrices import LowRankUpdate
 from mlx_fusekit.adapters.sources import NamedSources
-from mlx_fusekit.adapters.updates import AdapterFolder, LowRankUpdate
+from mlx_fusekit.adapters.updates import AdapterFolder
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.errors import AdapterError
 from mlx_fusekit.formats.floats import Float32

@@ -15,13 +15,11 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from mlx_fusekit.adapters.updates import FullUpdate, LowRankUpdate, Update
+from mlx_fusekit.adapters.combined import CombinedUpdate
+from mlx_fusekit.adapters.matrices import LowRankUpdate, product
+from mlx_fusekit.adapters.updates import FullUpdate, Update
 from mlx_fusekit.formats.floats import Float32, to_float32
 from mlx_fusekit.formats.quantization import to_block
-
-# OpenBLAS starts threads for products above this many multiplications. Row blocks are already
-# spread over the cores, and threads inside threads are several times slower.
-_SINGLE_THREADED_PRODUCT = 262_144
 
 #: A DoRA row whose norm differs less than this from the learned one was not changed: both are
 #: float32 sums, taken in a different order here and in the trainer.
@@ -66,7 +64,7 @@ def merge(base: BaseBlock, update: Update, rows: RowRange) -> Float32:
     merged = base.values
     delta = _delta(update, rows, len(merged))
     merged += delta
-    if update.magnitude is not None:
+    if isinstance(update, LowRankUpdate) and update.magnitude is not None:
         # The magnitude was learned against the norms that mlx-lm computes, of rounded weights.
         adapted = merged if base.as_run is None else base.as_run() + delta
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -85,6 +83,9 @@ def unchanged_rows(base: BaseBlock, update: Update, rows: RowRange) -> npt.NDArr
         return np.asarray(
             (base.values == _replacement(update, rows, len(base.values))).all(axis=(0, 2))
         )
+    if isinstance(update, CombinedUpdate):
+        zero = update.delta(rows.expert, rows.first, rows.last) == 0
+        return np.asarray(zero.all(axis=1))
     if update.down[rows.expert].any():
         still = np.logical_not(update.up[rows.expert, rows.first : rows.last].any(axis=1))
     else:
@@ -108,17 +109,12 @@ def _replacement(update: FullUpdate, rows: RowRange, planes: int) -> Float32:
     return to_block(to_float32(stored, update.tensor.dtype), planes)
 
 
-def _delta(update: LowRankUpdate, rows: RowRange, planes: int) -> Float32:
-    """``up @ down`` as a block, in slabs of rows for which the BLAS library starts no threads."""
+def _delta(update: LowRankUpdate | CombinedUpdate, rows: RowRange, planes: int) -> Float32:
+    """What is added to the base's weight, a block."""
+    if isinstance(update, CombinedUpdate):
+        return to_block(update.delta(rows.expert, rows.first, rows.last), planes)
     up = update.up[rows.expert, rows.first : rows.last]
-    down = _in_planes(update, rows.expert, planes)
-    out = np.empty((planes, len(up), down.shape[2]), np.float32)
-    slab = max(1, _SINGLE_THREADED_PRODUCT // max(down[0].size, 1))
-    # Accelerate raises floating-point flags for finite products; the caller checks the result.
-    with np.errstate(all="ignore"):
-        for start in range(0, len(up), slab):
-            np.matmul(up[start : start + slab], down, out=out[:, start : start + slab])
-    return out
+    return product(up, _in_planes(update, rows.expert, planes))
 
 
 # The blocks of a matrix follow each other, in a few threads.

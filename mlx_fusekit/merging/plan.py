@@ -222,11 +222,7 @@ def _check_head(base: BaseModel, steps: Iterable[Step]) -> None:
 def _weight_step(
     base: BaseModel, module: str, update: Update | None, options: FormatOptions
 ) -> WeightStep:
-    columns = None
-    if update is not None:
-        columns = (
-            update.tensor.shape[-1] if isinstance(update, FullUpdate) else update.down.shape[-1]
-        )
+    columns = None if update is None else update.columns
     spec = base.quantization(module, columns)
     sources = weight_sources(base, module, spec)
     target = _target_spec(module, spec, columns, options)

@@ -173,6 +173,11 @@ def _check_sources(path: Path, parity: Mapping[str, Any], model: PublishedModel)
             f"--verify-report {path}: compares with adapters of the weights {measured}, but this "
             f"model was made with {fused}; give the report of the model that is published"
         )
+    if parity.get("combine") != (model.recipe or {}).get("combine"):
+        raise ConfigurationError(
+            f"--verify-report {path}: compares with adapters that were combined in another way "
+            "than this model's; verify it again, without --combine"
+        )
     if Path(parity["reference"]).name != Path(known).name:
         raise ConfigurationError(
             f"--verify-report {path}: compares with {parity['reference']}, but this model was made "

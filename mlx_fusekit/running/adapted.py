@@ -1,18 +1,25 @@
 """Base and adapter as mlx-lm runs them: unmerged, with its own adapter layers."""
 
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
-from mlx_fusekit.adapters.updates import Adapter, LowRankUpdate, Update
+from mlx_fusekit.adapters.combined import CombinedUpdate
+from mlx_fusekit.adapters.matrices import LowRankUpdate
+from mlx_fusekit.adapters.updates import Adapter, Update
 from mlx_fusekit.checkpoint.header import TensorRef
 from mlx_fusekit.errors import AdapterError
 from mlx_fusekit.hub import LocalFolder
+from mlx_fusekit.running.combined import HeldDeltas, combined_layer
 from mlx_fusekit.running.exact import (
     MEMORY_SHARE,
     dense,
@@ -22,7 +29,7 @@ from mlx_fusekit.running.exact import (
     weight_as_run,
 )
 from mlx_fusekit.running.loading import load_lazily
-from mlx_fusekit.running.model import Place, RunningModel, place
+from mlx_fusekit.running.model import Place, RunningModel, place, swapped
 
 
 def run_adapted(
@@ -47,8 +54,9 @@ def run_adapted(
     norms = _norms_as_run(model, adapter) if exact else {}
     if exact:
         exact = to_float32(model)
+    deltas = HeldDeltas(mx.float32 if exact else _float_type(model))
     bare = [
-        _put(model, path, update, norms.get(path), exact)
+        _put(model, path, update, norms.get(path), exact, deltas)
         for path, update in adapter.weights.items()
     ]
     for name, parameter in adapter.parameters.items():
@@ -56,6 +64,23 @@ def run_adapted(
     mx.eval(model.parameters())
     model.eval()
     return RunningModel(model, source, config, exact, tuple(bare))
+
+
+@contextlib.contextmanager
+def adapted_alone(running: RunningModel, adapter: Adapter) -> Iterator[nn.Module]:
+    """While it lasts, a model runs with another adapter than the one it was loaded with.
+
+    Args:
+        running: as :func:`run_adapted` gave it.
+        adapter: of LoRA alone, bound to the same base.
+    """
+    with running.without_adapter(), contextlib.ExitStack() as stack:
+        for path, update in adapter.weights.items():
+            assert isinstance(update, LowRankUpdate), "what is combined is LoRA"
+            where = place(running.model, path)
+            layer = _adapted(path, where.value, update, None)[1]
+            stack.enter_context(swapped([(where, layer)]))
+        yield running.model
 
 
 def put_adapter(model: nn.Module, adapter: Adapter, *, scale: float, dtype: mx.Dtype) -> None:
@@ -70,8 +95,9 @@ def put_adapter(model: nn.Module, adapter: Adapter, *, scale: float, dtype: mx.D
     Raises:
         AdapterError: when mlx-lm has no adapter layer for a module.
     """
+    deltas = HeldDeltas(dtype)
     for path, update in adapter.weights.items():
-        _put(model, path, update, None, exact=False)
+        _put(model, path, update, None, False, deltas)
         if isinstance(update, LowRankUpdate):
             layer = place(model, path).value
             layer.scale = scale
@@ -82,7 +108,12 @@ def put_adapter(model: nn.Module, adapter: Adapter, *, scale: float, dtype: mx.D
 
 
 def _put(
-    model: nn.Module, path: str, update: Update, norms_as_run: mx.array | None, exact: bool
+    model: nn.Module,
+    path: str,
+    update: Update,
+    norms_as_run: mx.array | None,
+    exact: bool,
+    deltas: HeldDeltas,
 ) -> tuple[Place, Any]:
     """Put an update into the model; its place, and what lay there."""
     where = place(model, path)
@@ -90,10 +121,33 @@ def _put(
         bare, layer = _adapted(path, where.value, update, norms_as_run)
         where.put(layer)
         return where, bare
+    if isinstance(update, CombinedUpdate):
+        around = combined_layer(where.value, update, deltas)
+        return _exchanged(where, _known(around, path, where.value))
     module, weight = where.value, _array(update.tensor, exact)
     if is_quantized(module):
         return _exchanged(where, dense(module, weight))
     return _exchanged(Place(module, "weight"), weight)
+
+
+def _float_type(model: nn.Module) -> mx.Dtype:
+    """The type that most of a model's arrays of floats have."""
+    found = Counter(
+        value.dtype
+        for _, value in tree_flatten(model.parameters())
+        if mx.issubdtype(value.dtype, mx.floating)
+    )
+    most: mx.Dtype = found.most_common(1)[0][0]
+    return most
+
+
+def _known(layer: Any, path: str, module: nn.Module) -> Any:
+    if layer is None:
+        raise AdapterError(
+            f"{path}: mlx-lm has no adapter layer for {type(module).__name__}; "
+            "fuse into the model the adapter was trained on"
+        )
+    return layer
 
 
 def _exchanged(where: Place, value: Any) -> tuple[Place, Any]:
@@ -149,10 +203,7 @@ def _adapted(
         layer.lora_a = mx.array(np.ascontiguousarray(down[0].T))
         layer.lora_b = mx.array(np.ascontiguousarray(up[0].T))
     else:
-        raise AdapterError(
-            f"{path}: mlx-lm has no adapter layer for {type(module).__name__}; "
-            "fuse into the model the adapter was trained on"
-        )
+        layer = _known(None, path, module)
     if update.magnitude is not None:
         layer.m = mx.array(update.magnitude)
         if norms_as_run is not None:

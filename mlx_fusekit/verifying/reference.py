@@ -1,10 +1,12 @@
 """What a fused model is compared with: base and adapter unmerged, or any other model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlx_fusekit.adapters.sources import NamedSources
+from mlx_fusekit.adapters.updates import Adapter
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.hub import LocalFolder
 from mlx_fusekit.progress import Progress, StepProgress, of_step
@@ -39,6 +41,8 @@ class Reference:
         warnings: one line each.
         author: who wrote the text when none is given.
         features: keys that a file's text may have beside mlx-lm's own.
+        alone: each adapter by itself, bound to the base.
+        combine: how several were combined; None of a sum.
     """
 
     running: RunningModel
@@ -48,6 +52,8 @@ class Reference:
     warnings: tuple[str, ...]
     author: str
     features: tuple[Features, ...] = ()
+    alone: tuple[Adapter, ...] = ()
+    combine: Mapping[str, Any] | None = None
 
     def text(
         self, data: str | Path | None, tokens: int, seed: int, progress: Progress | None
@@ -91,7 +97,17 @@ def teacher(
     warnings = (*sources.base.warnings, *sources.adapter.warnings, *_warnings(fused))
     features = tuple(Features.trained_on(adapter.config) for adapter in sources.opened)
     names, weights = sources.adapter_names, sources.weights
-    return Reference(running, names, weights, checks, warnings, "base+adapter", features)
+    return Reference(
+        running,
+        names,
+        weights,
+        checks,
+        warnings,
+        "base+adapter",
+        features,
+        sources.alone,
+        sources.combination.as_json(),
+    )
 
 
 def any_model(source: LocalFolder, fused: Checkpoint | None) -> Reference:

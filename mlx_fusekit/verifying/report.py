@@ -12,6 +12,7 @@ from mlx_fusekit.texts.sequences import TokenSequence
 from mlx_fusekit.verifying.parity import Parity
 from mlx_fusekit.verifying.reference import Reference
 from mlx_fusekit.verifying.structure import Check
+from mlx_fusekit.verifying.tasks import TaskParity
 from mlx_fusekit.verifying.verdict import Verdict, judge
 
 
@@ -29,6 +30,7 @@ class ParityReport:
         revision: the commit of a reference from the Hub.
         adapters: what was put on the base, unmerged; empty with another reference.
         weights: what each adapter's update was multiplied by.
+        combine: method, density and seed by which several were combined; None of one, or a sum.
         kl_mean: mean over all scored tokens; ``max_kl`` bounds it.
         kl_mean_ci95: bounds of its 95 % interval, by resampling whole sequences; None of too little
             text for one.
@@ -43,6 +45,7 @@ class ParityReport:
         structure: checks of the fused model's files.
         verdict: of :mod:`mlx_fusekit.verifying.verdict`: "kept", "lost" or "not judged".
         verdict_reason: in a sentence, with the figures and bounds.
+        tasks: with a text for each adapter, what each lost in the combination.
         passed: True for kept, False for lost, None for not judged.
     """
 
@@ -51,6 +54,7 @@ class ParityReport:
     revision: str | None
     adapters: tuple[str, ...]
     weights: tuple[float, ...]
+    combine: Mapping[str, Any] | None
     kl_mean: float
     kl_mean_ci95: tuple[float, float] | None
     kl_median: float
@@ -81,6 +85,7 @@ class ParityReport:
     passed: bool | None
     seconds: float
     warnings: tuple[str, ...]
+    tasks: tuple[TaskParity, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -89,7 +94,8 @@ class ParityReport:
 
     def as_json(self) -> dict[str, Any]:
         """The report as a JSON object; numbers that are not finite are None."""
-        return figures.for_json(asdict(self))
+        own = figures.for_json(asdict(self))
+        return own | {"tasks": [figures.for_json(task) for task in own["tasks"]]}
 
 
 def parity_report(
@@ -104,6 +110,7 @@ def parity_report(
     float32: bool,
     max_kl: float | None,
     seconds: float,
+    tasks: tuple[TaskParity, ...] = (),
 ) -> ParityReport:
     """The report of what was measured.
 
@@ -118,6 +125,7 @@ def parity_report(
         float32: whether all weights were run as float32.
         max_kl: the bound, None for none.
         seconds: what it took.
+        tasks: against each adapter alone.
     """
     ours, base = measured["fused"], measured.get("base")
     kl = ours.kl_mean
@@ -137,6 +145,7 @@ def parity_report(
         revision=truth.running.source.revision,
         adapters=truth.adapters,
         weights=truth.weights,
+        combine=truth.combine,
         kl_mean=kl,
         kl_mean_ci95=ours.kl_mean_ci95,
         kl_median=ours.kl_median,
@@ -167,4 +176,5 @@ def parity_report(
         passed=judgement.passed,
         seconds=seconds,
         warnings=truth.warnings,
+        tasks=tasks,
     )

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_fusekit import hub
+from mlx_fusekit.adapters.combination import Combination
 from mlx_fusekit.adapters.sources import AdapterNames, NamedSources
-from mlx_fusekit.checkpoint.folder import Checkpoint
-from mlx_fusekit.errors import ConfigurationError
+from mlx_fusekit.checkpoint.folder import Checkpoint, optional_json
+from mlx_fusekit.checkpoint.json_text import shown
+from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
+from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.progress import StepProgress, of_step
 from mlx_fusekit.texts.data import check_text
 from mlx_fusekit.texts.sequences import TokenSequence
@@ -20,6 +23,7 @@ from mlx_fusekit.verifying.options import MAX_TOKENS, check_max_kl
 from mlx_fusekit.verifying.parity import Model, Parity, Variant, compare
 from mlx_fusekit.verifying.reference import Reference, any_model, teacher
 from mlx_fusekit.verifying.report import ParityReport, parity_report
+from mlx_fusekit.verifying.tasks import check_data, measure_tasks
 
 
 def verify(
@@ -28,11 +32,14 @@ def verify(
     fused: str | Path,
     *,
     reference: str | Path | None = None,
-    data: str | Path | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
     max_kl: float | None = None,
     seed: int = 0,
     max_tokens: int = MAX_TOKENS,
     scale: float | None = None,
+    combine: str | None = None,
+    density: float | None = None,
+    combine_seed: int = 0,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: StepProgress | None = None,
@@ -46,11 +53,16 @@ def verify(
             which runs in llama.cpp (the ``llamacpp`` extra).
         reference: folder or Hub id of a model to compare with instead of base and adapter.
         data: JSON lines or an array in mlx-lm's formats (of conversations and completions only the
-            answers are scored) or a text file; by default text that the reference writes.
+            answers are scored) or a text file; by default text that the reference writes. With
+            several adapters, also one file for each: then the report tells what each task lost.
         max_kl: bound on the mean KL in nats a token.
         seed: of the text, of which calibration draws other from the same number.
         max_tokens: about how many tokens to run.
         scale: of the adapter's update, taken instead of the one in ``adapter_config.json``.
+        combine: as for :func:`mlx_fusekit.fuse`; by default as ``fusekit.json`` of the fused model
+            says, or else a sum.
+        density: as for :func:`mlx_fusekit.fuse`.
+        combine_seed: as for :func:`mlx_fusekit.fuse`.
         revision: of the base or reference on the Hub.
         trust_remote_code: let model code that lies in the models' folders run.
         progress: called with the step, and how much of it is done and there is in all.
@@ -60,8 +72,9 @@ def verify(
     """
     start = time.perf_counter()
     _check_options(model, adapter_path, reference, scale, max_kl, max_tokens)
-    if data is not None:
-        check_text(Path(data))
+    files = [data] if isinstance(data, str | Path) else list(data or ())
+    for name in files:
+        check_text(Path(name))
     file = loadable_gguf(fused)
     found = hub.resolve(fused, what="--fused", code=trust_remote_code) if file is None else None
     checkpoint = None
@@ -74,7 +87,11 @@ def verify(
             revision=revision,
             trust_remote_code=trust_remote_code,
             scale=scale,
+            combination=_combination(
+                combine, density, combine_seed, checkpoint, several=not _is_one(adapter_path)
+            ),
         )
+        check_data([str(name) for name in files], len(named.adapters))
         truth = teacher(named, checkpoint, progress)
     else:
         assert reference is not None, "one of the two was given"
@@ -83,7 +100,11 @@ def verify(
         )
         truth = any_model(other, checkpoint)
     told = of_step(progress, "generating text")
-    sequences = truth.text(data, max_tokens, seed, told)
+    share = max(2, max_tokens // max(len(files), 1))  # of each text
+    texts = [truth.text(file, share, seed, told) for file in files]
+    if not texts:
+        texts = [truth.text(None, max_tokens, seed, told)]
+    sequences = [sequence for text in texts for sequence in text]
     if found is not None:
         judge = in_mlx(found, truth.running)
     else:
@@ -91,18 +112,50 @@ def verify(
         judge = in_llama_cpp(file, truth.running, sequences)
     with judge as judged:
         measured = _measured(truth, judged, sequences, progress)
+        named_files = [str(name) for name in files]
+        tasks = measure_tasks(truth, judged.model, named_files, texts, progress)
     return parity_report(
         fused=found.public_name if found is not None else str(fused),
         truth=truth,
         measured=measured,
         sequences=sequences,
         checks=(*truth.checks, *judged.checks),
-        data=str(data) if data is not None else f"generated by {truth.author} (seed {seed})",
+        data=", ".join(named_files) or f"generated by {truth.author} (seed {seed})",
         seed=seed,
         float32=truth.running.exact and judged.exact,
         max_kl=max_kl,
         seconds=time.perf_counter() - start,
+        tasks=tasks,
     )
+
+
+def _combination(
+    method: str | None,
+    density: float | None,
+    seed: int,
+    fused: Checkpoint | None,
+    *,
+    several: bool,
+) -> Combination:
+    """As it was asked for, or else as the fused model tells that it was made."""
+    if method is not None or fused is None or not several:
+        return Combination(method or "sum", density, seed)
+    recipe = optional_json(fused.folder, RECIPE_NAME) or {}
+    told = recipe.get("combine")
+    if not isinstance(told, dict):
+        return Combination("sum", density, seed)
+    method, share = told.get("method"), told.get("density")
+    draws = told.get("seed")
+    if not isinstance(method, str) or not isinstance(share, float | int):
+        raise CheckpointError(
+            f"{fused.folder / RECIPE_NAME}: combine is {shown(told)}, and does not say how "
+            "adapters were combined; give --combine"
+        )
+    return Combination(method, density or float(share), draws if isinstance(draws, int) else seed)
+
+
+def _is_one(adapters: AdapterNames) -> bool:
+    return isinstance(adapters, str | Path) or len(adapters) < 2
 
 
 def _measured(

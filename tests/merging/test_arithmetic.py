@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mlx_fusekit.adapters.updates import FullUpdate, LowRankUpdate
+from mlx_fusekit.adapters.matrices import LowRankUpdate
+from mlx_fusekit.adapters.updates import FullUpdate
 from mlx_fusekit.checkpoint.header import TensorRef
 from mlx_fusekit.formats.floats import STORAGE, Float32, from_float32, to_float32
 from mlx_fusekit.formats.quantization import to_block, to_matrix

@@ -168,7 +168,7 @@ def test_lora_adapters_add_up_with_their_weights(tmp_path: Path) -> None:
 def test_only_lora_adapters_add_up(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base, kind="dora")
-    with pytest.raises(AdapterError, match="cannot be weighted or added"):
+    with pytest.raises(AdapterError, match="cannot be weighted or combined"):
         run_teacher(base, adapter, adapter)
 
 
