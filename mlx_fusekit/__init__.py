@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from mlx_fusekit.bench.harness import benchmark
     from mlx_fusekit.bench.options import Workload
     from mlx_fusekit.bench.report import BenchReport
+    from mlx_fusekit.converting.convert import ConvertReport, convert_adapter
     from mlx_fusekit.fusing.fuse import PreparedFuse, fuse, prepare_fuse
     from mlx_fusekit.fusing.report import FuseReport
     from mlx_fusekit.gguf.exporting import ExportReport, export_gguf
@@ -31,12 +32,15 @@ _HOMES = {
     "LoraReport": "gguf.lora",
     "publish": "publishing.publish",
     "PublishReport": "publishing.publish",
+    "convert_adapter": "converting.convert",
+    "ConvertReport": "converting.convert",
     "verify": "verifying.verify",
     "ParityReport": "verifying.report",
 }
 
 __all__ = [
     "BenchReport",
+    "ConvertReport",
     "ExportReport",
     "FuseReport",
     "LoraReport",
@@ -46,6 +50,7 @@ __all__ = [
     "Workload",
     "__version__",
     "benchmark",
+    "convert_adapter",
     "export_gguf",
     "export_lora",
     "fuse",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_PUBLIC_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 #: How long an answer may stay out, in seconds.
@@ -47,6 +48,11 @@ class LocalFolder:
     def public_name(self) -> str:
         """Hub id, or the folder's own name: never a path of this machine."""
         return self.repo_id or self.path.resolve().name
+
+
+def hub_id(value: Any) -> str | None:
+    """A Hub id, ``owner/name``; None for anything else, and so for every absolute path."""
+    return value if isinstance(value, str) and _PUBLIC_ID.fullmatch(value) else None
 
 
 def resolve(

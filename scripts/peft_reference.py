@@ -1,18 +1,22 @@
 """Adapters that PEFT saved, and what PEFT makes of them: ``merge_and_unload()`` in float32.
 
     .venv-peft/bin/python scripts/peft_reference.py FOLDER
+    .venv-peft/bin/python scripts/peft_reference.py FOLDER BASE ADAPTER [BASE ADAPTER]...
 
 Runs where torch, transformers and peft are installed, on tiny random models of transformers'. In
-FOLDER lie the bases, and for each adapter NAME the folder NAME and the merged model NAME-merged.
+FOLDER lie the bases, and for each adapter NAME the folder NAME and the merged model NAME-merged;
+of two adapters combined by PEFT, ties-a, ties-b and ties-merged. With bases and adapters named, in
+FOLDER, it merges those that somebody else wrote.
 """
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 _SIZES: dict[str, Any] = {
@@ -95,6 +99,40 @@ def main(folder: Path) -> None:
         _save(adapted.merge_and_unload(), folder / f"{name}-merged")
 
 
+def combine(folder: Path) -> None:
+    """Two adapters of different ranks, and what PEFT makes of them by ``ties_svd``."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama", dtype=torch.float32)
+    for number, (name, rank) in enumerate({"a": 4, "b": 6}.items()):
+        torch.manual_seed(3 + number)
+        chosen = LoraConfig(
+            task_type="CAUSAL_LM", r=rank, lora_alpha=8, target_modules=["q_proj", "up_proj"]
+        )
+        if name == "a":
+            adapted = get_peft_model(model, chosen, adapter_name=name)
+        else:
+            adapted.add_adapter(name, chosen)
+        with torch.no_grad():
+            for parameter, value in adapted.named_parameters():
+                if f".{name}." in parameter:
+                    value.add_(torch.randn_like(value) * 0.05)
+    for name in ("a", "b"):
+        adapted.save_pretrained(folder / "combined", selected_adapters=[name])
+    adapted.add_weighted_adapter(
+        ["a", "b"], [1.0, 1.0], "both", combination_type="ties_svd", density=0.3, svd_rank=64
+    )
+    adapted.set_adapter("both")
+    _save(adapted.merge_and_unload(adapter_names=["both"]), folder / "ties-merged")
+
+
+def merge(folder: Path, names: list[str]) -> None:
+    """Adapters from folders, all of whose tensors PEFT has to find a place for."""
+    warnings.filterwarnings("error", message=r"(?is).*(missing|unexpected).*keys.*")
+    for base, adapter in zip(names[::2], names[1::2], strict=True):
+        model = AutoModelForCausalLM.from_pretrained(folder / base, dtype=torch.float32)
+        adapted = PeftModel.from_pretrained(model, folder / adapter)
+        _save(adapted.merge_and_unload(), folder / f"{adapter}-merged")
+
+
 def _save(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     path = folder / "config.json"
@@ -102,4 +140,8 @@ def _save(model: Any, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) > 2:
+        merge(Path(sys.argv[1]), sys.argv[2:])
+    else:
+        main(Path(sys.argv[1]))
+        combine(Path(sys.argv[1]))

@@ -7,7 +7,7 @@ The tensors are those of ``mlx_lm.tuner``: ``<module>.lora_a``, ``<module>.lora_
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from mlx_fusekit.adapters.fitting import (
     closest,
 )
 from mlx_fusekit.adapters.low_rank import factor, fitted
+from mlx_fusekit.adapters.matrices import LowRankUpdate
 from mlx_fusekit.adapters.mlx_lm_settings import AdapterSettings
 from mlx_fusekit.adapters.updates import Adapter, FullUpdate, Update
 from mlx_fusekit.adapters.values import read_finite
@@ -79,9 +80,9 @@ class MlxLmAdapter:
     @property
     def paths(self) -> tuple[str, ...]:
         """Modules that have a tensor in it."""
-        if self.kind != "full":
-            return tuple(self.modules)
-        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in self.header.tensors))
+        whole = self.header.tensors if self.kind == "full" else self.whole
+        modules = [] if self.kind == "full" else [*self.modules]
+        return tuple(dict.fromkeys([*modules, *(name.rpartition(".")[0] for name in whole)]))
 
     @property
     def scale(self) -> float:
@@ -109,10 +110,17 @@ class MlxLmAdapter:
         return self.settings.notes
 
     @property
-    def mlx_lm_config(self) -> dict[str, Any]:
-        """``adapter_config.json`` as today's mlx-lm reads it, for the tensors that are there."""
+    def mlx_lm_config(self) -> dict[str, Any] | None:
+        """``adapter_config.json`` as today's mlx-lm reads it, for the tensors that are there.
+
+        None of what mlx-lm since 0.32 does not load: whole values beside matrices, and ranks that
+        differ.
+        """
         if self.kind == "full":
             return {"fine_tune_type": "full"}
+        ranks = {min(tensors["lora_b"].shape[-2:]) for tensors in self.modules.values()}
+        if self.whole or len(ranks) > 1:
+            return None
         rank = self.settings.rank
         parameters = {"rank": rank, "scale": self.scale, "dropout": 0.0, "keys": [*self.modules]}
         return {"fine_tune_type": self.kind, "num_layers": 1, "lora_parameters": parameters}
@@ -129,6 +137,8 @@ class MlxLmAdapter:
         for name, tensor in self.header.tensors.items():
             module, _, leaf = name.rpartition(".")
             leaf = _MLX_VLM_LEAVES.get(leaf, leaf)
+            if name in self.whole.values():
+                continue
             if leaf not in leaves or not module:
                 raise AdapterError(f"{self.header.file}: {self._stranger(name)}")
             if leaf in modules[module]:
@@ -144,6 +154,25 @@ class MlxLmAdapter:
                     f"{next(iter(tensors.values())).name}; the adapter was not saved whole"
                 )
         return modules
+
+    @cached_property
+    def whole(self) -> Mapping[str, str]:
+        """Names of tensors that take the place of the base's, by the base's names.
+
+        mlx-lm loads them beside LoRA's matrices; of a linear that has those, it finds the bias
+        one level deeper.
+        """
+        names = self.header.tensors
+        adapted = {name.removesuffix(".lora_a") for name in names if name.endswith(".lora_a")}
+        found = {}
+        for name in names if adapted else ():
+            module, _, leaf = name.rpartition(".")
+            outer = module.removesuffix(".linear")
+            if leaf == "bias" and outer in adapted:
+                found[f"{outer}.bias"] = name
+            elif leaf in ("weight", "bias") and module not in adapted:
+                found[name] = name
+        return MappingProxyType(found)
 
     def _stranger(self, name: str) -> str:
         """Why a tensor cannot be in this adapter."""
@@ -164,19 +193,21 @@ class MlxLmAdapter:
         """Names of the base's tensors that the adapter changes."""
         if self.kind == "full":
             return set(self.header.tensors)
-        return {f"{module}.weight" for module in self.modules}
+        return {f"{module}.weight" for module in self.modules} | set(self.whole)
 
     def bind(self, base: BaseModel, base_id: str | None = None, *, scaled: bool = True) -> Adapter:
         warnings = [*self.settings.notes, *base_warnings(self.settings.trained_on, base_id)]
         if self.kind == "full":
-            weights, parameters = self._bind_full(base)
+            weights, parameters = self._bind_whole(base, {n: n for n in self.header.tensors})
             return Adapter(self.kind, weights, parameters, tuple(warnings))
         check_targeted(self.settings, self.header.file, self.modules, base)
-        updates: dict[str, Update] = {}
+        updates, parameters = self._bind_whole(base, self.whole)
         for module, tensors in self.modules.items():
             updates[module], note = self._bind_low_rank(base, module, tensors, scaled=scaled)
             warnings += [note] if note else []
-        return Adapter(self.kind, MappingProxyType(updates), MappingProxyType({}), tuple(warnings))
+        self._check_ranks(updates)
+        found = MappingProxyType(updates), MappingProxyType(parameters)
+        return Adapter(self.kind, *found, tuple(warnings))
 
     def _bind_low_rank(
         self, base: BaseModel, module: str, tensors: Mapping[str, TensorRef], *, scaled: bool
@@ -213,20 +244,37 @@ class MlxLmAdapter:
             have=", ".join(f"{leaf} {list(ref.shape)}" for leaf, ref in sorted(tensors.items())),
             cure=f"correct 'scale' in {CONFIG_NAME}",
         )
-        declared = self.settings.rank_of(module)
-        if declared is not None and declared != update.rank:
-            raise AdapterError(
-                f"{self.header.file}: {module} has rank {update.rank}, but {CONFIG_NAME} says "
-                f"{declared}; correct 'rank' there"
-            )
         return update, note
 
-    def _bind_full(self, base: BaseModel) -> tuple[Mapping[str, Update], Mapping[str, FullUpdate]]:
+    def _check_ranks(self, updates: Mapping[str, Update]) -> None:
+        """Refuse settings of other matrices.
+
+        One number cannot say the ranks of modules that differ, and mlx-lm loads those all the same.
+        """
+        ranks = {
+            module: update.rank
+            for module, update in updates.items()
+            if isinstance(update, LowRankUpdate)
+        }
+        for module, rank in ranks.items():
+            declared = self.settings.rank_of(module)
+            alike = len(set(ranks.values())) == 1 or declared != self.settings.rank
+            if declared is not None and declared != rank and (alike or not rank):
+                raise AdapterError(
+                    f"{self.header.file}: {module} has rank {rank}, but {CONFIG_NAME} says "
+                    f"{declared}; correct 'rank' there"
+                )
+
+    def _bind_whole(
+        self, base: BaseModel, names: Mapping[str, str]
+    ) -> tuple[dict[str, Update], dict[str, FullUpdate]]:
+        """Values that take the place of the base's, by the base's names."""
         weights: dict[str, Update] = {}
         parameters: dict[str, FullUpdate] = {}
-        for name, tensor in self.header.tensors.items():
+        for name, stored in names.items():
+            tensor = replace(self.header.tensors[stored], name=name)
             put_whole(base, name, tensor, self.header.file, weights, parameters)
-        return MappingProxyType(weights), MappingProxyType(parameters)
+        return weights, parameters
 
 
 def _is_embedding(module: str, weight: TensorSource, a: TensorRef, b: TensorRef) -> bool:

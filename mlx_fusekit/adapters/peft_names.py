@@ -37,6 +37,8 @@ _LEAVES = (
 )
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
 _EXPERTS = re.compile(r"(.+)\.experts((?:\.base_layer)*)")
+#: What MLX's classes call the module of stacked experts.
+_BETWEEN = ("switch_mlp", "experts", "switch_glu")
 #: What Mixtral's experts call the three.
 _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
@@ -139,10 +141,11 @@ class ModulesOf:
         return known if len(known) == len(names) else None
 
     def _stacked(self, block: str, projection: str) -> str | None:
-        for between in ("switch_mlp", "experts", "switch_glu"):
-            if (place := self.plain(f"{block}.{between}.{projection}")) is not None:
-                return place
-        return None
+        # transformers 5 calls the block mlp in models that had another name for it.
+        before, _, leaf = block.rpartition(".")
+        blocks = [block, f"{before}.block_sparse_moe"] if leaf == "mlp" else [block]
+        names = (f"{b}.{between}.{projection}" for b in blocks for between in _BETWEEN)
+        return next((place for place in map(self.plain, names) if place is not None), None)
 
 
 def _core(module: str) -> str:

@@ -212,6 +212,21 @@ def logical_columns(config: Mapping[str, Any]) -> dict[str, int]:
     return {path: module.weight.shape[-1] for path, module in modules if module.weight.ndim > 1}
 
 
+def embedding_modules(config: Mapping[str, Any]) -> frozenset[str]:
+    """Paths of the embeddings of tokens or positions; nothing is computed.
+
+    Returns:
+        None of a configuration that mlx-lm makes no model of.
+    """
+    import mlx.nn as nn
+
+    model = _skeleton(config)
+    if model is None:
+        return frozenset()
+    kinds = nn.Embedding, nn.QuantizedEmbedding
+    return frozenset(path for path, module in model.named_modules() if isinstance(module, kinds))
+
+
 def adapted_modules(
     config: Mapping[str, Any], num_layers: int, keys: Sequence[str] | None
 ) -> frozenset[str] | None:

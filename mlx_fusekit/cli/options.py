@@ -87,6 +87,21 @@ def adapter_path(words: str, **more: Any) -> Callable[[_Command], _Command]:
     return click.option("--adapter-path", type=PATH, help=words, **more)
 
 
+def save_path(words: str, **more: Any) -> Callable[[_Command], _Command]:
+    """``--save-path``."""
+    return click.option("--save-path", type=PATH, required=True, help=words, **more)
+
+
+def rank(words: str) -> Callable[[_Command], _Command]:
+    """``--rank``."""
+    return click.option("--rank", type=int, metavar="N", help=words)
+
+
+def energy(words: str) -> Callable[[_Command], _Command]:
+    """``--energy``."""
+    return click.option("--energy", type=float, metavar="SHARE", help=words)
+
+
 def scale() -> Callable[[_Command], _Command]:
     """``--scale``, of an adapter's update."""
     return click.option(

@@ -16,6 +16,7 @@ from mlx_fusekit.checkpoint.belongings import CARD_NAME, MODELFILE_NAME
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.figures import count, size, weighted
+from mlx_fusekit.hub import hub_id
 from mlx_fusekit.publishing.evidence import Evidence
 from mlx_fusekit.publishing.files import PublishedModel
 from mlx_fusekit.publishing.foreign_text import code, plain, public_source
@@ -27,7 +28,6 @@ from mlx_fusekit.tables import Table
 _BEGIN = "<!-- mlx-fusekit: from here on, `mlx-fusekit publish` writes and replaces -->"
 _END = "<!-- mlx-fusekit: until here -->"
 _HUB = "https://huggingface.co/"
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"[0-9a-f]{40}")
 _SHORT = 12
 
@@ -151,11 +151,6 @@ def write_card(facts: CardFacts, existing: Card | None = None) -> str:
     card = existing if existing is not None and existing.own_text else title
     metadata = CardData(**_metadata(facts, existing.metadata if existing is not None else {}))
     return f"---\n{metadata.to_yaml()}\n---\n\n{card.with_section(_section(facts)).lstrip()}"
-
-
-def hub_id(value: Any) -> str | None:
-    """A Hub id, ``owner/name``; None for anything else, and so for every absolute path."""
-    return value if isinstance(value, str) and _REPO_ID.fullmatch(value) else None
 
 
 def _metadata(facts: CardFacts, existing: Mapping[str, Any]) -> dict[str, Any]:
