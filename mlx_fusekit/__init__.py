@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from mlx_fusekit.bench.options import Workload
     from mlx_fusekit.bench.report import BenchReport
     from mlx_fusekit.converting.convert import ConvertReport, convert_adapter
+    from mlx_fusekit.differing.diff import DiffReport, diff
+    from mlx_fusekit.differing.extract import ExtractReport, extract
     from mlx_fusekit.fusing.fuse import PreparedFuse, fuse, prepare_fuse
     from mlx_fusekit.fusing.report import FuseReport
     from mlx_fusekit.gguf.exporting import ExportReport, export_gguf
@@ -32,6 +34,10 @@ _HOMES = {
     "LoraReport": "gguf.lora",
     "publish": "publishing.publish",
     "PublishReport": "publishing.publish",
+    "diff": "differing.diff",
+    "DiffReport": "differing.diff",
+    "extract": "differing.extract",
+    "ExtractReport": "differing.extract",
     "convert_adapter": "converting.convert",
     "ConvertReport": "converting.convert",
     "verify": "verifying.verify",
@@ -41,7 +47,9 @@ _HOMES = {
 __all__ = [
     "BenchReport",
     "ConvertReport",
+    "DiffReport",
     "ExportReport",
+    "ExtractReport",
     "FuseReport",
     "LoraReport",
     "ParityReport",
@@ -51,8 +59,10 @@ __all__ = [
     "__version__",
     "benchmark",
     "convert_adapter",
+    "diff",
     "export_gguf",
     "export_lora",
+    "extract",
     "fuse",
     "prepare_fuse",
     "publish",

@@ -60,6 +60,18 @@ class RowBlocks:
             start += len(block)
         return out
 
+    def smaller_gram(self) -> Float64:
+        """``matrix.T @ matrix`` or ``matrix @ matrix.T``, whichever is smaller."""
+        if self.columns <= self.rows:
+            # Products of float32 are precise enough for what is no small difference of them.
+            out = np.zeros((self.columns, self.columns))
+            for block in self.blocks():
+                out += block.T @ block
+            return out
+        whole = np.concatenate([*self.blocks()])
+        narrow: Float32 = whole @ whole.T
+        return narrow.astype(np.float64)
+
     def gram(self) -> Float64:
         """``matrix.T @ matrix``, ``[columns, columns]``."""
         out = np.zeros((self.columns, self.columns))

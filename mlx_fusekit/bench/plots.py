@@ -1,6 +1,5 @@
 """Pictures of a benchmark: every trial's time a token by arm, and the gaps along a generation."""
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +8,10 @@ import numpy as np
 
 from mlx_fusekit import figures
 from mlx_fusekit.bench.report import BenchReport, Run
+from mlx_fusekit.pictures import drawn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 #: Okabe and Ito's colours, which people with any colour vision tell apart.
 _COLOURS = ("#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -47,16 +46,6 @@ def picture(reports: Sequence[BenchReport], suffix: str) -> bytes:
             _distributions(left, report, run)
             _along(right, report, run)
         return drawn(figure, suffix)
-
-
-def drawn(figure: "Figure", suffix: str) -> bytes:
-    """A figure as the bytes of a picture; the same figure gives the same bytes."""
-    kind = suffix.lower().removeprefix(".")
-    # Without the time of day.
-    key = {"svg": "Date", "pdf": "CreationDate"}.get(kind)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=150, metadata={key: None} if key else {})
-    return buffer.getvalue()
 
 
 def _colour(report: BenchReport, arm: str) -> str:

@@ -227,6 +227,23 @@ def embedding_modules(config: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(path for path, module in model.named_modules() if isinstance(module, kinds))
 
 
+def adaptable_modules(config: Mapping[str, Any]) -> frozenset[str] | None:
+    """Paths of the modules that mlx-lm has adapter layers for; nothing is computed.
+
+    Returns:
+        None for a configuration that mlx-lm makes no model of.
+    """
+    import mlx.nn as nn
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    model = _skeleton(config)
+    if model is None:
+        return None
+    kinds = nn.Linear, nn.Embedding, SwitchLinear
+    found = (p for p, m in model.named_modules() if isinstance(m, kinds) or hasattr(m, "to_lora"))
+    return frozenset(found)
+
+
 def adapted_modules(
     config: Mapping[str, Any], num_layers: int, keys: Sequence[str] | None
 ) -> frozenset[str] | None:

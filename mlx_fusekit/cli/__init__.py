@@ -17,6 +17,8 @@ _COMMANDS = {
     "bench": "Time base and adapter against fused models.",
     "export-gguf": "Write a model as one GGUF file for llama.cpp and Ollama.",
     "convert-adapter": "Write an adapter in mlx-lm's or PEFT's form, or several as one.",
+    "extract": "Make an adapter of what a fine-tune changed in its base.",
+    "diff": "Show which modules of two models differ, and how much.",
     "export-lora": "Write a LoRA adapter as a GGUF adapter for llama.cpp.",
     "publish": "Upload a fused model to the Hugging Face Hub, with a model card.",
     "exercise": "The course exercise: is fusing worth losing swappability?",

@@ -17,6 +17,7 @@ from mlx_fusekit.cli import options, output
 from mlx_fusekit.cli.failures import INTERRUPTED
 from mlx_fusekit.cli.options import PATH
 from mlx_fusekit.errors import ConfigurationError, OutputError
+from mlx_fusekit.pictures import check_picture
 from mlx_fusekit.reading import exists, is_file, read_bytes
 from mlx_fusekit.writing.staging import write_file
 from mlx_fusekit.writing.targets import FileTarget
@@ -24,7 +25,6 @@ from mlx_fusekit.writing.targets import FileTarget
 if TYPE_CHECKING:
     from mlx_fusekit.bench.report import BenchReport
 
-_PLOTS = (".png", ".svg", ".pdf")
 #: Of a file with a prompt, in bytes.
 _LARGEST_PROMPT = 100_000_000
 _csv = click.option("--csv", "csv_path", type=PATH, metavar="FILE", help="Write one line a trial.")
@@ -159,7 +159,7 @@ class _Files:
                 )
             taken[real] = f"{flag} {target.path}"
         if self.plot is not None:
-            _check_plot(self.plot)
+            check_picture(self.plot)
 
     def write(self, reports: Sequence["BenchReport"]) -> None:
         """Write them; of several, only the plot."""
@@ -175,17 +175,6 @@ class _Files:
 
             target = self._targets["--plot"]
             write_file(target, plots.picture(reports, target.path.suffix))
-
-
-def _check_plot(name: str) -> None:
-    if Path(name).suffix.lower() not in _PLOTS:
-        raise ConfigurationError(f"--plot {name}: name a {', '.join(_PLOTS)} file")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigurationError(
-            "--plot needs matplotlib: pip install 'mlx-fusekit[plot]'"
-        ) from error
 
 
 def _run(options: dict[str, Any], files: _Files) -> int:

@@ -19,7 +19,7 @@ from mlx_fusekit.converting.full_rank import as_low_rank
 from mlx_fusekit.converting.mlx_form import mlx_lm_files
 from mlx_fusekit.converting.options import check_form, check_size
 from mlx_fusekit.converting.peft_form import peft_files
-from mlx_fusekit.converting.truncating import Kept, truncated
+from mlx_fusekit.converting.truncating import Kept, overall, truncated
 from mlx_fusekit.errors import AdapterError, ConfigurationError
 from mlx_fusekit.formats.floats import Float32
 from mlx_fusekit.hub import LocalFolder, hub_id
@@ -152,7 +152,7 @@ def convert_adapter(
         rank=_largest_rank(adapter),
         scale=common,
         bytes=nbytes,
-        energy=_overall(kept),
+        energy=overall(kept),
         energies={module: one.share for module, one in kept.items()},
         difference=difference,
         seconds=time.perf_counter() - start,
@@ -233,11 +233,3 @@ def _unscaled(sources: Sources, *, cut: bool) -> tuple[Adapter, float]:
 
 def _largest_rank(adapter: Adapter) -> int:
     return max((update.rank or 0 for update in adapter.weights.values()), default=0)
-
-
-def _overall(kept: Mapping[str, Kept]) -> float | None:
-    """Of all modules together."""
-    total = sum(one.energy for one in kept.values())
-    if not kept:
-        return None
-    return sum(one.share * one.energy for one in kept.values()) / total if total else 1.0

@@ -1,6 +1,6 @@
 """An adapter's updates brought to a lower rank, or from full size to one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -65,6 +65,14 @@ def truncated(
         if progress is not None:
             progress(place + 1, len(adapter.weights))
     return replace(adapter, weights=MappingProxyType(found)), kept
+
+
+def overall(kept: Mapping[str, Kept]) -> float | None:
+    """Of all modules together."""
+    total = sum(one.energy for one in kept.values())
+    if not kept:
+        return None
+    return sum(one.share * one.energy for one in kept.values()) / total if total else 1.0
 
 
 def stacked(parts: list[Factors]) -> tuple[LowRankUpdate, Kept]:

@@ -8,6 +8,7 @@ from typing import Any
 from mlx_fusekit.bench.report import BenchReport
 from mlx_fusekit.exercise.findings import ADAPTED, BASE, CALIBRATED, ROUNDED, Closeness
 from mlx_fusekit.figures import nats, share
+from mlx_fusekit.pictures import drawn
 from mlx_fusekit.writing.files import write_new
 
 PARITY, TIMING = "parity.png", "timing.png"
@@ -48,8 +49,6 @@ def _parity_picture(parity: Mapping[str, Closeness]) -> bytes:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    from mlx_fusekit.bench import plots
-
     models = [name for name in (BASE, ROUNDED, CALIBRATED) if name in parity]
     distances = {name: parity[name].kl_mean or 0.0 for name in models}
     positive = [value for value in distances.values() if value > 0]
@@ -76,7 +75,7 @@ def _parity_picture(parity: Mapping[str, Closeness]) -> bytes:
         axes.set_ylim(len(models) - 0.5, -0.5)
         axes.set_yticks(range(len(models)), [_name(name) for name in models])
         axes.set_xlabel(f"KL divergence from {ADAPTED}, nats a token (left is better)")
-        return plots.drawn(figure, ".png")
+        return drawn(figure, ".png")
 
 
 def _name(model: str) -> str:
