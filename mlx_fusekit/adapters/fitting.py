@@ -200,6 +200,11 @@ def base_warnings(trained_on: str | None, base_id: str | None) -> tuple[str, ...
     )
 
 
+def is_same_model(one: str, other: str) -> bool:
+    """Whether two Hub ids or paths name the same model, as far as names tell."""
+    return _model_name(one) == _model_name(other)
+
+
 def _without_precision(id_or_path: str) -> str:
     """The name of a model without what says how its weights are stored."""
     return _PRECISION.sub("", _model_name(id_or_path))

@@ -283,6 +283,7 @@ def prepare_fuse(
     strategy, notes = chosen_strategy(plan, sources.model, asked)
     notes += destinations.check(sources.base, path, asked, named.folders)
     destinations.check_texts(named.folders, companions.copied, path, asked)
+    notes += tuple(history.better_start(sources))
     notes += tuple(_beside_the_text(plan, text_only=asked.text_only))
     return PreparedFuse(
         sources=sources,

@@ -1,8 +1,10 @@
 """Which adapters a base holds already, as its ``fusekit.json`` tells."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_fusekit.adapters.fitting import is_same_model
 from mlx_fusekit.adapters.sources import Sources
 from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME
 from mlx_fusekit.checkpoint.folder import optional_json
@@ -13,15 +15,20 @@ from mlx_fusekit.errors import CheckpointError, ConfigurationError
 _KEPT = ("id", "revision", "weight", "scale", "sha256")
 
 
+def recipe_of(base: Path) -> Mapping[str, Any]:
+    """``fusekit.json`` of a base; empty without one, or of one that is not ours."""
+    try:
+        return optional_json(base, RECIPE_NAME) or {}
+    except CheckpointError:
+        return {}
+
+
 def held_by(base: Path) -> list[dict[str, Any]]:
     """The adapters fused into a base, the last ones first, as its recipe lists them.
 
     A base without a recipe, or with one that is not ours, holds none as far as is known.
     """
-    try:
-        recipe = optional_json(base, RECIPE_NAME) or {}
-    except CheckpointError:
-        return []
+    recipe = recipe_of(base)
     lists = (recipe.get(key) for key in ("adapters", "earlier_adapters"))
     entries = [entry for found in lists if isinstance(found, list) for entry in found]
     return [
@@ -54,3 +61,28 @@ def refuse_twice(sources: Sources) -> None:
                 f"already ({RECIPE_NAME}), and its update would count twice; give the base it was "
                 "trained on as --model, or say --again"
             )
+
+
+def better_start(sources: Sources) -> Iterator[str]:
+    """What to tell where an adapter was trained on what a fused model was made of.
+
+    Such an adapter has not seen what fusing the first one rounded. One that was trained on the
+    fused model has, and belongs there.
+    """
+    recipe = recipe_of(sources.base.folder)
+    base = recipe.get("base")
+    origin = base.get("id") if isinstance(base, dict) else None
+    if not isinstance(origin, str) or is_same_model(origin, sources.model.identity):
+        return
+    first = [str(entry.get("id")) for entry in held_by(sources.base.folder)]
+    for choice, opened in zip(sources.choices, sources.opened, strict=True):
+        if opened.trained_on is None or not is_same_model(opened.trained_on, origin):
+            continue
+        paths = " ".join(
+            f"--adapter-path {name}" for name in [*reversed(first), choice.folder.public_name]
+        )
+        yield (
+            f"{choice.folder.public_name} was trained on {origin}, of which {sources.model.public_name} was "
+            f"made ({RECIPE_NAME}); `mlx-fusekit fuse --model {origin} {paths}` is the better "
+            "start: it rounds once, and not what was rounded before"
+        )
