@@ -78,11 +78,10 @@ def better_start(sources: Sources) -> Iterator[str]:
     for choice, opened in zip(sources.choices, sources.opened, strict=True):
         if opened.trained_on is None or not is_same_model(opened.trained_on, origin):
             continue
-        paths = " ".join(
-            f"--adapter-path {name}" for name in [*reversed(first), choice.folder.public_name]
-        )
+        name, here = choice.folder.public_name, sources.model.public_name
+        paths = " ".join(f"--adapter-path {path}" for path in [*reversed(first), name])
         yield (
-            f"{choice.folder.public_name} was trained on {origin}, of which {sources.model.public_name} was "
-            f"made ({RECIPE_NAME}); `mlx-fusekit fuse --model {origin} {paths}` is the better "
-            "start: it rounds once, and not what was rounded before"
+            f"{name} was trained on {origin}, of which {here} was made ({RECIPE_NAME}); "
+            f"`mlx-fusekit fuse --model {origin} {paths}` is the better start: it rounds once, "
+            "and not what was rounded before"
         )
