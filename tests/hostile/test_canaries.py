@@ -75,6 +75,7 @@ def test_beside_a_good_model(
     base: Path, adapter: Path, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused, file = str(tmp_path / "fused"), str(tmp_path / "model.gguf")
+    adapted = str(tmp_path / "extracted")
     sources = ("--model", str(base), "--adapter-path", str(adapter))
     few = ("--max-tokens", "60")
     monkeypatch.chdir(base)
@@ -85,6 +86,9 @@ def test_beside_a_good_model(
         ("verify", *sources, "--fused", fused, *few),
         ("export-gguf", "--model", fused, "--gguf-path", file),
         ("export-lora", *sources, "--gguf-path", str(tmp_path / "lora.gguf")),
+        ("convert-adapter", *sources, "--save-path", str(tmp_path / "p"), "--to", "peft"),
+        ("diff", str(base), fused),
+        ("extract", "--model", str(base), "--fused", fused, "--rank", "2", "--save-path", adapted),
         ("publish", "--path", fused, "--repo", "me/name", "--dry-run"),
     ):
         assert exit_code(monkeypatch, *arguments) == 0, arguments

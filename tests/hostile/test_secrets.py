@@ -68,6 +68,8 @@ def commands(base: Path, adapter: Path, out: Path) -> list[tuple[str, ...]]:
         ("inspect", str(adapter)),
         ("fuse", *sources, "--save-path", fused, "--requantize", "nearest"),
         ("export-lora", *sources, "--gguf-path", str(out / "lora.gguf")),
+        ("convert-adapter", *sources, "--save-path", str(out / "peft"), "--to", "peft"),
+        ("diff", str(base), str(base)),
         ("export-gguf", "--model", str(base), "--gguf-path", str(out / "m.gguf"), "--modelfile"),
         ("publish", "--path", str(base), "--repo", "me/name", "--dry-run"),
         ("publish", "--path", fused, "--repo", "me/name", "--dry-run"),

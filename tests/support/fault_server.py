@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx_fusekit
+from mlx_fusekit.converting.convert import convert_adapter
+from mlx_fusekit.differing.extract import extract
 from mlx_fusekit.errors import FusekitError
 from mlx_fusekit.fusing.fuse import prepare_fuse
 from mlx_fusekit.gguf.exporting import export_gguf
@@ -53,6 +55,15 @@ def _export_lora(folder: Path, **more: Any) -> None:
     export_lora(folder / "base", folder / "adapter", target, **more)
 
 
+def _convert_adapter(folder: Path, **more: Any) -> None:
+    target = folder / "out" / "peft"
+    convert_adapter(folder / "base", folder / "adapter", target, "peft", **more)
+
+
+def _extract(folder: Path, **more: Any) -> None:
+    extract(folder / "base", folder / "other", folder / "out" / "extracted", rank=2, **more)
+
+
 def _report(folder: Path, **more: Any) -> None:
     target = FileTarget(folder / "out" / "bench.json", "--json", **more)
     write_file(target, b"x" * 3000)
@@ -64,6 +75,8 @@ OPERATIONS = {
     "convert": _convert,
     "export-gguf": _export,
     "export-lora": _export_lora,
+    "convert-adapter": _convert_adapter,
+    "extract": _extract,
     "report": _report,
 }
 

@@ -24,7 +24,7 @@ from support.raw import raw_with_float64
 from support.tiny import LLAMA, make_adapter, make_model
 
 SMALL = LLAMA | {"num_hidden_layers": 1, "attention_bias": False}
-INPUTS = ("base", "adapter", "raw", "raw-adapter", "exportable")
+INPUTS = ("base", "other", "adapter", "raw", "raw-adapter", "exportable")
 #: What each operation makes.
 MADE = {
     "fuse": ("fused",),
@@ -32,6 +32,8 @@ MADE = {
     "convert": ("fused",),
     "export-gguf": ("model.gguf", "Modelfile"),
     "export-lora": ("adapter.gguf",),
+    "convert-adapter": ("peft",),
+    "extract": ("extracted",),
     "report": ("bench.json",),
 }
 
@@ -99,7 +101,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     raw_with_float64(folder / "raw", SMALL)
     make_adapter(folder / "raw-adapter", folder / "base", keys=["self_attn.q_proj"], num_layers=1)
     make_exportable(folder / "exportable", SMALL)
+    make_model(folder / "other", SMALL, seed=5)
     old = folder / "old"
+    for name in ("peft", "extracted"):
+        shutil.copytree(folder / "adapter", old / name)
     shutil.copytree(folder / "base", old / "fused")
     (old / "fused" / "only in the old one.txt").write_text("x")
     for name in ("model.gguf", "adapter.gguf"):
