@@ -63,7 +63,8 @@ from mlx_fusekit.verifying.parity import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-from fetch_smollm2 import MODEL_NAME, build_once, default_cache, fetch, locked
+from fetch_smollm2 import MODEL_NAME, fetch
+from packages import build_once, default_cache, locked
 from train_adapter import Recipe, ensure_adapter
 
 CASES = ("sample", "sql", "style")

