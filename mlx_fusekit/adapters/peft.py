@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mlx_fusekit.adapters.fitting import base_warnings
+from mlx_fusekit.adapters.ignoring import Ignored
 from mlx_fusekit.adapters.peft_binding import Binding
 from mlx_fusekit.adapters.peft_names import parsed
 from mlx_fusekit.adapters.peft_settings import PeftSettings
@@ -35,9 +36,10 @@ class PeftAdapter:
     folder: Path
     settings: PeftSettings
     header: Header
+    ignored: Ignored
 
     @classmethod
-    def of(cls, settings: PeftSettings, header: Header) -> "PeftAdapter":
+    def of(cls, settings: PeftSettings, header: Header, ignored: Ignored) -> "PeftAdapter":
         """An adapter from what was read of its folder.
 
         Raises:
@@ -45,10 +47,13 @@ class PeftAdapter:
         """
         if header.tensors:
             settings.check()
-        adapter = cls(settings.path.parent, settings, header)
+        adapter = cls(settings.path.parent, settings, header, ignored)
         found = {leaf for leaves in adapter.modules.values() for leaf in leaves}
         if not found & {"tokens", *_PAIRS[0], *_PAIRS[1]}:
-            raise AdapterError(f"{header.file}: holds no LoRA tensors; train the adapter first")
+            what = "holds no LoRA tensors; train the adapter first"
+            if ignored.modules:
+                what = "--ignore leaves no LoRA tensors of it; ignore less"
+            raise AdapterError(f"{header.file}: {what}")
         return adapter
 
     @property
@@ -107,8 +112,8 @@ class PeftAdapter:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """PEFT's settings leave nothing open."""
-        return ()
+        """What the user should know of the adapter by itself, one line each."""
+        return self.ignored.notes(self.folder.name)
 
     @property
     def mlx_lm_config(self) -> None:
@@ -150,4 +155,5 @@ class PeftAdapter:
     def bind(self, base: BaseModel, base_id: str | None = None, *, scaled: bool = True) -> Adapter:
         """See :meth:`mlx_fusekit.adapters.updates.AdapterFolder.bind`."""
         binding = Binding(self.settings, self.header.file, self.modules, base, scaled)
-        return binding.adapter(self.kind, base_warnings(self.trained_on, base_id))
+        warnings = (*self.notes, *base_warnings(self.trained_on, base_id))
+        return binding.adapter(self.kind, warnings)

@@ -10,8 +10,9 @@ import numpy as np
 from mlx_fusekit.adapters.base_rows import base_rows
 from mlx_fusekit.adapters.fitting import closest, refuse_vocabulary
 from mlx_fusekit.adapters.low_rank import factor, fitted
-from mlx_fusekit.adapters.peft_names import ModulesOf, is_of_another_tower
+from mlx_fusekit.adapters.peft_names import ModulesOf
 from mlx_fusekit.adapters.peft_settings import PeftSettings
+from mlx_fusekit.adapters.towers import why_not_run
 from mlx_fusekit.adapters.updates import Adapter, FullUpdate, Update
 from mlx_fusekit.adapters.values import read_finite
 from mlx_fusekit.adapters.whole import put_whole
@@ -148,7 +149,7 @@ class Binding:
             return None
         if module.rpartition(".")[2] == "lm_head" and set(leaves) == {"weight"}:
             return self._tied_head(leaves["weight"])
-        raise AdapterError(f"{self._file}: {self._stranger(module)}")
+        raise AdapterError(f"{self._file}: {self._stranger(module, leaves)}")
 
     def _tied_head(self, tensor: TensorRef) -> None:
         """Of a base whose head is its embedding: the head that PEFT saves beside that."""
@@ -319,17 +320,14 @@ class Binding:
             )
         return rows, columns
 
-    def _stranger(self, module: str) -> str:
+    def _stranger(self, module: str, leaves: Mapping[str, TensorRef]) -> str:
         if module.rpartition(".")[2] == "lm_head":
             return (
                 "changes lm_head, and the base has none of its own: its head is its embedding; "
                 "merge the adapter with PEFT (merge_and_unload)"
             )
-        if is_of_another_tower(module):
-            return (
-                f"{shown(module)} belongs to a part for images or sound, which mlx-lm does not "
-                "run; train an adapter of the text model alone"
-            )
+        if why := why_not_run(next(iter(leaves.values())).name, module):
+            return why
         return (
             f"{shown(module)} is no module of the base model{closest(module, self._base)}; {_WHERE}"
         )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from mlx_fusekit.adapters.towers import is_of_another_tower
 from mlx_fusekit.checkpoint.base import BaseModel
 
 #: What training wraps modules in, without another name for them.
@@ -25,7 +26,6 @@ _FUSED = {
 _TRUNK = frozenset(
     ("model", "language_model", "text_model", "transformer", "decoder", "gpt_neox", "backbone")
 )
-_OTHER_TOWERS = re.compile(r"vision|visual|audio|image|speech|multi_modal|mm_projector")
 _LEAVES = (
     (re.compile(r"(.+)\.lora_(A|B)(?:\.[^.]+)?\.weight"), "lora_{}"),
     (re.compile(r"(.+)\.lora_(A|B)(?:\.[^.]+)?\.bias"), "lora_{}.bias"),
@@ -71,11 +71,6 @@ def parsed(name: str) -> PeftName | None:
 def is_of_peft(name: str) -> bool:
     """Whether only PEFT gives a tensor such a name."""
     return any(part in name for part in (".lora_A.", ".lora_embedding_A", ".token_adapter."))
-
-
-def is_of_another_tower(module: str) -> bool:
-    """Whether a module belongs to a part for images or sound."""
-    return _OTHER_TOWERS.search(module) is not None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mlx_fusekit.adapters.fitting import closest, refuse_vocabulary
+from mlx_fusekit.adapters.towers import why_not_run
 from mlx_fusekit.adapters.updates import FullUpdate, Update
 from mlx_fusekit.adapters.values import check_finite
 from mlx_fusekit.checkpoint.base import BaseModel
@@ -35,6 +36,8 @@ def put_whole(
     """
     target, module = base.tensors.get(name), name.removesuffix(".weight")
     if target is None:
+        if why := why_not_run(tensor.name, module):
+            raise AdapterError(f"{file}: {why}")
         raise AdapterError(
             f"{file}: {shown(tensor.name)} is no parameter of the base model"
             f"{closest(name, base)}; fuse into the model it was trained from"
