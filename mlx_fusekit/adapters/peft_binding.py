@@ -24,6 +24,12 @@ from mlx_fusekit.errors import AdapterError
 from mlx_fusekit.formats.floats import Float32
 
 _WHERE = "fuse into the model that the adapter was trained on"
+#: What mlx-lm's classes call the matrix of the input's tokens, and that of the output's.
+_EMBEDDINGS = (
+    *("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "token_embeddings"),
+    *("embeddings", "embedding", "embed_in", "embed"),
+)
+_HEADS = ("lm_head", "embed_out", "output", "ff_out")
 #: Of the matrix that says which rows of an embedding are replaced.
 _MOST_CHOSEN = 1 << 26
 
@@ -122,8 +128,11 @@ class Binding:
 
     def _tell_tied(self, place: str) -> None:
         """Warn where a changed embedding is the head too: unmerged, PEFT leaves the head alone."""
-        is_embedding = "emb" in place.rpartition(".")[2] or place.endswith(".wte")
-        if is_embedding and self._names.plain("lm_head") is None:
+        weight = self._base.tensors.get(f"{place}.weight")
+        if weight is None or len(weight.shape) != 2:
+            return
+        is_input = place.rpartition(".")[2] in _EMBEDDINGS
+        if is_input and not any(map(self._names.plain, _HEADS)):
             self._notes.append(
                 f"{place} is also the base's head: the head changes with it, as when PEFT merges"
             )

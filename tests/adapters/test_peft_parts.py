@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from support.every_class import config_of
 from support.peft import Tensors, pair, product, write_peft
 from support.tiny import LLAMA, QWEN3_MOE, VOCABULARY, make_model, save_adapter
 
@@ -180,6 +181,28 @@ def test_embedding(base: Path, tmp_path: Path) -> None:
     notes = NamedSources.find(base, adapter).open().adapter.warnings
     assert any("is left out: it is the embedding" in note for note in notes)
     assert any("is also the base's head" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("model", "saved", "tied"),
+    [
+        ("lfm2", "model.embedding_norm", False),
+        ("lfm2", "model.embed_tokens", True),
+        ("gpt_neox", "gpt_neox.embed_in", False),
+        ("internlm2", "model.tok_embeddings", False),
+        ("llama", "model.embed_tokens", False),
+    ],
+)
+def test_what_is_also_the_head(tmp_path: Path, model: str, saved: str, tied: bool) -> None:
+    """A norm is not, whatever it is called, and no embedding of a model with a head."""
+    base = make_model(tmp_path / "base", config_of(model), bits=None, dtype=mx.float32)
+    tensors = weights(base)
+    values = tensors[f"{saved.replace('gpt_neox', 'model')}.weight"] + 1
+    layer = next(name for name, a in tensors.items() if a.ndim == 2 and ".0." in name)
+    trained = pair(layer.removesuffix(".weight"), *tensors[layer].shape)
+    adapter = write_peft(tmp_path / "adapter", trained | {f"{saved}.weight": values})
+    notes = NamedSources.find(base, adapter).open().adapter.warnings
+    assert any("is also the base's head" in note for note in notes) == tied
 
 
 def test_single_tokens(base: Path, tmp_path: Path) -> None:
