@@ -26,6 +26,7 @@ from mlx_fusekit.checkpoint.header import Header, TensorRef
 from mlx_fusekit.checkpoint.json_text import shown
 from mlx_fusekit.errors import AdapterError
 
+_NAMED = 3
 _PAIRS = (("lora_A", "lora_B"), ("embedding_A", "embedding_B"))
 
 
@@ -155,5 +156,18 @@ class PeftAdapter:
     def bind(self, base: BaseModel, base_id: str | None = None, *, scaled: bool = True) -> Adapter:
         """See :meth:`mlx_fusekit.adapters.updates.AdapterFolder.bind`."""
         binding = Binding(self.settings, self.header.file, self.modules, base, scaled)
-        warnings = (*self.notes, *base_warnings(self.trained_on, base_id))
+        warnings = (*self.notes, *base_warnings(self.trained_on, base_id), *self._incomplete(base))
         return binding.adapter(self.kind, warnings)
+
+    def _incomplete(self, base: BaseModel) -> tuple[str, ...]:
+        """What to tell where the settings name modules that the file has nothing of."""
+        # Of three axes are experts, whom transformers has in parameters and not in modules.
+        matrices = (n.removesuffix(".weight") for n, t in base.tensors.items() if len(t.shape) == 2)
+        missing = self.settings.missing_targets(matrices, (*self.modules, *self.ignored.modules))
+        if not missing:
+            return ()
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        return (
+            f"target_modules of {self.folder.name} names {', '.join(map(shown, missing[:_NAMED]))}"
+            f"{more}, and its file has no tensor of such modules; it may not have been saved whole",
+        )

@@ -244,6 +244,45 @@ def changed_words(base: Path, adapter: Path) -> dict[str, list[int]]:
     return rows
 
 
+MISSING: dict[str, tuple[dict[str, Any], str]] = {
+    "all there": ({"target_modules": ["q_proj", "self_attn.k_proj", Q]}, ""),
+    "one not": ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "names 'v_proj', and"),
+    "many not": (
+        {"target_modules": ["mlp.up_proj", "v_proj", "o_proj", "down_proj", GATE, "k_proj"]},
+        f"names 'down_proj', 'mlp.up_proj', '{GATE}' and 2 more, and",
+    ),
+    "a part of a name": ({"target_modules": ["q_proj", "v", "attn.v_proj"]}, ""),
+    "what the base has not": ({"target_modules": ["q_proj", "qkv_proj", "fc1", "lm_head"]}, ""),
+    "an expression": ({"target_modules": ".*v_proj"}, ""),
+    "all linears": ({"target_modules": "all-linear"}, ""),
+    "excluded": ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]}, ""),
+    "excluded in a layer": (
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["1.self_attn.v_proj"]},
+        "names 'v_proj', and",
+    ),
+    "excluded by a pattern": ({"target_modules": ["v_proj"], "exclude_modules": ".*"}, ""),
+    "saved as a whole": ({"target_modules": ["v_proj"], "modules_to_save": ["v_proj"]}, ""),
+    "of a layer": (
+        {"target_modules": ["0.mlp.up_proj", "v_proj"], "layers_to_transform": [1]},
+        "names 'v_proj', and",
+    ),
+    "nonsense": (
+        {"target_modules": [1, {}], "layers_to_transform": [{}], "exclude_modules": 3},
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_targets_that_the_file_has_nothing_of(base: Path, tmp_path: Path, case: str) -> None:
+    settings, words = MISSING[case]
+    adapter = write_peft(tmp_path / "adapter", PLAIN, **settings)
+    warnings = NamedSources.find(base, adapter).open().adapter.warnings
+    told = [line for line in warnings if "may not have been saved whole" in line]
+    assert len(told) == bool(words)
+    assert words in "".join(told)
+
+
 SAVED = {
     "now": "model.norm.weight",
     "before": "model.norm.modules_to_save.weight",
