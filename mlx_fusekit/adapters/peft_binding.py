@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -10,6 +11,7 @@ import numpy as np
 from mlx_fusekit.adapters.base_rows import base_rows
 from mlx_fusekit.adapters.fitting import closest, refuse_vocabulary
 from mlx_fusekit.adapters.low_rank import factor, fitted
+from mlx_fusekit.adapters.matrices import LowRankUpdate
 from mlx_fusekit.adapters.peft_names import ModulesOf
 from mlx_fusekit.adapters.peft_settings import PeftSettings
 from mlx_fusekit.adapters.towers import why_not_run
@@ -18,9 +20,11 @@ from mlx_fusekit.adapters.values import read_finite
 from mlx_fusekit.adapters.whole import put_whole
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME as CONFIG_NAME
+from mlx_fusekit.checkpoint.class_values import ClassValues
 from mlx_fusekit.checkpoint.header import TensorRef
 from mlx_fusekit.checkpoint.json_text import shown
-from mlx_fusekit.errors import AdapterError
+from mlx_fusekit.checkpoint.sanitized import ArrayTensor
+from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.floats import Float32
 
 _WHERE = "fuse into the model that the adapter was trained on"
@@ -55,7 +59,7 @@ class Binding:
     ) -> None:
         self._settings, self._file, self._modules = settings, file, modules
         self._base, self._scaled = base, scaled
-        self._names = ModulesOf(base)
+        self._names, self._class = ModulesOf(base), ClassValues(base.config)
         self._weights: dict[str, Update] = {}
         self._parameters: dict[str, FullUpdate] = {}
         self._notes: list[str] = []
@@ -122,9 +126,21 @@ class Binding:
         self._tell_tied(place)
         for leaf in ("weight", "bias"):
             if leaf in leaves:
-                name, tensor = f"{place}.{leaf}", leaves[leaf]
-                put_whole(self._base, name, tensor, self._file, self._weights, self._parameters)
+                self._whole(f"{place}.{leaf}", leaves[leaf])
         return None
+
+    def _whole(self, name: str, tensor: TensorRef) -> None:
+        """A value that takes the place of the base's, which some classes of mlx-lm change."""
+        self._refuse_normalized(name)
+        value = None
+        if self._class.changes(name):
+            try:
+                values = self._class.converted(name, read_finite(tensor))
+            except CheckpointError as error:
+                raise AdapterError(f"{self._file}: {shown(tensor.name)}: {error}") from error
+            value = ArrayTensor(tensor.name, "F32", values.shape, values)
+        file, weights, parameters = self._file, self._weights, self._parameters
+        put_whole(self._base, name, tensor, file, weights, parameters, value)
 
     def _tell_tied(self, place: str) -> None:
         """Warn where a changed embedding is the head too: unmerged, PEFT leaves the head alone."""
@@ -197,14 +213,16 @@ class Binding:
             )
         chosen = np.zeros((rows, len(tokens)), np.float32)
         chosen[tokens, np.arange(len(tokens))] = 1.0
-        before = base_rows(self._base, place, tokens)
+        factors, before = self._row_factors(place), base_rows(self._base, place, tokens)
         if before.shape != new.shape:
             raise AdapterError(
                 f"{self._file}: {shown(tensor.name)} has {new.shape[1]} columns, and {place} of "
                 f"the base {before.shape[1]}; {_WHERE}"
             )
         scale = 1.0 if self._scaled or not self._settings.scale else 1 / self._settings.scale
-        self._put(place, chosen[None], (new - before)[None], _shapes(leaves), scale)
+        new = new if factors is None else new * factors[tokens, None]
+        have = _shapes(leaves)
+        self._put(place, chosen[None], (new - before)[None], have, scale, multiplied=True)
 
     def _refuse_beside_lora(self, module: str, leaves: Mapping[str, TensorRef]) -> None:
         more = sorted(set(leaves) - {"lora_A", "lora_B"})
@@ -250,10 +268,23 @@ class Binding:
         have: str,
         scale: float,
         magnitude: Float32 | None = None,
+        *,
+        multiplied: bool = False,
     ) -> None:
-        """Note the update of a module of the base; ``have`` says what the file has of it."""
+        """Note the update of a module of the base.
+
+        Args:
+            place: path of the module.
+            up: ``[experts, rows, rank]``.
+            down: ``[experts, rank, columns]``.
+            have: what the file has of it, for messages.
+            scale: to multiply ``up`` with.
+            magnitude: of DoRA, ``[rows]``.
+            multiplied: whether it is of the weight as mlx-lm's class has it.
+        """
         if place in self._weights:
             raise AdapterError(f"{self._file}: has {place} twice, under two names; remove one")
+        self._refuse_normalized(f"{place}.weight")
         update, note = fitted(
             self._base,
             place,
@@ -265,8 +296,28 @@ class Binding:
             have=have,
             cure=f"correct lora_alpha in {CONFIG_NAME}",
         )
-        self._weights[place] = update
+        self._weights[place] = update if multiplied else self._multiplied(place, update)
         self._notes += [note] if note else []
+
+    def _multiplied(self, place: str, update: LowRankUpdate) -> LowRankUpdate:
+        """An update of transformers' weight as one of what mlx-lm's class makes of that."""
+        factors = self._row_factors(place)
+        if factors is None:
+            return update
+        norms = None if update.magnitude is None else update.magnitude * np.abs(factors)
+        return replace(update, up=update.up * factors[None, :, None], magnitude=norms)
+
+    def _row_factors(self, place: str) -> Float32 | None:
+        (rows, *_), name = self._rows(place), f"{place}.weight"
+        return self._class.row_factors(name, rows)
+
+    def _refuse_normalized(self, name: str) -> None:
+        if self._class.normalizes(name):
+            raise AdapterError(
+                f"{self._file}: mlx-lm normalizes {name} of a {self._base.config['model_type']} "
+                "model, so that the trained head would not be what runs; leave it out with "
+                "--ignore '*lm_head'"
+            )
 
     def _all_experts(
         self, module: str, leaves: Mapping[str, TensorRef], places: Mapping[str, str]

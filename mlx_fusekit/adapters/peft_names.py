@@ -22,6 +22,8 @@ _FUSED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
 }
+#: Classes of mlx-lm that take the rows of a fused matrix apart in another order.
+_OTHER_ORDER = {("hunyuan", "qkv_proj")}
 #: What leads to the text model's layers, in one tree or another.
 _TRUNK = frozenset(
     ("model", "language_model", "text_model", "transformer", "decoder", "gpt_neox", "backbone")
@@ -113,6 +115,8 @@ class ModulesOf:
     def parts(self, module: str) -> tuple[str, ...]:
         """The base's modules that share the rows of a fused matrix, in their order."""
         before, _, leaf = module.rpartition(".")
+        if (self._base.config.get("model_type"), leaf) in _OTHER_ORDER:
+            return ()
         found = [self.plain(f"{before}.{part}") for part in _FUSED.get(leaf, ())]
         known = tuple(place for place in found if place is not None)
         return known if len(known) == len(found) else ()

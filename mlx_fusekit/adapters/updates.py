@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from mlx_fusekit.adapters.combined import CombinedUpdate
 from mlx_fusekit.adapters.ignoring import Ignored
 from mlx_fusekit.adapters.matrices import LowRankUpdate
-from mlx_fusekit.checkpoint.base import BaseModel
+from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.checkpoint.header import TensorRef
 
 
@@ -20,7 +20,7 @@ class FullUpdate:
         tensor: the value, unquantized, in the logical shape of the base's parameter.
     """
 
-    tensor: TensorRef
+    tensor: TensorSource
     is_zero = False
     rank = None
 
