@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
@@ -195,7 +196,7 @@ class Binding:
     def _tokens(self, place: str, module: str, leaves: Mapping[str, TensorRef]) -> None:
         """Rows of an embedding that were trained by themselves."""
         tensor, tokens = leaves["tokens"], self._settings.tokens_of(module)
-        new, (rows,) = read_finite(tensor), self._rows(place)
+        new, rows = read_finite(tensor), self._base.tensors[f"{place}.weight"].shape[0]
         if not tokens or new.ndim != 2 or len({*tokens}) != len(new) or len(tokens) != len(new):
             raise AdapterError(
                 f"{self._file}: {shown(tensor.name)} {list(tensor.shape)} does not fit "
@@ -229,12 +230,13 @@ class Binding:
         if more:
             what = "DoRA" if "magnitude" in leaves else more[0]
             raise AdapterError(
-                f"{self._file}: {shown(module)} has {what}, which this version does not fuse into "
-                "experts or embeddings; merge the adapter with PEFT (merge_and_unload)"
+                f"{self._file}: {shown(module)} has {what}, which is not fused into experts or "
+                "embeddings; merge the adapter with PEFT (merge_and_unload)"
             )
 
     def _rows(self, place: str) -> tuple[int, ...]:
-        return tuple(self._base.tensors[f"{place}.weight"].shape[:1])
+        """Number of a weight's rows, and of experts before it where it is of several."""
+        return tuple(self._base.tensors[f"{place}.weight"].shape[:-1])
 
     def _matrices(self, module: str, leaves: Mapping[str, TensorRef]) -> tuple[Float32, Float32]:
         """``[rows, rank]`` and ``[rank, columns]``."""
@@ -308,8 +310,7 @@ class Binding:
         return replace(update, up=update.up * factors[None, :, None], magnitude=norms)
 
     def _row_factors(self, place: str) -> Float32 | None:
-        (rows, *_), name = self._rows(place), f"{place}.weight"
-        return self._class.row_factors(name, rows)
+        return self._class.row_factors(f"{place}.weight", self._rows(place)[-1])
 
     def _refuse_normalized(self, name: str) -> None:
         if self._class.normalizes(name):
@@ -323,14 +324,8 @@ class Binding:
         self, module: str, leaves: Mapping[str, TensorRef], places: Mapping[str, str]
     ) -> None:
         """The experts of one parameter, of which gate and up may be one."""
-        gate, down_place = places["gate_proj"], places["down_proj"]
-        experts, rows = self._base.tensors[f"{gate}.weight"].shape[:2]
-        width = self._base.tensors[f"{down_place}.weight"].shape[1]
-        # Rows and columns of either, and what MLX has in its place.
-        either: dict[str, tuple[tuple[int, int], tuple[str, ...]]] = {
-            "gate_up_proj": ((2 * rows, width), ("gate_proj", "up_proj")),
-            "down_proj": ((width, rows), ("down_proj",)),
-        }
+        sizes = self._sizes_of_parameters(places)
+        experts = self._rows(places["gate_proj"])[0]
         a, b = read_finite(leaves["lora_A"]), read_finite(leaves["lora_B"])
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % experts:
             raise AdapterError(
@@ -338,8 +333,12 @@ class Binding:
                 f"{experts} experts; {_WHERE}"
             )
         rank = a.shape[0] // experts
-        shape = (b.shape[0], a.shape[1])
-        parameter = next((name for name, (known, _) in either.items() if known == shape), None)
+        down = a.reshape(experts, rank, a.shape[1])
+        up = b.reshape(b.shape[0], rank, experts).transpose(2, 0, 1)
+        if self._turned:
+            up, down = down.swapaxes(1, 2), up.swapaxes(1, 2)
+        shape = (up.shape[1], down.shape[2])
+        parameter = next((name for name, known in sizes.items() if known == shape), None)
         if parameter is None:
             raise AdapterError(
                 f"{self._file}: {shown(module)} has {_shapes(leaves)}, which fits neither the "
@@ -347,12 +346,39 @@ class Binding:
             )
         name = f"{module.replace('.base_layer', '')}.{parameter}"
         self._check_rank(name, rank)
-        down = a.reshape(experts, rank, a.shape[1])
-        up = b.reshape(b.shape[0], rank, experts).transpose(2, 0, 1)
-        scale = self._factor(name)
-        _, parts = either[parameter]
-        for part, share in zip(parts, np.split(up, len(parts), axis=1), strict=True):
-            self._put(places[part], share, down, _shapes(leaves), scale)
+        shares = {"down_proj": up}
+        if parameter == "gate_up_proj":
+            half = len(up[0]) // 2
+            gate, other = (
+                (up[:, ::2], up[:, 1::2])
+                if self._names.gate_and_up_by_turns
+                else (up[:, :half], up[:, half:])
+            )
+            shares = {"gate_proj": gate, "up_proj": other}
+        for part, share in shares.items():
+            self._put(places[part], share, down, _shapes(leaves), self._factor(name))
+
+    def _sizes_of_parameters(self, places: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+        """Rows and columns of one expert's in either parameter that transformers has of them."""
+        inner, width = (self._rows(places[name])[-1] for name in ("gate_proj", "down_proj"))
+        return {"gate_up_proj": (2 * inner, width), "down_proj": (width, inner)}
+
+    @cached_property
+    def _turned(self) -> bool:
+        """Whether lora_A is of the outputs of the experts, and lora_B of their inputs.
+
+        PEFT takes a parameter for ``[experts, out, in]`` where its module does not say other;
+        before 0.19 it took all for ``[experts, in, out]``. An adapter has all in one order, and the
+        sizes of one that is not square tell which.
+        """
+        for module, leaves in self._modules.items():
+            places = self._names.experts(module) if "lora_A" in leaves else None
+            if places is not None:
+                known = self._sizes_of_parameters(places).values()
+                shape = leaves["lora_B"].shape[:1] + leaves["lora_A"].shape[-1:]
+                if shape not in known and shape[::-1] in known:
+                    return True
+        return False
 
     def _stacked(self, place: str, found: Mapping[int, tuple[Float32, Float32]]) -> None:
         """Experts that have matrices of their own; those without stay as they are."""

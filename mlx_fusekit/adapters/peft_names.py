@@ -24,6 +24,8 @@ _FUSED = {
 }
 #: Classes of mlx-lm that take the rows of a fused matrix apart in another order.
 _OTHER_ORDER = {("hunyuan", "qkv_proj")}
+#: Classes whose experts have rows of gate and up by turns in transformers.
+_BY_TURNS = ("gpt_oss",)
 #: What leads to the text model's layers, in one tree or another.
 _TRUNK = frozenset(
     ("model", "language_model", "text_model", "transformer", "decoder", "gpt_neox", "backbone")
@@ -138,6 +140,11 @@ class ModulesOf:
         places = {name: self._stacked(found[1], name) for name in names}
         known = {name: place for name, place in places.items() if place is not None}
         return known if len(known) == len(names) else None
+
+    @property
+    def gate_and_up_by_turns(self) -> bool:
+        """Whether rows of gate and up alternate in transformers' parameter of all experts."""
+        return self._base.config.get("model_type") in _BY_TURNS
 
     def _stacked(self, block: str, projection: str) -> str | None:
         # transformers 5 calls the block mlp in models that had another name for it.

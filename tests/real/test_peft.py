@@ -33,6 +33,8 @@ ADAPTERS = {
     "experts": "qwen3_moe",
     "gate-and-up": "qwen3_moe",
     "down": "qwen3_moe",
+    "norms": "qwen3_next",
+    "by-turns": "gpt_oss",
 }
 #: Of bases, what an adapter of mlx-lm's own has.
 MLX_LM = {
