@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -48,7 +48,7 @@ def without_ignored(header: Header, patterns: Sequence[str]) -> tuple[Header, Ig
     Raises:
         AdapterError: where nothing is left.
     """
-    module_of = {name: _module(name) for name in header.tensors}
+    module_of = {name: _module(name, header.tensors) for name in header.tensors}
     found = {
         module: tuple(pattern for pattern in patterns if _matches(pattern, module))
         for module in module_of.values()
@@ -89,10 +89,12 @@ def check_patterns(
     )
 
 
-def _module(name: str) -> str:
-    """Path of the module that a tensor belongs to."""
+def _module(name: str, beside: Container[str]) -> str:
+    """Path of the module that a tensor belongs to, beside others."""
     found = parsed(name)
-    return found.module if found else _LEAF.sub("", name)
+    module = found.module if found else _LEAF.sub("", name)
+    outer = module.removesuffix(".linear")  # what mlx-lm's layers call what they are put around
+    return outer if f"{outer}.lora_a" in beside else module
 
 
 def _matches(pattern: str, module: str) -> bool:

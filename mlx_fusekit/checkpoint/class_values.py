@@ -85,6 +85,10 @@ class ClassValues:
         """Whether it may change the values of a tensor."""
         return self._known is not None and re.search(self._known.changed, name) is not None
 
+    def multiplies(self, name: str) -> bool:
+        """Whether it may multiply the rows of a weight."""
+        return self._known is not None and self._known.multiplies and self.changes(name)
+
     def converted(self, name: str, values: Float32) -> Float32:
         """The values of a parameter that it :meth:`changes`, of those of transformers' tensor.
 
@@ -118,6 +122,6 @@ class ClassValues:
             name: of the weight.
             rows: how many it has.
         """
-        if self._known is None or not self._known.multiplies or not self.changes(name):
+        if not self.multiplies(name):
             return None
         return self.converted(name, np.ones((rows, 1), np.float32))[:, 0]

@@ -106,6 +106,16 @@ def test_only_lora_counts_as_something_left(tmp_path: Path) -> None:
     assert inspect(adapter, ignore=["*norm"]).as_json()["modules"] == 1
 
 
+def test_a_module_goes_with_all_of_its_tensors(base: Path, tmp_path: Path) -> None:
+    """Its bias too, which mlx-lm saves under the name of the linear in its layer."""
+    tensors = {f"{Q}.lora_a": mx.ones((HIDDEN, 4)), f"{Q}.lora_b": mx.ones((4, HIDDEN))}
+    tensors |= {f"{V}.lora_a": mx.ones((HIDDEN, 4)), f"{V}.lora_b": mx.ones((4, HIDDEN // 2))}
+    tensors |= {f"{Q}.linear.bias": mx.ones(HIDDEN), "model.norm.weight": mx.ones(HIDDEN)}
+    adapter = save_adapter(tmp_path / "adapter", tensors)
+    report = fuse(base, adapter, tmp_path / "fused", dequantize=True, ignore=["*.q_proj"])
+    assert (report.ignored, report.modules, report.parameters) == ((Q,), {"bfloat16": 1}, 1)
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_the_unfused_arm_has_none_of_it(tmp_path: Path, kind: str) -> None:
     """mlx-lm by itself would load the whole file."""
@@ -132,7 +142,9 @@ def test_what_takes_no_adapter_refuses_it(base: Path) -> None:
         benchmark(base, None, base, ignore=["a"])
 
 
-@pytest.mark.parametrize("command", ["fuse", "verify", "bench", "export-lora", "exercise"])
+@pytest.mark.parametrize(
+    "command", ["fuse", "verify", "bench", "export-lora", "convert-adapter", "exercise"]
+)
 def test_every_command_takes_it(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -142,8 +154,13 @@ def test_every_command_takes_it(
     """And refuses a pattern that matches nothing before it does anything."""
     monkeypatch.chdir(tmp_path)
     base, adapter = str(samples.model_path()), str(samples.adapter_path())
-    more = {"export-lora": ["--gguf-path", "x.gguf"], "verify": ["--fused", base]}.get(command, [])
-    arguments = (command, "--model", base, "--adapter-path", adapter, *more, "--ignore", "*a")
+    more = {
+        "export-lora": ["--gguf-path", "x.gguf"],
+        "verify": ["--fused", base],
+        "convert-adapter": ["--save-path", "x", "--to", "mlx"],
+    }
+    own = more.get(command, [])
+    arguments = (command, "--model", base, "--adapter-path", adapter, *own, "--ignore", "*a")
     assert exit_code(monkeypatch, *arguments) == 1
     assert "--ignore '*a': matches no module of the adapter" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -21,7 +21,7 @@ from support.peft import Tensors, pair, random, write_peft
 from support.raw_forms import raw_form
 from support.sweep import random_model
 
-from mlx_fusekit import fuse
+from mlx_fusekit import convert_adapter, fuse
 from mlx_fusekit.adapters.sources import NamedSources
 from mlx_fusekit.adapters.updates import FullUpdate
 from mlx_fusekit.errors import AdapterError
@@ -144,6 +144,29 @@ def test_a_head_that_a_class_normalizes(tmp_path: Path) -> None:
         ):
             fuse(checkpoints.base, adapter, tmp_path / "fused")
         NamedSources.find(checkpoints.base, adapter, ignore=["*lm_head"]).open()
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("qwen3_next", r"model\.norm\.weight|layers\.1\.self_attn\.q_proj"),
+        ("falcon_h1", r"layers\.1\.self_attn\.o_proj"),
+    ],
+)
+def test_no_adapter_is_written_that_would_have_other_values(
+    tmp_path: Path, name: str, chosen: str
+) -> None:
+    checkpoints = Checkpoints(tmp_path, name)
+    adapter = write_peft(tmp_path / "adapter", checkpoints.trained(chosen)[0])
+    with pytest.raises(AdapterError, match=r"other values of it than transformers .* --ignore '\*"):
+        convert_adapter(checkpoints.base, adapter, tmp_path / "out", "peft")
+    convert_adapter(checkpoints.base, adapter, tmp_path / "out", "mlx")
+    base, made = tmp_path / "base", tmp_path / "out"
+    for source, target in ((adapter, "one"), (made, "two")):
+        fuse(base, source, tmp_path / target)
+    one, two = (mx.load(str(tmp_path / n / "model.safetensors")) for n in ("one", "two"))
+    for tensor, value in one.items():
+        np.testing.assert_allclose(np.array(two[tensor]), np.array(value), atol=1e-6)
 
 
 def test_rows_that_a_class_takes_apart_in_its_own_order(tmp_path: Path) -> None:
