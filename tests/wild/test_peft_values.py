@@ -149,7 +149,7 @@ def test_a_head_that_a_class_normalizes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "chosen"),
     [
-        ("qwen3_next", r"model\.norm\.weight|layers\.1\.self_attn\.q_proj"),
+        ("qwen3_next", r"model\.norm\.weight|conv1d|layers\.1\.self_attn\.q_proj"),
         ("falcon_h1", r"layers\.1\.self_attn\.o_proj"),
     ],
 )
