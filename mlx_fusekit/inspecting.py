@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_fusekit import hub
+from mlx_fusekit.adapters.ignoring import check_patterns
 from mlx_fusekit.adapters.matrices import LowRankUpdate
 from mlx_fusekit.adapters.opening import open_adapter
 from mlx_fusekit.adapters.sources import open_model
@@ -108,6 +110,7 @@ def inspect(
     *,
     model: str | Path | None = None,
     scale: float | None = None,
+    ignore: Sequence[str] = (),
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> ModelFacts | AdapterFacts:
@@ -117,6 +120,8 @@ def inspect(
         path: folder or Hub id.
         model: an adapter's base, to compare its update with the base's quantization step.
         scale: of an adapter's update, taken instead of the recorded one.
+        ignore: patterns of modules to leave out of an adapter, as :func:`mlx_fusekit.fuse` takes
+            them.
         revision: of a Hub id.
         trust_remote_code: let model code that lies in the base's folder run.
 
@@ -126,16 +131,19 @@ def inspect(
     own_revision = revision if model is None else None
     folder = hub.resolve(path, revision=own_revision, what="PATH").path
     if exists(folder / ADAPTER_CONFIG_NAME):
-        base = None
+        adapter, base = open_adapter(folder, scale=scale, ignore=ignore), None
+        check_patterns(ignore, [(adapter.ignored, adapter.paths)])
         if model is not None:
             base = open_model(hub.resolve(model, revision=revision, code=trust_remote_code))
-        return _adapter_facts(str(path), open_adapter(folder, scale=scale), base, str(model))
+        return _adapter_facts(str(path), adapter, base, str(model))
     if not exists(folder / "config.json"):
         raise CheckpointError(
             f"{path}: neither a model (config.json) nor an adapter ({ADAPTER_CONFIG_NAME})"
         )
-    if scale is not None:
-        raise ConfigurationError(f"--scale {scale:g}: is for an adapter, and {path} is a model")
+    flags = [f"--scale {scale:g}"] if scale is not None else []
+    flags += [f"--ignore {pattern!r}" for pattern in ignore]
+    if flags:
+        raise ConfigurationError(f"{flags[0]}: is for an adapter, and {path} is a model")
     checkpoint = Checkpoint.open(folder, trust_remote_code=trust_remote_code)
     return _model_facts(str(path), checkpoint)
 

@@ -17,7 +17,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    LlamaConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -30,7 +38,12 @@ _SIZES: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 #: What mlx-lm looks for, and transformers 5 calls otherwise.
-_FOR_MLX_LM = {"num_experts": 4, "rope_theta": 10000.0}
+_FOR_MLX_LM = {
+    "num_experts": 4,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.25,
+    "full_attention_interval": 2,
+}
 BASES = {
     "llama": LlamaConfig(**_SIZES, attention_bias=True),
     "qwen3": Qwen3Config(**_SIZES, head_dim=16),
@@ -42,6 +55,20 @@ BASES = {
         moe_intermediate_size=48,
         decoder_sparse_step=1,
         norm_topk_prob=True,
+    ),
+    "gpt_oss": GptOssConfig(**_SIZES, head_dim=16, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_next": Qwen3NextConfig(
+        **_SIZES,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=48,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
     ),
 }
 _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -73,6 +100,11 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {"target_modules": ["q_proj"], "target_parameters": _EXPERTS[:1]},
     ),
+    "by-turns": ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": _EXPERTS}),
+    "norms": (
+        "qwen3_next",
+        {"target_modules": ["o_proj"], "modules_to_save": ["norm", "q_norm", "conv1d"]},
+    ),
     "down": ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": _EXPERTS[1:]}),
 }
 
@@ -97,6 +129,8 @@ def main(folder: Path) -> None:
                     value.add_(torch.randn_like(value) * 0.05)
         adapted.save_pretrained(folder / name)
         _save(adapted.merge_and_unload(), folder / f"{name}-merged")
+    for saved in (folder / "gpt_oss", folder / "by-turns-merged"):
+        _turn_experts(saved / "model.safetensors")
 
 
 def combine(folder: Path) -> None:
@@ -137,6 +171,17 @@ def _save(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     path = folder / "config.json"
     path.write_text(json.dumps(_FOR_MLX_LM | json.loads(path.read_text())))
+
+
+def _turn_experts(path: Path) -> None:
+    """Write experts as ``[experts, out, in]``: mlx-lm expects them so, of GPT-OSS in 4 bits too."""
+    turned = {}
+    for name, value in load_file(path).items():
+        is_experts = value.ndim == 3 and name.endswith("_proj")
+        turned[f"{name}.weight" if is_experts else name] = (
+            value.transpose(1, 2).contiguous() if is_experts else value
+        )
+    save_file(turned, path, {"format": "pt"})
 
 
 if __name__ == "__main__":

@@ -18,9 +18,11 @@ from mlx_fusekit.adapters.fitting import (
     check_targeted,
     closest,
 )
+from mlx_fusekit.adapters.ignoring import Ignored
 from mlx_fusekit.adapters.low_rank import factor, fitted
 from mlx_fusekit.adapters.matrices import LowRankUpdate
 from mlx_fusekit.adapters.mlx_lm_settings import AdapterSettings
+from mlx_fusekit.adapters.towers import why_not_run
 from mlx_fusekit.adapters.updates import Adapter, FullUpdate, Update
 from mlx_fusekit.adapters.values import read_finite
 from mlx_fusekit.adapters.whole import put_whole
@@ -43,9 +45,10 @@ class MlxLmAdapter:
     folder: Path
     settings: AdapterSettings
     header: Header
+    ignored: Ignored
 
     @classmethod
-    def of(cls, settings: AdapterSettings, header: Header) -> "MlxLmAdapter":
+    def of(cls, settings: AdapterSettings, header: Header, ignored: Ignored) -> "MlxLmAdapter":
         """An adapter from what was read of its folder.
 
         Raises:
@@ -53,7 +56,7 @@ class MlxLmAdapter:
         """
         if not header.tensors:
             raise AdapterError(f"{header.file}: holds no tensors; train the adapter first")
-        adapter = cls(settings.path.parent, settings, header)
+        adapter = cls(settings.path.parent, settings, header, ignored)
         _ = adapter.kind
         return adapter
 
@@ -107,15 +110,17 @@ class MlxLmAdapter:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know of how the settings were read, one line each."""
-        return self.settings.notes
+        return (*self.settings.notes, *self.ignored.notes(self.folder.name))
 
     @property
     def mlx_lm_config(self) -> dict[str, Any] | None:
         """``adapter_config.json`` as today's mlx-lm reads it, for the tensors that are there.
 
         None of what mlx-lm since 0.32 does not load: whole values beside matrices, and ranks that
-        differ.
+        differ; and where some are ignored, since it would read the whole file.
         """
+        if self.ignored.modules:
+            return None
         if self.kind == "full":
             return {"fine_tune_type": "full"}
         ranks = {min(tensors["lora_b"].shape[-2:]) for tensors in self.modules.values()}
@@ -196,7 +201,7 @@ class MlxLmAdapter:
         return {f"{module}.weight" for module in self.modules} | set(self.whole)
 
     def bind(self, base: BaseModel, base_id: str | None = None, *, scaled: bool = True) -> Adapter:
-        warnings = [*self.settings.notes, *base_warnings(self.settings.trained_on, base_id)]
+        warnings = [*self.notes, *base_warnings(self.settings.trained_on, base_id)]
         if self.kind == "full":
             weights, parameters = self._bind_whole(base, {n: n for n in self.header.tensors})
             return Adapter(self.kind, weights, parameters, tuple(warnings))
@@ -215,6 +220,8 @@ class MlxLmAdapter:
         """A module's update, and what the user should know of it."""
         weight = base.tensors.get(f"{module}.weight")
         if weight is None:
+            if why := why_not_run(tensors["lora_a"].name, module):
+                raise AdapterError(f"{self.header.file}: {why}")
             raise AdapterError(
                 f"{self.header.file}: {module} is no module of the base model"
                 f"{closest(module, base)}; fuse into the model the adapter was trained on"

@@ -1,11 +1,12 @@
 """From an adapter's folder to what reads its format."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mlx_fusekit.adapters.ignoring import without_ignored
 from mlx_fusekit.adapters.mlx_lm import MlxLmAdapter
 from mlx_fusekit.adapters.mlx_lm_settings import AdapterSettings
 from mlx_fusekit.adapters.peft import PeftAdapter
@@ -26,7 +27,9 @@ from mlx_fusekit.reading import exists, is_folder, resolve_inside
 _PICKLED = ("*.npz", "*.bin", "*.pt", "*.pth", "*.pkl")
 
 
-def open_adapter(folder: Path, *, scale: float | None = None) -> AdapterFolder:
+def open_adapter(
+    folder: Path, *, scale: float | None = None, ignore: Sequence[str] = ()
+) -> AdapterFolder:
     """Open an adapter's folder and check what can be checked without its base.
 
     What its tensors are decides whether it is mlx-lm's or PEFT's: others write the tensors of one
@@ -35,6 +38,8 @@ def open_adapter(folder: Path, *, scale: float | None = None) -> AdapterFolder:
     Args:
         folder: the adapter's.
         scale: of its update, taken instead of the recorded one.
+        ignore: patterns of modules to leave out, see
+            :func:`~mlx_fusekit.adapters.ignoring.without_ignored`.
 
     Raises:
         ConfigurationError: for a scale that is no finite number.
@@ -54,11 +59,12 @@ def open_adapter(folder: Path, *, scale: float | None = None) -> AdapterFolder:
             "adapter again"
         )
     header = _header(folder, file)
+    kept, ignored = without_ignored(header, ignore)
     if any(map(is_of_peft, header.tensors)):
-        return PeftAdapter.of(peft, header)
+        return PeftAdapter.of(peft, kept, ignored)
     if file == PEFT_WEIGHTS:
         peft.check()
-    return MlxLmAdapter.of(AdapterSettings(path, config, scale), header)
+    return MlxLmAdapter.of(AdapterSettings(path, config, scale), kept, ignored)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

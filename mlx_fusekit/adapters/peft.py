@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mlx_fusekit.adapters.fitting import base_warnings
+from mlx_fusekit.adapters.ignoring import Ignored
 from mlx_fusekit.adapters.peft_binding import Binding
 from mlx_fusekit.adapters.peft_names import parsed
 from mlx_fusekit.adapters.peft_settings import PeftSettings
@@ -25,6 +26,7 @@ from mlx_fusekit.checkpoint.header import Header, TensorRef
 from mlx_fusekit.checkpoint.json_text import shown
 from mlx_fusekit.errors import AdapterError
 
+_NAMED = 3
 _PAIRS = (("lora_A", "lora_B"), ("embedding_A", "embedding_B"))
 
 
@@ -35,9 +37,10 @@ class PeftAdapter:
     folder: Path
     settings: PeftSettings
     header: Header
+    ignored: Ignored
 
     @classmethod
-    def of(cls, settings: PeftSettings, header: Header) -> "PeftAdapter":
+    def of(cls, settings: PeftSettings, header: Header, ignored: Ignored) -> "PeftAdapter":
         """An adapter from what was read of its folder.
 
         Raises:
@@ -45,10 +48,13 @@ class PeftAdapter:
         """
         if header.tensors:
             settings.check()
-        adapter = cls(settings.path.parent, settings, header)
+        adapter = cls(settings.path.parent, settings, header, ignored)
         found = {leaf for leaves in adapter.modules.values() for leaf in leaves}
         if not found & {"tokens", *_PAIRS[0], *_PAIRS[1]}:
-            raise AdapterError(f"{header.file}: holds no LoRA tensors; train the adapter first")
+            what = "holds no LoRA tensors; train the adapter first"
+            if ignored.modules:
+                what = "--ignore leaves no LoRA tensors of it; ignore less"
+            raise AdapterError(f"{header.file}: {what}")
         return adapter
 
     @property
@@ -107,8 +113,8 @@ class PeftAdapter:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """PEFT's settings leave nothing open."""
-        return ()
+        """What the user should know of the adapter by itself, one line each."""
+        return self.ignored.notes(self.folder.name)
 
     @property
     def mlx_lm_config(self) -> None:
@@ -150,4 +156,18 @@ class PeftAdapter:
     def bind(self, base: BaseModel, base_id: str | None = None, *, scaled: bool = True) -> Adapter:
         """See :meth:`mlx_fusekit.adapters.updates.AdapterFolder.bind`."""
         binding = Binding(self.settings, self.header.file, self.modules, base, scaled)
-        return binding.adapter(self.kind, base_warnings(self.trained_on, base_id))
+        warnings = (*self.notes, *base_warnings(self.trained_on, base_id), *self._incomplete(base))
+        return binding.adapter(self.kind, warnings)
+
+    def _incomplete(self, base: BaseModel) -> tuple[str, ...]:
+        """What to tell where the settings name modules that the file has nothing of."""
+        # Of three axes are experts, whom transformers has in parameters and not in modules.
+        matrices = (n.removesuffix(".weight") for n, t in base.tensors.items() if len(t.shape) == 2)
+        missing = self.settings.missing_targets(matrices, (*self.modules, *self.ignored.modules))
+        if not missing:
+            return ()
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        return (
+            f"target_modules of {self.folder.name} names {', '.join(map(shown, missing[:_NAMED]))}"
+            f"{more}, and its file has no tensor of such modules; it may not have been saved whole",
+        )

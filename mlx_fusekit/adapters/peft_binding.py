@@ -2,6 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
@@ -10,19 +12,29 @@ import numpy as np
 from mlx_fusekit.adapters.base_rows import base_rows
 from mlx_fusekit.adapters.fitting import closest, refuse_vocabulary
 from mlx_fusekit.adapters.low_rank import factor, fitted
-from mlx_fusekit.adapters.peft_names import ModulesOf, is_of_another_tower
+from mlx_fusekit.adapters.matrices import LowRankUpdate
+from mlx_fusekit.adapters.peft_names import ModulesOf
 from mlx_fusekit.adapters.peft_settings import PeftSettings
+from mlx_fusekit.adapters.towers import why_not_run
 from mlx_fusekit.adapters.updates import Adapter, FullUpdate, Update
 from mlx_fusekit.adapters.values import read_finite
 from mlx_fusekit.adapters.whole import put_whole
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME as CONFIG_NAME
+from mlx_fusekit.checkpoint.class_values import ClassValues
 from mlx_fusekit.checkpoint.header import TensorRef
 from mlx_fusekit.checkpoint.json_text import shown
-from mlx_fusekit.errors import AdapterError
+from mlx_fusekit.checkpoint.sanitized import ArrayTensor
+from mlx_fusekit.errors import AdapterError, CheckpointError
 from mlx_fusekit.formats.floats import Float32
 
 _WHERE = "fuse into the model that the adapter was trained on"
+#: What mlx-lm's classes call the matrix of the input's tokens, and that of the output's.
+_EMBEDDINGS = (
+    *("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "token_embeddings"),
+    *("embeddings", "embedding", "embed_in", "embed"),
+)
+_HEADS = ("lm_head", "embed_out", "output", "ff_out")
 #: Of the matrix that says which rows of an embedding are replaced.
 _MOST_CHOSEN = 1 << 26
 
@@ -48,7 +60,7 @@ class Binding:
     ) -> None:
         self._settings, self._file, self._modules = settings, file, modules
         self._base, self._scaled = base, scaled
-        self._names = ModulesOf(base)
+        self._names, self._class = ModulesOf(base), ClassValues(base.config)
         self._weights: dict[str, Update] = {}
         self._parameters: dict[str, FullUpdate] = {}
         self._notes: list[str] = []
@@ -115,14 +127,29 @@ class Binding:
         self._tell_tied(place)
         for leaf in ("weight", "bias"):
             if leaf in leaves:
-                name, tensor = f"{place}.{leaf}", leaves[leaf]
-                put_whole(self._base, name, tensor, self._file, self._weights, self._parameters)
+                self._whole(f"{place}.{leaf}", leaves[leaf])
         return None
+
+    def _whole(self, name: str, tensor: TensorRef) -> None:
+        """A value that takes the place of the base's, which some classes of mlx-lm change."""
+        self._refuse_normalized(name)
+        value = None
+        if self._class.changes(name):
+            try:
+                values = self._class.converted(name, read_finite(tensor))
+            except CheckpointError as error:
+                raise AdapterError(f"{self._file}: {shown(tensor.name)}: {error}") from error
+            value = ArrayTensor(tensor.name, "F32", values.shape, values)
+        file, weights, parameters = self._file, self._weights, self._parameters
+        put_whole(self._base, name, tensor, file, weights, parameters, value)
 
     def _tell_tied(self, place: str) -> None:
         """Warn where a changed embedding is the head too: unmerged, PEFT leaves the head alone."""
-        is_embedding = "emb" in place.rpartition(".")[2] or place.endswith(".wte")
-        if is_embedding and self._names.plain("lm_head") is None:
+        weight = self._base.tensors.get(f"{place}.weight")
+        if weight is None or len(weight.shape) != 2:
+            return
+        is_input = place.rpartition(".")[2] in _EMBEDDINGS
+        if is_input and not any(map(self._names.plain, _HEADS)):
             self._notes.append(
                 f"{place} is also the base's head: the head changes with it, as when PEFT merges"
             )
@@ -148,7 +175,7 @@ class Binding:
             return None
         if module.rpartition(".")[2] == "lm_head" and set(leaves) == {"weight"}:
             return self._tied_head(leaves["weight"])
-        raise AdapterError(f"{self._file}: {self._stranger(module)}")
+        raise AdapterError(f"{self._file}: {self._stranger(module, leaves)}")
 
     def _tied_head(self, tensor: TensorRef) -> None:
         """Of a base whose head is its embedding: the head that PEFT saves beside that."""
@@ -169,7 +196,7 @@ class Binding:
     def _tokens(self, place: str, module: str, leaves: Mapping[str, TensorRef]) -> None:
         """Rows of an embedding that were trained by themselves."""
         tensor, tokens = leaves["tokens"], self._settings.tokens_of(module)
-        new, (rows,) = read_finite(tensor), self._rows(place)
+        new, rows = read_finite(tensor), self._base.tensors[f"{place}.weight"].shape[0]
         if not tokens or new.ndim != 2 or len({*tokens}) != len(new) or len(tokens) != len(new):
             raise AdapterError(
                 f"{self._file}: {shown(tensor.name)} {list(tensor.shape)} does not fit "
@@ -187,26 +214,29 @@ class Binding:
             )
         chosen = np.zeros((rows, len(tokens)), np.float32)
         chosen[tokens, np.arange(len(tokens))] = 1.0
-        before = base_rows(self._base, place, tokens)
+        factors, before = self._row_factors(place), base_rows(self._base, place, tokens)
         if before.shape != new.shape:
             raise AdapterError(
                 f"{self._file}: {shown(tensor.name)} has {new.shape[1]} columns, and {place} of "
                 f"the base {before.shape[1]}; {_WHERE}"
             )
         scale = 1.0 if self._scaled or not self._settings.scale else 1 / self._settings.scale
-        self._put(place, chosen[None], (new - before)[None], _shapes(leaves), scale)
+        new = new if factors is None else new * factors[tokens, None]
+        have = _shapes(leaves)
+        self._put(place, chosen[None], (new - before)[None], have, scale, multiplied=True)
 
     def _refuse_beside_lora(self, module: str, leaves: Mapping[str, TensorRef]) -> None:
         more = sorted(set(leaves) - {"lora_A", "lora_B"})
         if more:
             what = "DoRA" if "magnitude" in leaves else more[0]
             raise AdapterError(
-                f"{self._file}: {shown(module)} has {what}, which this version does not fuse into "
-                "experts or embeddings; merge the adapter with PEFT (merge_and_unload)"
+                f"{self._file}: {shown(module)} has {what}, which is not fused into experts or "
+                "embeddings; merge the adapter with PEFT (merge_and_unload)"
             )
 
     def _rows(self, place: str) -> tuple[int, ...]:
-        return tuple(self._base.tensors[f"{place}.weight"].shape[:1])
+        """Number of a weight's rows, and of experts before it where it is of several."""
+        return tuple(self._base.tensors[f"{place}.weight"].shape[:-1])
 
     def _matrices(self, module: str, leaves: Mapping[str, TensorRef]) -> tuple[Float32, Float32]:
         """``[rows, rank]`` and ``[rank, columns]``."""
@@ -240,10 +270,23 @@ class Binding:
         have: str,
         scale: float,
         magnitude: Float32 | None = None,
+        *,
+        multiplied: bool = False,
     ) -> None:
-        """Note the update of a module of the base; ``have`` says what the file has of it."""
+        """Note the update of a module of the base.
+
+        Args:
+            place: path of the module.
+            up: ``[experts, rows, rank]``.
+            down: ``[experts, rank, columns]``.
+            have: what the file has of it, for messages.
+            scale: to multiply ``up`` with.
+            magnitude: of DoRA, ``[rows]``.
+            multiplied: whether it is of the weight as mlx-lm's class has it.
+        """
         if place in self._weights:
             raise AdapterError(f"{self._file}: has {place} twice, under two names; remove one")
+        self._refuse_normalized(f"{place}.weight")
         update, note = fitted(
             self._base,
             place,
@@ -255,21 +298,34 @@ class Binding:
             have=have,
             cure=f"correct lora_alpha in {CONFIG_NAME}",
         )
-        self._weights[place] = update
+        self._weights[place] = update if multiplied else self._multiplied(place, update)
         self._notes += [note] if note else []
+
+    def _multiplied(self, place: str, update: LowRankUpdate) -> LowRankUpdate:
+        """An update of transformers' weight as one of what mlx-lm's class makes of that."""
+        factors = self._row_factors(place)
+        if factors is None:
+            return update
+        norms = None if update.magnitude is None else update.magnitude * np.abs(factors)
+        return replace(update, up=update.up * factors[None, :, None], magnitude=norms)
+
+    def _row_factors(self, place: str) -> Float32 | None:
+        return self._class.row_factors(f"{place}.weight", self._rows(place)[-1])
+
+    def _refuse_normalized(self, name: str) -> None:
+        if self._class.normalizes(name):
+            raise AdapterError(
+                f"{self._file}: mlx-lm normalizes {name} of a {self._base.config['model_type']} "
+                "model, so that the trained head would not be what runs; leave it out with "
+                "--ignore '*lm_head'"
+            )
 
     def _all_experts(
         self, module: str, leaves: Mapping[str, TensorRef], places: Mapping[str, str]
     ) -> None:
         """The experts of one parameter, of which gate and up may be one."""
-        gate, down_place = places["gate_proj"], places["down_proj"]
-        experts, rows = self._base.tensors[f"{gate}.weight"].shape[:2]
-        width = self._base.tensors[f"{down_place}.weight"].shape[1]
-        # Rows and columns of either, and what MLX has in its place.
-        either: dict[str, tuple[tuple[int, int], tuple[str, ...]]] = {
-            "gate_up_proj": ((2 * rows, width), ("gate_proj", "up_proj")),
-            "down_proj": ((width, rows), ("down_proj",)),
-        }
+        sizes = self._sizes_of_parameters(places)
+        experts = self._rows(places["gate_proj"])[0]
         a, b = read_finite(leaves["lora_A"]), read_finite(leaves["lora_B"])
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % experts:
             raise AdapterError(
@@ -277,8 +333,12 @@ class Binding:
                 f"{experts} experts; {_WHERE}"
             )
         rank = a.shape[0] // experts
-        shape = (b.shape[0], a.shape[1])
-        parameter = next((name for name, (known, _) in either.items() if known == shape), None)
+        down = a.reshape(experts, rank, a.shape[1])
+        up = b.reshape(b.shape[0], rank, experts).transpose(2, 0, 1)
+        if self._turned:
+            up, down = down.swapaxes(1, 2), up.swapaxes(1, 2)
+        shape = (up.shape[1], down.shape[2])
+        parameter = next((name for name, known in sizes.items() if known == shape), None)
         if parameter is None:
             raise AdapterError(
                 f"{self._file}: {shown(module)} has {_shapes(leaves)}, which fits neither the "
@@ -286,12 +346,39 @@ class Binding:
             )
         name = f"{module.replace('.base_layer', '')}.{parameter}"
         self._check_rank(name, rank)
-        down = a.reshape(experts, rank, a.shape[1])
-        up = b.reshape(b.shape[0], rank, experts).transpose(2, 0, 1)
-        scale = self._factor(name)
-        _, parts = either[parameter]
-        for part, share in zip(parts, np.split(up, len(parts), axis=1), strict=True):
-            self._put(places[part], share, down, _shapes(leaves), scale)
+        shares = {"down_proj": up}
+        if parameter == "gate_up_proj":
+            half = len(up[0]) // 2
+            gate, other = (
+                (up[:, ::2], up[:, 1::2])
+                if self._names.gate_and_up_by_turns
+                else (up[:, :half], up[:, half:])
+            )
+            shares = {"gate_proj": gate, "up_proj": other}
+        for part, share in shares.items():
+            self._put(places[part], share, down, _shapes(leaves), self._factor(name))
+
+    def _sizes_of_parameters(self, places: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+        """Rows and columns of one expert's in either parameter that transformers has of them."""
+        inner, width = (self._rows(places[name])[-1] for name in ("gate_proj", "down_proj"))
+        return {"gate_up_proj": (2 * inner, width), "down_proj": (width, inner)}
+
+    @cached_property
+    def _turned(self) -> bool:
+        """Whether lora_A is of the outputs of the experts, and lora_B of their inputs.
+
+        PEFT takes a parameter for ``[experts, out, in]`` where its module does not say other;
+        before 0.19 it took all for ``[experts, in, out]``. An adapter has all in one order, and the
+        sizes of one that is not square tell which.
+        """
+        for module, leaves in self._modules.items():
+            places = self._names.experts(module) if "lora_A" in leaves else None
+            if places is not None:
+                known = self._sizes_of_parameters(places).values()
+                shape = leaves["lora_B"].shape[:1] + leaves["lora_A"].shape[-1:]
+                if shape not in known and shape[::-1] in known:
+                    return True
+        return False
 
     def _stacked(self, place: str, found: Mapping[int, tuple[Float32, Float32]]) -> None:
         """Experts that have matrices of their own; those without stay as they are."""
@@ -319,17 +406,14 @@ class Binding:
             )
         return rows, columns
 
-    def _stranger(self, module: str) -> str:
+    def _stranger(self, module: str, leaves: Mapping[str, TensorRef]) -> str:
         if module.rpartition(".")[2] == "lm_head":
             return (
                 "changes lm_head, and the base has none of its own: its head is its embedding; "
                 "merge the adapter with PEFT (merge_and_unload)"
             )
-        if is_of_another_tower(module):
-            return (
-                f"{shown(module)} belongs to a part for images or sound, which mlx-lm does not "
-                "run; train an adapter of the text model alone"
-            )
+        if why := why_not_run(next(iter(leaves.values())).name, module):
+            return why
         return (
             f"{shown(module)} is no module of the base model{closest(module, self._base)}; {_WHERE}"
         )

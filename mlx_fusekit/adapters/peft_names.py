@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from mlx_fusekit.adapters.towers import is_of_another_tower
 from mlx_fusekit.checkpoint.base import BaseModel
 
 #: What training wraps modules in, without another name for them.
@@ -21,11 +22,14 @@ _FUSED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
 }
+#: Classes of mlx-lm that take the rows of a fused matrix apart in another order.
+_OTHER_ORDER = {("hunyuan", "qkv_proj")}
+#: Classes whose experts have rows of gate and up by turns in transformers.
+_BY_TURNS = ("gpt_oss",)
 #: What leads to the text model's layers, in one tree or another.
 _TRUNK = frozenset(
     ("model", "language_model", "text_model", "transformer", "decoder", "gpt_neox", "backbone")
 )
-_OTHER_TOWERS = re.compile(r"vision|visual|audio|image|speech|multi_modal|mm_projector")
 _LEAVES = (
     (re.compile(r"(.+)\.lora_(A|B)(?:\.[^.]+)?\.weight"), "lora_{}"),
     (re.compile(r"(.+)\.lora_(A|B)(?:\.[^.]+)?\.bias"), "lora_{}.bias"),
@@ -73,11 +77,6 @@ def is_of_peft(name: str) -> bool:
     return any(part in name for part in (".lora_A.", ".lora_embedding_A", ".token_adapter."))
 
 
-def is_of_another_tower(module: str) -> bool:
-    """Whether a module belongs to a part for images or sound."""
-    return _OTHER_TOWERS.search(module) is not None
-
-
 @dataclass(frozen=True)
 class Expert:
     """One expert's matrix of a projection.
@@ -118,6 +117,8 @@ class ModulesOf:
     def parts(self, module: str) -> tuple[str, ...]:
         """The base's modules that share the rows of a fused matrix, in their order."""
         before, _, leaf = module.rpartition(".")
+        if (self._base.config.get("model_type"), leaf) in _OTHER_ORDER:
+            return ()
         found = [self.plain(f"{before}.{part}") for part in _FUSED.get(leaf, ())]
         known = tuple(place for place in found if place is not None)
         return known if len(known) == len(found) else ()
@@ -139,6 +140,11 @@ class ModulesOf:
         places = {name: self._stacked(found[1], name) for name in names}
         known = {name: place for name, place in places.items() if place is not None}
         return known if len(known) == len(names) else None
+
+    @property
+    def gate_and_up_by_turns(self) -> bool:
+        """Whether rows of gate and up alternate in transformers' parameter of all experts."""
+        return self._base.config.get("model_type") in _BY_TURNS
 
     def _stacked(self, block: str, projection: str) -> str | None:
         # transformers 5 calls the block mlp in models that had another name for it.

@@ -8,7 +8,7 @@ and ``utils/other.py`` of PEFT 0.21.2.
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -155,6 +155,37 @@ class PeftSettings:
             )
         return tokens
 
+    def missing_targets(self, of_base: Iterable[str], of_file: Iterable[str]) -> tuple[str, ...]:
+        """Names in ``target_modules`` that the base has modules of, and the file no tensor.
+
+        A name is the end of a module's path, as in PEFT. Nothing is said of patterns, such as
+        ``all-linear``, nor of what other settings may leave out.
+
+        Args:
+            of_base: paths of the base's matrices.
+            of_file: paths of the modules in the adapter's file.
+        """
+        targets = self._names("target_modules")
+        if isinstance(self.config.get("exclude_modules"), str):
+            return ()
+        excluded = self._names("exclude_modules") | self._names("modules_to_save")
+        adapted = (path for path in of_base if self._is_in_layers(path))
+        there = _ends(path for path in adapted if excluded.isdisjoint(_ends([path])))
+        return tuple(sorted((there & targets) - _ends(of_file)))
+
+    def _names(self, key: str) -> set[str]:
+        names = self.config.get(key)
+        return (
+            {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+        )
+
+    def _is_in_layers(self, path: str) -> bool:
+        """Whether ``layers_to_transform`` leaves a module to be adapted."""
+        layers = self.config.get("layers_to_transform")
+        chosen = layers if isinstance(layers, list) else [layers]
+        numbers = [int(part) for part in path.split(".") if part.isdecimal()]
+        return chosen in ([], [None]) or any(number in chosen for number in numbers)
+
     def _scaling(self, alpha: float, rank: int) -> float:
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
@@ -197,3 +228,9 @@ class PeftSettings:
         if not is_number or not abs(value) <= sys.float_info.max:
             raise AdapterError(f"{self.path}: {name} is {shown(value)}; it must be a finite number")
         return float(value)
+
+
+def _ends(paths: Iterable[str]) -> set[str]:
+    """All names that modules of these paths can be targeted by."""
+    parts = (path.split(".") for path in paths)
+    return {".".join(of[first:]) for of in parts for first in range(len(of))}

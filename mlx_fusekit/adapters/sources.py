@@ -8,6 +8,7 @@ from pathlib import Path
 from mlx_fusekit import hub
 from mlx_fusekit.adapters.combination import SUM, Combination
 from mlx_fusekit.adapters.combine import combine
+from mlx_fusekit.adapters.ignoring import check_patterns
 from mlx_fusekit.adapters.opening import open_adapter
 from mlx_fusekit.adapters.updates import Adapter, AdapterFolder
 from mlx_fusekit.checkpoint.base import BaseModel
@@ -35,12 +36,14 @@ class NamedSources:
     Attributes:
         scale: of the only adapter's update, where the user says it.
         combination: how several adapters are combined.
+        ignore: patterns of modules that are left out of the adapters.
     """
 
     model: LocalFolder
     adapters: tuple[AdapterChoice, ...]
     scale: float | None = None
     combination: Combination = SUM
+    ignore: tuple[str, ...] = ()
 
     @classmethod
     def find(
@@ -53,6 +56,7 @@ class NamedSources:
         weighted: bool = True,
         scale: float | None = None,
         combination: Combination = SUM,
+        ignore: Sequence[str] = (),
     ) -> "NamedSources":
         """Find what the user named; what is on the Hub is downloaded.
 
@@ -62,6 +66,8 @@ class NamedSources:
             weighted: whether a name may end with ``:WEIGHT``.
             scale: of the adapter's update, taken instead of the recorded one; of one adapter only.
             combination: how several adapters are combined.
+            ignore: patterns of modules to leave out, see
+                :func:`~mlx_fusekit.adapters.ignoring.without_ignored`.
             revision: of the base on the Hub.
             trust_remote_code: let model code that lies in the base's folder run.
 
@@ -80,7 +86,7 @@ class NamedSources:
             )
         combination.check_count(len(named))
         chosen = tuple(_chosen(str(name), weighted) for name in named)
-        return cls(found, chosen, scale, combination)
+        return cls(found, chosen, scale, combination, tuple(ignore))
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -92,8 +98,14 @@ class NamedSources:
 
         Raises:
             AdapterError: naming the file or tensor that is wrong, and the cure.
+            ConfigurationError: for a pattern to ignore that matches nothing.
         """
-        return tuple(open_adapter(choice.folder.path, scale=self.scale) for choice in self.adapters)
+        opened = tuple(
+            open_adapter(choice.folder.path, scale=self.scale, ignore=self.ignore)
+            for choice in self.adapters
+        )
+        check_patterns(self.ignore, ((adapter.ignored, adapter.paths) for adapter in opened))
+        return opened
 
     def open(self, opened: tuple[AdapterFolder, ...] | None = None) -> "Sources":
         """Open all, and bind the adapters to the base.

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_fusekit.adapters.combined import CombinedUpdate
+from mlx_fusekit.adapters.ignoring import Ignored
 from mlx_fusekit.adapters.matrices import LowRankUpdate
-from mlx_fusekit.checkpoint.base import BaseModel
+from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.checkpoint.header import TensorRef
 
 
@@ -19,7 +20,7 @@ class FullUpdate:
         tensor: the value, unquantized, in the logical shape of the base's parameter.
     """
 
-    tensor: TensorRef
+    tensor: TensorSource
     is_zero = False
     rank = None
 
@@ -95,12 +96,16 @@ class AdapterFolder(Protocol):
         """The factor of LoRA's and DoRA's update, of modules that have none of their own."""
 
     @property
+    def ignored(self) -> Ignored:
+        """What the user left out of it; nothing else here has any of that."""
+
+    @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of how the settings were read, one line each."""
+        """What the user should know of the adapter by itself, one line each."""
 
     @property
     def mlx_lm_config(self) -> Mapping[str, Any] | None:
-        """``adapter_config.json`` as today's mlx-lm reads it; None where it does not."""
+        """``adapter_config.json`` as today's mlx-lm reads it; None where it does not, or not so."""
 
     def bind(self, base: BaseModel, base_id: str | None = None, *, scaled: bool = True) -> Adapter:
         """Check every tensor against the base and read the adapter into its neutral form.

@@ -50,6 +50,7 @@ class ArmSource:
         adapter: folder of the adapter that it runs with, unmerged.
         trust_remote_code: let model code that lies in the folder run.
         scale: of the adapter's update, where the user says it.
+        ignore: patterns of modules to leave out of the adapter.
     """
 
     name: str
@@ -58,11 +59,18 @@ class ArmSource:
     adapter: Path | None = None
     trust_remote_code: bool = False
     scale: float | None = None
+    ignore: tuple[str, ...] = ()
 
     @property
     def local(self) -> LocalFolder:
         """The model's folder, and whether its code may run."""
         return LocalFolder(self.folder, trusted=self.trust_remote_code)
+
+    def opened_adapter(self) -> AdapterFolder | None:
+        """The adapter, opened; None without one."""
+        if self.adapter is None:
+            return None
+        return open_adapter(self.adapter, scale=self.scale, ignore=self.ignore)
 
     @property
     def disk_bytes(self) -> int:
@@ -111,10 +119,11 @@ def load_arm(source: ArmSource) -> LoadedArm:
     load = _load_shard if mx.distributed.init().size() > 1 else _load_whole
     running = load(source)
     loaded = time.perf_counter()
-    if source.adapter is None:
+    adapter = source.opened_adapter()
+    if adapter is None:
         return LoadedArm(running, loaded - start, None)
     try:
-        _put_adapter(running.model, source, open_adapter(source.adapter, scale=source.scale))
+        _put_adapter(running.model, source, adapter)
     except MLX_LM_ERRORS as error:
         raise AdapterError(
             f"--adapter-path {source.adapter}: mlx-lm cannot run it on {source.public_name}, "
@@ -134,7 +143,8 @@ def _put_adapter(model: nn.Module, source: ArmSource, adapter: AdapterFolder) ->
         stored = Counter(tensor.dtype for tensor in adapter.tensors.values()).most_common(1)[0][0]
         dtype = {"F16": mx.float16, "BF16": mx.bfloat16}.get(stored, mx.float32)
         base = open_model(source.local, adapter.target_tensors)
-        put_adapter(model, adapter.bind(base, scaled=False), scale=adapter.scale, dtype=dtype)
+        scale = 1.0 if adapter.kind == "full" else adapter.scale
+        put_adapter(model, adapter.bind(base, scaled=False), scale=scale, dtype=dtype)
         return
     with temporary_folder() as folder:
         write_new(folder / ADAPTER_CONFIG_NAME, json.dumps(adapter.mlx_lm_config).encode())

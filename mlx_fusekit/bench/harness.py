@@ -11,7 +11,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fusekit import figures, hub
-from mlx_fusekit.adapters.opening import open_adapter
 from mlx_fusekit.adapters.sources import NamedSources, open_model
 from mlx_fusekit.bench.arms import (
     ADAPTED,
@@ -60,6 +59,7 @@ def benchmark(
     skip_base: bool = False,
     fuse_seconds: float | None = None,
     scale: float | None = None,
+    ignore: Sequence[str] = (),
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: StepProgress | None = None,
@@ -78,6 +78,8 @@ def benchmark(
         skip_base: leave out the base by itself.
         fuse_seconds: what fusing took, for the break-even.
         scale: of the adapter's update, taken instead of the one in ``adapter_config.json``.
+        ignore: patterns of modules to leave out of the adapter, as shells have them
+            (``*vision_tower*``); each must match a module's path as the adapter's file names it.
         revision: of a Hub base.
         trust_remote_code: let the models' own code run.
         progress: called between trials only.
@@ -86,7 +88,9 @@ def benchmark(
         FusekitError: before anything is timed, when models and adapter do not belong together, the
             prompt is too long or the memory too small.
     """
-    sources = _sources(model, adapter_path, fused, skip_base, scale, revision, trust_remote_code)
+    sources = _sources(
+        model, adapter_path, fused, skip_base, scale, tuple(ignore), revision, trust_remote_code
+    )
     return benchmark_arms(
         sources, workload or Workload(), fuse_seconds=fuse_seconds, progress=progress
     )
@@ -159,7 +163,9 @@ class _Session:
             if not report.runs:
                 raise
             report.complete = False
-        report.warnings = _warnings(report)
+        opened = [adapter for source in self._sources if (adapter := source.opened_adapter())]
+        ignored = [note for a in opened for note in a.ignored.notes(a.folder.name)]
+        report.warnings = [*ignored, *_warnings(report)]
         return report
 
     def _shapes(self, loaded: Mapping[str, LoadedArm]) -> dict[Shape, list[list[int]]]:
@@ -323,6 +329,7 @@ def _sources(
     fused: Mapping[str, str | Path] | str | Path | None,
     skip_base: bool,
     scale: float | None,
+    ignore: tuple[str, ...],
     revision: str | None,
     trust_remote_code: bool,
 ) -> list[ArmSource]:
@@ -331,6 +338,8 @@ def _sources(
     if adapter_path is None:
         if scale is not None:
             raise ConfigurationError(f"--scale {scale:g}: goes with --adapter-path; drop it")
+        if ignore:
+            raise ConfigurationError(f"--ignore {ignore[0]!r}: goes with --adapter-path; drop it")
         base = hub.resolve(model, revision=revision, code=trust_remote_code)
         opened = open_model(base)
     else:
@@ -341,11 +350,11 @@ def _sources(
             trust_remote_code=trust_remote_code,
             weighted=False,
             scale=scale,
+            ignore=ignore,
         )
         base, opened, adapter = named.model, named.open().base, named.adapters[0].folder
-        arms.append(
-            ArmSource(ADAPTED, base.public_name, base.path, adapter.path, trust_remote_code, scale)
-        )
+        place = base.public_name, base.path, adapter.path
+        arms.append(ArmSource(ADAPTED, *place, trust_remote_code, scale, ignore))
     if not skip_base or adapter_path is None:
         arms.insert(0, ArmSource(BASE, base.public_name, base.path, None, trust_remote_code))
     models = fused if isinstance(fused, Mapping) else ({} if fused is None else {FUSED: fused})
@@ -397,7 +406,7 @@ def _arm_report(source: ArmSource, arm: LoadedArm) -> ArmReport:
     return ArmReport(
         model=source.public_name,
         adapter=str(source.adapter) if source.adapter else None,
-        adapter_kind=open_adapter(source.adapter).kind if source.adapter else None,
+        adapter_kind=opened.kind if (opened := source.opened_adapter()) else None,
         disk_bytes=source.disk_bytes,
         adapter_disk_bytes=source.adapter_disk_bytes,
         bits_per_weight=facts.bits_per_weight,

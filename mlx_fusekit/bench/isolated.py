@@ -69,7 +69,8 @@ def measure_isolated(
 def _answer(request: dict[str, Any]) -> Isolated:
     entry = request["source"]
     adapter = entry["adapter"] and Path(entry["adapter"])
-    source = ArmSource(**entry | {"folder": Path(entry["folder"]), "adapter": adapter})
+    own = {"folder": Path(entry["folder"]), "adapter": adapter, "ignore": tuple(entry["ignore"])}
+    source = ArmSource(**entry | own)
     mx.reset_peak_memory()
     arm = load_arm(source)
     if not request["prompts"]:

@@ -94,6 +94,7 @@ _plot = click.option(
 @_plot
 @options.overwrite("Replace these files where they exist.")
 @options.scale()
+@options.ignore()
 @options.revision()
 @options.trust_remote_code("Run the models' own *.py files.")
 @click.pass_context

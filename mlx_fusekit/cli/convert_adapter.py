@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @options.energy("Or to the smallest rank that keeps this share of its squares.")
 @options.combine()
 @options.scale()
+@options.ignore()
 @options.revision()
 @options.overwrite("Replace an existing adapter's folder.")
 @options.as_json()

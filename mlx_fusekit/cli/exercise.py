@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     "Text to compare the models on, as for verify.  [default: of the sample its unseen "
     "questions, else what base and adapter write]",
 )
+@options.ignore()
 @options.seed("Of text, prompt and order.")
 @options.trust_remote_code()
 @click.option(

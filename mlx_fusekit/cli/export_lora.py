@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 @options.gguf_path()
 @options.overwrite("Replace the file where it exists.")
 @options.scale()
+@options.ignore()
 @options.revision("model")
 @options.as_json()
 @options.trust_remote_code()

@@ -88,6 +88,7 @@ if TYPE_CHECKING:
 )
 @options.combine()
 @options.scale()
+@options.ignore()
 @click.option(
     "--text-only",
     is_flag=True,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 @click.argument("path", type=PATH)
 @options.model("An adapter's base: compare its update with the quantization step.")
 @options.scale()
+@options.ignore()
 @options.revision("model")
 @options.as_json()
 @options.trust_remote_code()
@@ -24,6 +25,7 @@ def command(
     path: str,
     model: str | None,
     scale: float | None,
+    ignore: tuple[str, ...],
     revision: str | None,
     as_json: bool,
     trust_remote_code: bool,
@@ -35,6 +37,7 @@ def command(
         path,
         model=model,
         scale=scale,
+        ignore=ignore,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )

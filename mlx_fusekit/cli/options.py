@@ -150,6 +150,17 @@ def combine(
     return add
 
 
+def ignore() -> Callable[[_Command], _Command]:
+    """``--ignore``, of modules of an adapter."""
+    return click.option(
+        "--ignore",
+        multiple=True,
+        metavar="PATTERN",
+        help="Leave modules out of the adapter: a shell's pattern of their paths as its file names "
+        "them, such as '*vision_tower*'. Repeat for more.",
+    )
+
+
 def gguf_path() -> Callable[[_Command], _Command]:
     """``--gguf-path``, of the commands that write nothing else."""
     return click.option(

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 @options.number("--max-tokens", words="About how many tokens to run.", default=MAX_TOKENS, least=2)
 @options.combine(None, "as fusekit.json of the fused model tells, else sum")
 @options.scale()
+@options.ignore()
 @options.revision("base or reference")
 @options.as_json()
 @options.trust_remote_code("Run the models' own *.py files.")

@@ -1,7 +1,7 @@
 """From one adapter's form to another, or from several adapters to one: ``convert_adapter()``."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ def convert_adapter(
     density: float | None = None,
     combine_seed: int = 0,
     scale: float | None = None,
+    ignore: Sequence[str] = (),
     revision: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -105,6 +106,7 @@ def convert_adapter(
         density: as for :func:`mlx_fusekit.fuse`.
         combine_seed: as for :func:`mlx_fusekit.fuse`.
         scale: of the only adapter's update, instead of the recorded one.
+        ignore: patterns of modules to leave out, as :func:`mlx_fusekit.fuse` takes them.
         revision: of the base on the Hub.
         overwrite: replace an existing adapter's folder.
         trust_remote_code: let model code that lies in the base's folder run.
@@ -124,6 +126,7 @@ def convert_adapter(
         trust_remote_code=trust_remote_code,
         scale=scale,
         combination=how,
+        ignore=ignore,
     )
     path = Path(save_path).expanduser()
     target = adapter_target(path, overwrite=overwrite, sources=named.folders)

@@ -1,6 +1,7 @@
 """An adapter's folder to be written, in any form."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from mlx_fusekit.adapters.updates import Adapter, AdapterFolder, FullUpdate
+from mlx_fusekit.checkpoint.base import TensorSource
 from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME
-from mlx_fusekit.checkpoint.header import TensorRef
 from mlx_fusekit.checkpoint.writer import FileWriter, OutputTensor, new_layout
 from mlx_fusekit.formats.floats import FLOAT_DTYPES, Float32, from_float32, to_float32
 from mlx_fusekit.writing.files import write_new
@@ -68,9 +69,10 @@ def whole_values(adapter: Adapter) -> Mapping[str, Float32]:
     return {name: values_of(update.tensor) for name, update in adapter.parameters.items()}
 
 
-def values_of(tensor: TensorRef) -> Float32:
-    """A stored tensor's values."""
-    return to_float32(tensor.read(), tensor.dtype)
+def values_of(tensor: TensorSource) -> Float32:
+    """A tensor's values."""
+    stored = tensor.read_rows(0, math.prod(tensor.shape[:-1]))
+    return to_float32(stored.reshape(tensor.shape), tensor.dtype)
 
 
 def stored_type(folders: Iterable[AdapterFolder]) -> str:

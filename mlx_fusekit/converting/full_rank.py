@@ -41,7 +41,7 @@ def as_low_rank(adapter: Adapter, base: BaseModel, scale: float) -> LowRankForm:
     matrices = {
         name.removesuffix(".weight"): update
         for name, update in adapter.parameters.items()
-        if name.endswith(".weight") and len(update.tensor.shape) > 1
+        if name.endswith(".weight") and len(update.tensor.shape) == 2
     }
     others = {
         n: u for n, u in adapter.parameters.items() if n.removesuffix(".weight") not in matrices

@@ -18,6 +18,7 @@ from mlx_fusekit.adapters.peft_names import ModulesOf
 from mlx_fusekit.adapters.updates import Adapter
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.belongings import PEFT_WEIGHTS
+from mlx_fusekit.checkpoint.class_values import ClassValues
 from mlx_fusekit.checkpoint.mlx_lm import embedding_modules
 from mlx_fusekit.converting.files import AdapterFiles, values_of, whole_values, whole_weights
 from mlx_fusekit.converting.peft_experts import ExpertParts, experts_of, joined
@@ -94,6 +95,7 @@ class _Form:
             self._add_experts(block, joined(parts, self.base, block))
 
     def _add(self, module: str, update: LowRankUpdate, *, is_embedding: bool) -> None:
+        self._refuse_changed(f"{module}.weight", of_updates=True)
         name = self._name(module)
         up, down = update.up[0], update.down[0]
         self.ranks[name] = update.rank
@@ -141,6 +143,7 @@ class _Form:
         """Note what takes the place of the base's."""
         whole = {f"{m}.weight": values_of(u.tensor) for m, u in whole_weights(adapter).items()}
         for name, values in {**whole, **whole_values(adapter)}.items():
+            self._refuse_changed(name, of_updates=False)
             module, _, leaf = name.rpartition(".")
             path = self._name(module)
             if leaf == "bias" and path not in self.saved:
@@ -151,6 +154,17 @@ class _Form:
                 raise AdapterError(f"{name}: PEFT saves weights and biases alone; fuse the adapter")
             inner = ".base_layer" if path in self.targets else ""
             self.tensors[f"{path}{inner}.{leaf}"] = values
+
+    def _refuse_changed(self, name: str, *, of_updates: bool) -> None:
+        """Refuse what mlx-lm's class makes of another value, whose way back is not known here."""
+        values = ClassValues(self.base.config)
+        if values.multiplies(name) if of_updates else values.changes(name):
+            leaf = name.rpartition(".")[0].rpartition(".")[2]
+            raise AdapterError(
+                f"{name}: mlx-lm has other values of it than transformers in a "
+                f"{self.base.config.get('model_type')} model; fuse the adapter, or leave it out "
+                f"with --ignore '*{leaf}'"
+            )
 
     def _name(self, module: str) -> str:
         """The path of a module in transformers."""

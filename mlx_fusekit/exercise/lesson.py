@@ -201,6 +201,7 @@ class _Lesson:
             target,
             requantize="calibrated",
             seed=self._settings.seed,
+            ignore=self._settings.ignore,
             trust_remote_code=self._settings.trust_remote_code,
         )
         shape = Shape(self._settings.prompt_tokens, self._settings.generation_tokens)
@@ -209,18 +210,7 @@ class _Lesson:
 
     def _fuse(self, folder: Path, prepared: PreparedFuse) -> dict[str, Fusing]:
         """Both ways, mlx-lm's first."""
-        fusing = {}
-        rounded = fuse_by_rounding(
-            self.model.path,
-            self.adapter.path,
-            folder / FOLDERS[ROUNDED],
-            trust_remote_code=self._settings.trust_remote_code,
-        )
-        if isinstance(rounded, Fusing):
-            fusing[ROUNDED] = rounded
-            self._audience.say(parts.fusing_sentence(ROUNDED, rounded, self._language))
-        else:
-            self._audience.warn(self._text("peer_failed", line=rounded))
+        fusing = self._fused_by_rounding(folder)
         start = time.perf_counter()
         with self._audience.watching() as progress:
             done = prepared.run(progress=progress)
@@ -231,6 +221,23 @@ class _Lesson:
         fusing[CALIBRATED] = Fusing(target.name, seconds, weight_bytes(target))
         self._audience.say(parts.fusing_sentence(CALIBRATED, fusing[CALIBRATED], self._language))
         return fusing
+
+    def _fused_by_rounding(self, folder: Path) -> dict[str, Fusing]:
+        """With mlx-lm's own command; empty where that cannot do it."""
+        if self._settings.ignore:
+            self._audience.warn(self._text("peer_ignores_nothing"))
+            return {}
+        rounded = fuse_by_rounding(
+            self.model.path,
+            self.adapter.path,
+            folder / FOLDERS[ROUNDED],
+            trust_remote_code=self._settings.trust_remote_code,
+        )
+        if not isinstance(rounded, Fusing):
+            self._audience.warn(self._text("peer_failed", line=rounded))
+            return {}
+        self._audience.say(parts.fusing_sentence(ROUNDED, rounded, self._language))
+        return {ROUNDED: rounded}
 
     def _compare(self, folder: Path, fusing: dict[str, Fusing]) -> tuple[dict[str, Closeness], int]:
         """How close all models are to base+adapter, and how many tokens tell it."""
@@ -245,6 +252,7 @@ class _Lesson:
                     data=self._data,
                     seed=self._settings.seed,
                     max_tokens=PARITY_TOKENS,
+                    ignore=self._settings.ignore,
                     trust_remote_code=self._settings.trust_remote_code,
                     progress=progress,
                 )
@@ -277,6 +285,7 @@ class _Lesson:
                 ),
                 skip_base=3 * fused.disk_bytes > _MEMORY_SHARE * memory_bytes(),
                 fuse_seconds=fused.seconds,
+                ignore=chosen.ignore,
                 trust_remote_code=chosen.trust_remote_code,
                 progress=progress,
             )

@@ -17,6 +17,7 @@ class Settings:
         trials: timed generations of each model.
         load_trials: processes that load each model, for load time and memory.
         seed: of everything that is drawn.
+        ignore: patterns of modules to leave out of the adapter.
         trust_remote_code: let the model's own code run.
     """
 
@@ -29,4 +30,5 @@ class Settings:
     trials: int = 10
     load_trials: int = 2
     seed: int = 0
+    ignore: tuple[str, ...] = ()
     trust_remote_code: bool = False

@@ -48,6 +48,9 @@ TEXTS: Mapping[str, str] = {
     ),
     "fused_by": "{name}: {seconds}, {size}",
     "peer_failed": "mlx_lm.fuse cannot fuse this model; going on without it. It said: {line}",
+    "peer_ignores_nothing": (
+        "mlx_lm.fuse has no --ignore and would fuse the whole adapter; going on without it."
+    ),
     "step_parity": "Step 2 of 4: is it still the fine-tune?",
     "parity_explained": (
         "Each fused model is read back from the disk and runs beside base+adapter on the same "

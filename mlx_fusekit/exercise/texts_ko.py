@@ -54,6 +54,9 @@ TEXTS: Mapping[str, str] = {
     "peer_failed": (
         "mlx_lm.fuse로는 이 모델을 병합할 수 없어서 빼고 진행합니다. 출력된 메시지: {line}"
     ),
+    "peer_ignores_nothing": (
+        "mlx_lm.fuse에는 --ignore가 없어 어댑터 전체를 병합하게 되므로 빼고 진행합니다."
+    ),
     "step_parity": "2단계(총 4단계): 파인튜닝한 내용이 남아 있을까요?",
     "parity_explained": (
         "병합 모델을 디스크에서 다시 읽어, 같은 토큰 {tokens}개({data})에 대해 베이스+어댑터와 "

@@ -5,7 +5,7 @@ in the staging folder is checked.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -97,6 +97,7 @@ class PreparedFuse:
             dry_run=dry_run,
             warnings=self._warnings(calibration),
             left_out=self.companions.left_out,
+            ignored=tuple(dict.fromkeys(m for o in self.sources.opened for m in o.ignored.modules)),
             max_kl=self.options.max_kl,
             calibration=calibration,
         )
@@ -200,6 +201,8 @@ class PreparedFuse:
                 "revision": choice.folder.revision,
                 "weight": choice.weight,
                 "scale": None if opened.kind == "full" else opened.scale,
+                "ignore": list(opened.ignored.patterns),
+                "ignored": list(opened.ignored.modules),
                 "sha256": digests[f"adapter {place}"],
             }
             for place, (choice, opened) in enumerate(
@@ -246,6 +249,7 @@ def prepare_fuse(
     save_path: str | Path,
     *,
     scale: float | None = None,
+    ignore: Sequence[str] = (),
     revision: str | None = None,
     trust_remote_code: bool = False,
     **options: Any,
@@ -265,6 +269,7 @@ def prepare_fuse(
         trust_remote_code=trust_remote_code,
         scale=scale,
         combination=asked.combination,
+        ignore=ignore,
     )
     path = Path(save_path).expanduser()
     target = model_target(path, overwrite=asked.overwrite, sources=named.folders)
@@ -314,6 +319,7 @@ def fuse(
     combine: str = "sum",
     density: float | None = None,
     combine_seed: int = 0,
+    ignore: Sequence[str] = (),
     again: bool = False,
     text_only: bool = False,
     export_gguf: bool = False,
@@ -354,6 +360,8 @@ def fuse(
             says.
         density: share of each update's elements that ties and dare keep; 0.5 by default.
         combine_seed: of the elements that dare keeps.
+        ignore: patterns of modules to leave out of the adapter, as shells have them
+            (``*vision_tower*``); each must match a module's path as the adapter's file names it.
         again: fuse an adapter also into a model that holds it already.
         text_only: leave out vision, sound and further heads, which mlx-lm does not run; by default
             they come along unchanged.
@@ -391,6 +399,7 @@ def fuse(
         combine=combine,
         density=density,
         combine_seed=combine_seed,
+        ignore=ignore,
         again=again,
         text_only=text_only,
         overwrite=overwrite,

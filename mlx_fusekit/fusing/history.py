@@ -12,7 +12,7 @@ from mlx_fusekit.checkpoint.recipe import RECIPE_NAME, sha256
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 
 #: What is taken over of an entry; another's recipe may hold anything.
-_KEPT = ("id", "revision", "weight", "scale", "sha256")
+_KEPT = ("id", "revision", "weight", "scale", "ignore", "ignored", "sha256")
 
 
 def recipe_of(base: Path) -> Mapping[str, Any]:

@@ -35,6 +35,7 @@ class FuseReport:
         memory_bytes: working memory beyond the interpreter's own, estimated from the plan.
         cloned: whether the file system shared the untouched bytes with the base.
         left_out: files of the base that did not come along.
+        ignored: modules that the user left out of the adapters, as their files name them.
         max_kl: the bound the user set, None for none.
         calibration: what calibrating did, None where there was none.
         gguf: of the GGUF file, where one was asked for; in JSON only then.
@@ -63,6 +64,7 @@ class FuseReport:
     dry_run: bool
     warnings: tuple[str, ...]
     left_out: tuple[str, ...]
+    ignored: tuple[str, ...]
     max_kl: float | None = None
     calibration: CalibrationReport | None = None
     gguf: "ExportReport | None" = None

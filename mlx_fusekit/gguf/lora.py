@@ -110,6 +110,7 @@ def export_lora(
     gguf_path: str | Path,
     *,
     scale: float | None = None,
+    ignore: Sequence[str] = (),
     revision: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -124,6 +125,8 @@ def export_lora(
         adapter_path: folder or Hub id of the adapter.
         gguf_path: the file to write.
         scale: of the adapter's update, taken instead of the one in ``adapter_config.json``.
+        ignore: patterns of modules to leave out of the adapter, as shells have them
+            (``*vision_tower*``); each must match a module's path as the adapter's file names it.
         revision: of the base, where it is a Hub id.
         overwrite: replace an existing GGUF file.
         trust_remote_code: let model code that lies in the base's folder run.
@@ -144,6 +147,7 @@ def export_lora(
         trust_remote_code=trust_remote_code,
         weighted=False,
         scale=scale,
+        ignore=ignore,
     )
     (folder,) = opened = named.open_adapters()
     _check_lora(folder)

@@ -228,6 +228,8 @@ def _adapters(recipe: Mapping[str, Any]) -> str:
         weight = adapter.get("weight")
         name = _linked(adapter.get("id"), "an adapter")
         shown.append(name if weight is None else weighted(name, _number(weight)))
+        if (ignored := adapter.get("ignored")) and isinstance(ignored, list):
+            shown[-1] += f" (without {len(ignored)} of its modules)"
     kind = recipe.get("kind")
     what = f" ({plain(kind)})" if isinstance(kind, str) else ""
     return (" and ".join(shown) or "an adapter") + what

@@ -1,6 +1,7 @@
 """Base and adapter as mlx-lm runs them: unmerged, with its own adapter layers."""
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_fusekit.adapters.combined import CombinedUpdate
 from mlx_fusekit.adapters.matrices import LowRankUpdate
 from mlx_fusekit.adapters.updates import Adapter, Update
-from mlx_fusekit.checkpoint.header import TensorRef
+from mlx_fusekit.checkpoint.base import TensorSource
 from mlx_fusekit.errors import AdapterError
 from mlx_fusekit.hub import LocalFolder
 from mlx_fusekit.running.combined import HeldDeltas, combined_layer
@@ -212,8 +213,9 @@ def _adapted(
     return module, layer
 
 
-def _array(tensor: TensorRef, exact: bool) -> mx.array:
-    array = mx.array(tensor.read())
+def _array(tensor: TensorSource, exact: bool) -> mx.array:
+    rows = math.prod(tensor.shape[:-1])
+    array = mx.array(tensor.read_rows(0, rows).reshape(tensor.shape))
     if tensor.dtype == "BF16":
         array = array.view(mx.bfloat16)
     return array.astype(mx.float32) if exact else array

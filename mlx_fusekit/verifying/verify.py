@@ -40,6 +40,7 @@ def verify(
     combine: str | None = None,
     density: float | None = None,
     combine_seed: int = 0,
+    ignore: Sequence[str] = (),
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: StepProgress | None = None,
@@ -63,6 +64,8 @@ def verify(
             says, or else a sum.
         density: as for :func:`mlx_fusekit.fuse`.
         combine_seed: as for :func:`mlx_fusekit.fuse`.
+        ignore: patterns of modules to leave out of the adapter, as shells have them
+            (``*vision_tower*``); each must match a module's path as the adapter's file names it.
         revision: of the base or reference on the Hub.
         trust_remote_code: let model code that lies in the models' folders run.
         progress: called with the step, and how much of it is done and there is in all.
@@ -71,7 +74,7 @@ def verify(
         FusekitError: with one line that names the file, tensor or flag, and the cure.
     """
     start = time.perf_counter()
-    _check_options(model, adapter_path, reference, scale, max_kl, max_tokens)
+    _check_options(model, adapter_path, reference, scale, ignore, max_kl, max_tokens)
     files = [data] if isinstance(data, str | Path) else list(data or ())
     for name in files:
         check_text(Path(name))
@@ -90,6 +93,7 @@ def verify(
             combination=_combination(
                 combine, density, combine_seed, checkpoint, several=not _is_one(adapter_path)
             ),
+            ignore=ignore,
         )
         check_data([str(name) for name in files], len(named.adapters))
         truth = teacher(named, checkpoint, progress)
@@ -177,6 +181,7 @@ def _check_options(
     adapter_path: object,
     reference: object,
     scale: float | None,
+    ignore: Sequence[str],
     max_kl: float | None,
     max_tokens: int,
 ) -> None:
@@ -192,6 +197,8 @@ def _check_options(
         )
     if reference is not None and scale is not None:
         raise ConfigurationError(f"--scale {scale:g}: goes with --adapter-path; drop it")
+    if reference is not None and ignore:
+        raise ConfigurationError(f"--ignore {ignore[0]!r}: goes with --adapter-path; drop it")
     if max_kl is not None:
         check_max_kl(max_kl)
     if max_tokens < 2:

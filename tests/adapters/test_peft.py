@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from mlx_lm.utils import load_model
+from support.every_class import config_of
 from support.exportable import make_exportable
 from support.peft import as_peft, pair, product, random, write_peft
 from support.tiny import LLAMA, QWEN3_MOE, make_adapter, make_model
@@ -229,34 +230,62 @@ def test_experts_of_their_own(mixture: Path, tmp_path: Path) -> None:
     assert_changed(found, expected)
 
 
-def test_experts_of_one_parameter(mixture: Path, tmp_path: Path) -> None:
-    """As ``target_parameters`` has them: in lora_A the expert is slowest, in lora_B fastest."""
+def in_parameters(place: str, both: Any, down: Any) -> dict[str, np.ndarray]:
+    """``lora_A`` and ``lora_B`` of all experts' two parameters."""
+    names = (f"{place}.{name}.weight" for name in ("lora_A", "lora_B"))
+    inner = (f"{place}.base_layer.{name}.weight" for name in ("lora_A", "lora_B"))
+    return dict(zip((*inner, *names), (*both, *down), strict=True))
+
+
+def of_each(first: np.ndarray, second: np.ndarray, experts: int = EXPERTS) -> np.ndarray:
+    """``B A`` of each expert: in A the expert is slowest, in B fastest."""
+    parts = first.reshape(experts, len(first) // experts, -1)
+    return np.stack([second[:, e::experts] @ parts[e] for e in range(experts)])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_experts_of_one_parameter(mixture: Path, tmp_path: Path, turned: bool) -> None:
+    """As ``target_parameters`` has them; before PEFT 0.19, lora_A is of the outputs."""
     rank, inner = 3, 64
-    a, b = random(EXPERTS * rank, HIDDEN), random(2 * inner, rank * EXPERTS)
-    c, d = random(EXPERTS * rank, inner), random(HIDDEN, rank * EXPERTS)
-    tensors = {
-        f"{MLP}.experts.base_layer.lora_A.weight": a,
-        f"{MLP}.experts.base_layer.lora_B.weight": b,
-        f"{MLP}.experts.lora_A.weight": c,
-        f"{MLP}.experts.lora_B.weight": d,
-    }
+    sizes = [(HIDDEN, 2 * inner), (inner, HIDDEN)]
+    pairs = [
+        (random(EXPERTS * rank, i), random(o, rank * EXPERTS))
+        for i, o in (size[::-1] if turned else size for size in sizes)
+    ]
     adapter = write_peft(
-        tmp_path / "adapter", tensors, r=3, alpha_pattern={"experts.down_proj": 6}, lora_alpha=3
+        tmp_path / "adapter",
+        in_parameters(f"{MLP}.experts", *pairs),
+        r=rank,
+        alpha_pattern={"experts.down_proj": 6},
+        lora_alpha=3,
     )
-    found = changed(mixture, adapter)
-
-    def of(expert: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        return second[:, expert::EXPERTS] @ first[expert * rank : (expert + 1) * rank]
-
-    both = np.stack([of(expert, a, b) for expert in range(EXPERTS)])
-    down = np.stack([2.0 * of(expert, c, d) for expert in range(EXPERTS)])
+    both, down = (of_each(*matrices) for matrices in pairs)
+    if turned:
+        both, down = both.swapaxes(1, 2), down.swapaxes(1, 2)
     switch = f"{MLP}.switch_mlp"
     expected = {
         f"{switch}.gate_proj.weight": both[:, :inner],
         f"{switch}.up_proj.weight": both[:, inner:],
-        f"{switch}.down_proj.weight": down,
+        f"{switch}.down_proj.weight": 2.0 * down,
     }
-    assert_changed(found, expected)
+    assert_changed(changed(mixture, adapter), expected)
+
+
+def test_rows_of_gate_and_up_by_turns(tmp_path: Path) -> None:
+    """As GPT-OSS has them in transformers, whose parameters are ``[experts, in, out]``."""
+    base = make_model(tmp_path / "base", config_of("gpt_oss"), bits=None, dtype=mx.float32)
+    place = "model.layers.1.mlp.experts"
+    experts, inner, hidden = weights(base)[f"{place}.gate_proj.weight"].shape
+    gate_up = random(experts * 3, hidden), random(2 * inner, 3 * experts)
+    down = random(experts * 3, inner), random(hidden, 3 * experts)
+    adapter = write_peft(tmp_path / "adapter", in_parameters(place, gate_up, down), r=3)
+    both = 8 / 3 * of_each(*gate_up, experts)
+    expected = {
+        f"{place}.gate_proj.weight": both[:, ::2],
+        f"{place}.up_proj.weight": both[:, 1::2],
+        f"{place}.down_proj.weight": 8 / 3 * of_each(*down, experts),
+    }
+    assert_changed(changed(base, adapter), expected)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from support.every_class import config_of
 from support.peft import Tensors, pair, product, write_peft
 from support.tiny import LLAMA, QWEN3_MOE, VOCABULARY, make_model, save_adapter
 
@@ -182,6 +183,28 @@ def test_embedding(base: Path, tmp_path: Path) -> None:
     assert any("is also the base's head" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("model", "saved", "tied"),
+    [
+        ("lfm2", "model.embedding_norm", False),
+        ("lfm2", "model.embed_tokens", True),
+        ("gpt_neox", "gpt_neox.embed_in", False),
+        ("internlm2", "model.tok_embeddings", False),
+        ("llama", "model.embed_tokens", False),
+    ],
+)
+def test_what_is_also_the_head(tmp_path: Path, model: str, saved: str, tied: bool) -> None:
+    """A norm is not, whatever it is called, and no embedding of a model with a head."""
+    base = make_model(tmp_path / "base", config_of(model), bits=None, dtype=mx.float32)
+    tensors = weights(base)
+    values = tensors[f"{saved.replace('gpt_neox', 'model')}.weight"] + 1
+    layer = next(name for name, a in tensors.items() if a.ndim == 2 and ".0." in name)
+    trained = pair(layer.removesuffix(".weight"), *tensors[layer].shape)
+    adapter = write_peft(tmp_path / "adapter", trained | {f"{saved}.weight": values})
+    notes = NamedSources.find(base, adapter).open().adapter.warnings
+    assert any("is also the base's head" in note for note in notes) == tied
+
+
 def test_single_tokens(base: Path, tmp_path: Path) -> None:
     new = np.random.default_rng(6).normal(0, 1, (2, SIZE)).astype(np.float32)
     name = f"{EMBEDDING}.token_adapter.trainable_tokens_delta"
@@ -219,6 +242,45 @@ def changed_words(base: Path, adapter: Path) -> dict[str, list[int]]:
         if words.dtype == mx.uint32 and not mx.array_equal(words, after[name]):
             rows[name] = np.flatnonzero(np.array((words != after[name]).any(axis=1))).tolist()
     return rows
+
+
+MISSING: dict[str, tuple[dict[str, Any], str]] = {
+    "all there": ({"target_modules": ["q_proj", "self_attn.k_proj", Q]}, ""),
+    "one not": ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "names 'v_proj', and"),
+    "many not": (
+        {"target_modules": ["mlp.up_proj", "v_proj", "o_proj", "down_proj", GATE, "k_proj"]},
+        f"names 'down_proj', 'mlp.up_proj', '{GATE}' and 2 more, and",
+    ),
+    "a part of a name": ({"target_modules": ["q_proj", "v", "attn.v_proj"]}, ""),
+    "what the base has not": ({"target_modules": ["q_proj", "qkv_proj", "fc1", "lm_head"]}, ""),
+    "an expression": ({"target_modules": ".*v_proj"}, ""),
+    "all linears": ({"target_modules": "all-linear"}, ""),
+    "excluded": ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]}, ""),
+    "excluded in a layer": (
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["1.self_attn.v_proj"]},
+        "names 'v_proj', and",
+    ),
+    "excluded by a pattern": ({"target_modules": ["v_proj"], "exclude_modules": ".*"}, ""),
+    "saved as a whole": ({"target_modules": ["v_proj"], "modules_to_save": ["v_proj"]}, ""),
+    "of a layer": (
+        {"target_modules": ["0.mlp.up_proj", "v_proj"], "layers_to_transform": [1]},
+        "names 'v_proj', and",
+    ),
+    "nonsense": (
+        {"target_modules": [1, {}], "layers_to_transform": [{}], "exclude_modules": 3},
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_targets_that_the_file_has_nothing_of(base: Path, tmp_path: Path, case: str) -> None:
+    settings, words = MISSING[case]
+    adapter = write_peft(tmp_path / "adapter", PLAIN, **settings)
+    warnings = NamedSources.find(base, adapter).open().adapter.warnings
+    told = [line for line in warnings if "may not have been saved whole" in line]
+    assert len(told) == bool(words)
+    assert words in "".join(told)
 
 
 SAVED = {

@@ -221,7 +221,7 @@ REFUSED: dict[str, tuple[Made, str]] = {
     "a layer that is not there": (holding(pair(Q.replace("1", "9"), HIDDEN, HIDDEN)), "no module"),
     "a vision tower": (
         beside(pair("model.vision_tower.encoder.layers.1.self_attn.q_proj", HIDDEN, HIDDEN)),
-        "images or sound",
+        r"'base_model\.model\.model\.vision_tower\..*leave it out with --ignore '\*vision_tower\*'",
     ),
     "a tower for sound": (beside(pair("model.audio_tower.layers.1.fc1", 4, 4)), "images or sound"),
     "two adapters": (beside({f"{Q}.lora_A.other.weight": random(4, HIDDEN)}), "twice"),

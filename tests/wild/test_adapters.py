@@ -490,7 +490,7 @@ def test_the_same_adapter_twice(base: Path, tmp_path: Path) -> None:
     fuse(tmp_path / "two", first, tmp_path / "three", again=True)
     recipe = json.loads((tmp_path / "three" / "fusekit.json").read_text())
     assert len(recipe["earlier_adapters"]) == 2
-    assert set(recipe["earlier_adapters"][0]) == {"id", "revision", "weight", "scale", "sha256"}
+    assert recipe["earlier_adapters"][0].keys() == recipe["adapters"][0].keys()
 
 
 OTHERS = json.dumps({"adapters": [{"id": "a", "path": "/home/someone/a"}]})
