@@ -161,6 +161,11 @@ class Sources:
         return tuple(choice.folder.public_name for choice in self.choices)
 
     @property
+    def ignored(self) -> tuple[str, ...]:
+        """Modules that the user left out of the adapters, as their files name them."""
+        return tuple(dict.fromkeys(m for adapter in self.opened for m in adapter.ignored.modules))
+
+    @property
     def weights(self) -> tuple[float, ...]:
         """What each adapter's update is multiplied by."""
         return tuple(choice.weight for choice in self.choices)

@@ -78,8 +78,7 @@ def benchmark(
         skip_base: leave out the base by itself.
         fuse_seconds: what fusing took, for the break-even.
         scale: of the adapter's update, taken instead of the one in ``adapter_config.json``.
-        ignore: patterns of modules to leave out of the adapter, as shells have them
-            (``*vision_tower*``); each must match a module's path as the adapter's file names it.
+        ignore: shell patterns (``*vision_tower*``) of the adapter's modules to leave out.
         revision: of a Hub base.
         trust_remote_code: let the models' own code run.
         progress: called between trials only.

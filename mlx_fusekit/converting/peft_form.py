@@ -159,11 +159,9 @@ class _Form:
         """Refuse what mlx-lm's class makes of another value, whose way back is not known here."""
         values = ClassValues(self.base.config)
         if values.multiplies(name) if of_updates else values.changes(name):
-            leaf = name.rpartition(".")[0].rpartition(".")[2]
             raise AdapterError(
                 f"{name}: mlx-lm has other values of it than transformers in a "
-                f"{self.base.config.get('model_type')} model; fuse the adapter, or leave it out "
-                f"with --ignore '*{leaf}'"
+                f"{self.base.config.get('model_type')} model; write the adapter with --to mlx"
             )
 
     def _name(self, module: str) -> str:

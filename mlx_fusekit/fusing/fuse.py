@@ -97,7 +97,7 @@ class PreparedFuse:
             dry_run=dry_run,
             warnings=self._warnings(calibration),
             left_out=self.companions.left_out,
-            ignored=tuple(dict.fromkeys(m for o in self.sources.opened for m in o.ignored.modules)),
+            ignored=self.sources.ignored,
             max_kl=self.options.max_kl,
             calibration=calibration,
         )
@@ -360,8 +360,7 @@ def fuse(
             says.
         density: share of each update's elements that ties and dare keep; 0.5 by default.
         combine_seed: of the elements that dare keeps.
-        ignore: patterns of modules to leave out of the adapter, as shells have them
-            (``*vision_tower*``); each must match a module's path as the adapter's file names it.
+        ignore: shell patterns (``*vision_tower*``) of the adapter's modules to leave out.
         again: fuse an adapter also into a model that holds it already.
         text_only: leave out vision, sound and further heads, which mlx-lm does not run; by default
             they come along unchanged.

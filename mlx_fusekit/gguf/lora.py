@@ -125,8 +125,7 @@ def export_lora(
         adapter_path: folder or Hub id of the adapter.
         gguf_path: the file to write.
         scale: of the adapter's update, taken instead of the one in ``adapter_config.json``.
-        ignore: patterns of modules to leave out of the adapter, as shells have them
-            (``*vision_tower*``); each must match a module's path as the adapter's file names it.
+        ignore: shell patterns (``*vision_tower*``) of the adapter's modules to leave out.
         revision: of the base, where it is a Hub id.
         overwrite: replace an existing GGUF file.
         trust_remote_code: let model code that lies in the base's folder run.

@@ -64,8 +64,7 @@ def verify(
             says, or else a sum.
         density: as for :func:`mlx_fusekit.fuse`.
         combine_seed: as for :func:`mlx_fusekit.fuse`.
-        ignore: patterns of modules to leave out of the adapter, as shells have them
-            (``*vision_tower*``); each must match a module's path as the adapter's file names it.
+        ignore: shell patterns (``*vision_tower*``) of the adapter's modules to leave out.
         revision: of the base or reference on the Hub.
         trust_remote_code: let model code that lies in the models' folders run.
         progress: called with the step, and how much of it is done and there is in all.
