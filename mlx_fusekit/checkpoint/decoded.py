@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_fusekit.checkpoint.base import main_float_dtype
+from mlx_fusekit.checkpoint.copying import copies, copy
 from mlx_fusekit.checkpoint.header import Header, TensorRef
 from mlx_fusekit.checkpoint.writer import FileWriter, OutputTensor, new_layout
 from mlx_fusekit.errors import CheckpointError
@@ -104,8 +105,8 @@ def _write(header: Header, target: Path, types: Mapping[str, str]) -> None:
         for t in header.tensors.values()
     ]
     with FileWriter(new_layout(header.file.name, outputs), target, clone=False) as writer:
-        for span in writer.copies():
-            writer.copy(span)
+        for span in copies([writer]):
+            copy(span)
         for tensor in foreign_tensors({header.file.name: header}):
             _write_tensor(tensor, types[tensor.name], writer)
         writer.finish()

@@ -21,11 +21,8 @@ import numpy as np
 
 from mlx_fusekit.checkpoint.header import Header, TensorRef
 from mlx_fusekit.formats.floats import STORAGE, Array
-from mlx_fusekit.reading import open_file
 from mlx_fusekit.writing import calls
 from mlx_fusekit.writing.files import copy_range, reflink
-
-_COPY_PIECE = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +94,6 @@ def new_layout(name: str, tensors: Sequence[OutputTensor]) -> FileLayout:
     return FileLayout(name, tuple(tensors), prefix, starts)
 
 
-@dataclass(frozen=True, slots=True)
-class CopyRange:
-    """A range of bytes to be copied into the output from a file of the base."""
-
-    source: Path
-    source_offset: int
-    target_offset: int
-    length: int
-
-
 class FileWriter:
     """Fills one file of the staging folder; safe to use from several threads.
 
@@ -138,40 +125,33 @@ class FileWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
         calls.close(self._file)
 
-    def copies(self) -> Iterator[CopyRange]:
-        """What must be copied with :meth:`copy`; neighbours are joined, and long ranges cut."""
-        if self.cloned:
-            return
-        pending: CopyRange | None = None
-        for tensor in self.layout.tensors:
-            ref = tensor.copied
-            if ref is None:
-                continue
-            start = self.layout.starts[tensor.name]
-            if pending and _follows(pending, ref, start):
-                joined = pending.length + ref.nbytes
-                pending = CopyRange(
-                    pending.source, pending.source_offset, pending.target_offset, joined
-                )
-                continue
-            if pending:
-                yield from _pieces(pending)
-            pending = CopyRange(ref.file, ref.start, start, ref.nbytes)
-        if pending:
-            yield from _pieces(pending)
+    def untouched(self) -> Iterator[tuple[TensorRef, int]]:
+        """What has to be copied: where each tensor lies in the base, and its place in this file."""
+        for tensor in () if self.cloned else self.layout.tensors:
+            if tensor.copied is not None and tensor.name not in self._computed:
+                yield tensor.copied, self.layout.starts[tensor.name]
 
-    def copy(self, span: CopyRange) -> None:
-        """Copy one range."""
-        with open_file(span.source) as source:
-            copy_range(
-                source.fileno(),
-                self._file,
-                span.source_offset,
-                span.target_offset,
-                span.length,
-            )
+    def fill_in(self, name: str) -> bool:
+        """Let a tensor be written by rows that would be copied; False for any other."""
+        found = next((t for t in self.layout.tensors if t.name == name and t.copied), None)
+        if self.cloned or found is None:
+            return False
+        self._computed[name] = found
+        return True
+
+    def copy(self, source: int, source_offset: int, offset: int, length: int) -> None:
+        """Copy bytes of an open file, in the kernel where it can."""
+        copy_range(source, self._file, source_offset, offset, length)
+
+    def write(self, data: bytes, offset: int) -> None:
+        """Write bytes that were read from the base."""
+        calls.write(self._file, data, offset)
 
     def write_rows(self, name: str, first_row: int, rows: Array) -> None:
         """Fill in rows of a computed tensor, all axes but the last counting as rows.
@@ -197,17 +177,3 @@ class FileWriter:
                     f"{name}: {self._written[name]} of {tensor.nbytes} bytes written"
                 )
         calls.sync(self._file)
-
-
-def _follows(span: CopyRange, ref: TensorRef, start: int) -> bool:
-    return (
-        span.source == ref.file
-        and span.source_offset + span.length == ref.start
-        and span.target_offset + span.length == start
-    )
-
-
-def _pieces(span: CopyRange) -> Iterator[CopyRange]:
-    for done in range(0, span.length, _COPY_PIECE):
-        length = min(_COPY_PIECE, span.length - done)
-        yield CopyRange(span.source, span.source_offset + done, span.target_offset + done, length)

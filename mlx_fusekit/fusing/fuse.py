@@ -5,7 +5,7 @@ in the staging folder is checked.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +13,6 @@ from typing import Any, Self
 from mlx_fusekit.adapters.sources import AdapterNames, NamedSources, Sources
 from mlx_fusekit.checkpoint import recipe
 from mlx_fusekit.checkpoint.belongings import Companions, find_companions
-from mlx_fusekit.checkpoint.beside_text import in_words
 from mlx_fusekit.checkpoint.front_matter import front_matter
 from mlx_fusekit.checkpoint.sanitized import beside_text
 from mlx_fusekit.checkpoint.target import model_target
@@ -23,6 +22,7 @@ from mlx_fusekit.fusing.execute import execute, working_memory
 from mlx_fusekit.fusing.options import FuseOptions
 from mlx_fusekit.fusing.report import (
     FuseReport,
+    beside_text_warnings,
     calibration_warnings,
     dtype_name,
     format_warnings,
@@ -289,7 +289,7 @@ def prepare_fuse(
     notes += destinations.check(sources.base, path, asked, named.folders)
     destinations.check_texts(named.folders, companions.copied, path, asked)
     notes += tuple(history.better_start(sources))
-    notes += tuple(_beside_the_text(plan, text_only=asked.text_only))
+    notes += tuple(beside_text_warnings(plan, text_only=asked.text_only))
     return PreparedFuse(
         sources=sources,
         target=target,
@@ -410,31 +410,7 @@ def fuse(
     return prepared.run(progress=progress)
 
 
-def _beside_the_text(plan: FusePlan, *, text_only: bool) -> Iterator[str]:
-    """What to tell of tensors that mlx-lm does not run."""
-    base, left_out = plan.base, plan.options.left_out
-    if text_only:
-        yield f"--text-only leaves out {in_words(left_out) if left_out else 'nothing: all is text'}"
-        return
-    if base.beside:
-        yield (
-            f"what mlx-lm does not run comes along as it is: {in_words(base.beside)}; "
-            "--text-only leaves it out"
-        )
-    if any("mtp." in name for name in base.beside):
-        # Source: models/qwen3_5.py of mlx-lm 0.30.7 to 0.31.3, which tell by it what is raw.
-        yield (
-            "mlx-lm before 0.32 takes Qwen3.5 with mtp tensors for unconverted, and misreads its "
-            "norms; for a program that has it, use --text-only"
-        )
-    if base.lost:
-        yield (
-            f"what mlx-lm does not run is left out: {in_words(base.lost)}; mlx-lm would not load "
-            "the fused model with it"
-        )
-
-
-def _nothing_to_requantize(step: Any) -> RequantizedWeight:
+def _nothing_to_requantize(step: Any, _: object) -> RequantizedWeight:
     raise AssertionError(f"{step.module}: no strategy was chosen, but it is re-quantized")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mlx_fusekit.checkpoint.beside_text import in_words
 from mlx_fusekit.figures import nats, setting
 from mlx_fusekit.formats.floats import DTYPE_NAMES
 from mlx_fusekit.merging.plan import FusePlan
@@ -161,4 +162,28 @@ def calibration_warnings(calibration: CalibrationReport) -> Iterator[str]:
         yield (
             f"{calibration.skipped_tokens} calibration tokens gave infinite or NaN activations "
             "and were left out"
+        )
+
+
+def beside_text_warnings(plan: FusePlan, *, text_only: bool) -> Iterator[str]:
+    """What to tell of tensors that mlx-lm does not run."""
+    base, left_out = plan.base, plan.options.left_out
+    if text_only:
+        yield f"--text-only leaves out {in_words(left_out) if left_out else 'nothing: all is text'}"
+        return
+    if base.beside:
+        yield (
+            f"what mlx-lm does not run comes along as it is: {in_words(base.beside)}; "
+            "--text-only leaves it out"
+        )
+    if any("mtp." in name for name in base.beside):
+        # Source: models/qwen3_5.py of mlx-lm 0.30.7 to 0.31.3, which tell by it what is raw.
+        yield (
+            "mlx-lm before 0.32 takes Qwen3.5 with mtp tensors for unconverted, and misreads its "
+            "norms; for a program that has it, use --text-only"
+        )
+    if base.lost:
+        yield (
+            f"what mlx-lm does not run is left out: {in_words(base.lost)}; mlx-lm would not load "
+            "the fused model with it"
         )

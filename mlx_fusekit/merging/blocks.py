@@ -4,11 +4,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
-from mlx_fusekit.formats.floats import Float32, to_float32
+from mlx_fusekit.formats.floats import Array, Float32, to_float32
 from mlx_fusekit.formats.quantization import (
     LEAVES,
     QuantizedRows,
@@ -22,6 +23,20 @@ from mlx_fusekit.merging.arithmetic import BaseBlock, RowRange
 #: threads that get in each other's way there sleep and wake: with blocks of a core's cache size (a
 #: quarter of this) one thread is faster by a fifth, but two are no faster than one.
 BLOCK_ELEMENTS = 1 << 20
+
+#: The leaves of a weight that have its rows.
+ROW_LEAVES = ("weight", "scales", "biases")
+
+
+class BlockReader(Protocol):
+    """Gives a weight's blocks, from several threads."""
+
+    @property
+    def global_scales(self) -> Float32 | None:
+        """nvfp4's, one for the matrix or one an expert."""
+
+    def read(self, rows: RowRange) -> tuple[QuantizedRows | None, BaseBlock]:
+        """A block as stored (when quantized), and its values, which others may be given too."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +66,26 @@ class WeightReader:
 
     def read(self, rows: RowRange) -> tuple[QuantizedRows | None, BaseBlock]:
         """A block as stored (when quantized), and its values."""
+        return self.understood(self.stored(rows), rows)
+
+    def stored(self, rows: RowRange) -> dict[str, Array]:
+        """The stored bits of a block, by leaf name, ``[rows, columns]`` each."""
         start = rows.expert * self.shape[1]
+        leaves = [leaf for leaf in ROW_LEAVES if leaf in self.sources]
         span = (start + rows.first, start + rows.last)
-        weight = self.sources["weight"].read_rows(*span)
+        return {leaf: self.sources[leaf].read_rows(*span) for leaf in leaves}
+
+    def understood(
+        self, stored: Mapping[str, Array], rows: RowRange
+    ) -> tuple[QuantizedRows | None, BaseBlock]:
+        """What :meth:`read` gives, of bits that were read before."""
         if self.spec is None:
-            return None, BaseBlock(to_float32(weight, self.sources["weight"].dtype)[None])
-        scales = self.sources["scales"]
+            return None, BaseBlock(to_float32(stored["weight"], self.sources["weight"].dtype)[None])
         quantized = QuantizedRows(
-            weight.view(np.uint32),
-            scales.read_rows(*span),
-            self.sources["biases"].read_rows(*span) if self.spec.affine else None,
-            scales.dtype,
+            stored["weight"].view(np.uint32),
+            stored["scales"],
+            stored["biases"] if self.spec.affine else None,
+            self.sources["scales"].dtype,
             of_expert(self.global_scales, rows.expert),
         )
         as_run = partial(dequantize_as_stored, quantized, self.spec)

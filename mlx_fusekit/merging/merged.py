@@ -10,7 +10,7 @@ from mlx_fusekit.errors import AdapterError
 from mlx_fusekit.formats.floats import Float32
 from mlx_fusekit.formats.quantization import QuantizedRows, TargetFormat, to_matrix
 from mlx_fusekit.merging.arithmetic import RowRange, merge, unchanged_rows
-from mlx_fusekit.merging.blocks import WeightReader, of_expert, row_blocks
+from mlx_fusekit.merging.blocks import BlockReader, WeightReader, of_expert, row_blocks
 from mlx_fusekit.merging.plan import WeightStep
 
 
@@ -58,7 +58,7 @@ class Weight:
     """
 
     step: WeightStep
-    reader: WeightReader
+    reader: BlockReader
 
     @classmethod
     def open(cls, step: WeightStep) -> "Weight":

@@ -72,7 +72,7 @@ class SolvedWeights:
     experts: dict[str, list[QuantizedRows]] = field(default_factory=dict)
     results: dict[str, ModuleResult] = field(default_factory=dict)
 
-    def __call__(self, step: WeightStep) -> "SolvedWeight":
+    def __call__(self, step: WeightStep, _: object = None) -> "SolvedWeight":
         """The solved weight of a step."""
         return SolvedWeight(step, self.experts[step.module])
 

@@ -1,5 +1,6 @@
 """What a re-quantization strategy is made ready from, and what it then is."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -7,6 +8,7 @@ from mlx_fusekit.adapters.sources import Sources
 from mlx_fusekit.formats.floats import Float32
 from mlx_fusekit.formats.quantization import QuantizedRows
 from mlx_fusekit.merging.arithmetic import RowRange
+from mlx_fusekit.merging.blocks import BlockReader
 from mlx_fusekit.merging.plan import FusePlan, WeightStep
 from mlx_fusekit.progress import StepProgress
 from mlx_fusekit.requantize.options import CalibrationOptions, CalibrationReport
@@ -26,8 +28,13 @@ class RequantizedWeight(Protocol):
 class Requantizer(Protocol):
     """A strategy that is ready to be used."""
 
-    def __call__(self, step: WeightStep) -> RequantizedWeight:
-        """The re-quantized weight of a step whose target is quantized."""
+    def __call__(self, step: WeightStep, base: Callable[[], BlockReader], /) -> RequantizedWeight:
+        """The re-quantized weight of a step whose target is quantized.
+
+        Args:
+            step: what is to become of the base's weight.
+            base: opens that, for a strategy that has not read it before.
+        """
 
 
 @dataclass(frozen=True)
