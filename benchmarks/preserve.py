@@ -14,6 +14,9 @@ are each other's test items, and "prose": the contents of ``samples.general_data
 English conversations and stories, as plain text without any template. That of ``sample`` is
 "general": the same conversations as such, which are of its base's domain.
 
+``peft`` is an adapter of rank 16 for all linears of SmolLM2, of the same questions, that
+transformers and PEFT trained on the 16-bit model; `mlx_lm.fuse` gets it in mlx-lm's form.
+
 With ``--base-bits 3`` or ``--mode`` the base is made from SmolLM2's bfloat16 weights, and the
 adapter, though trained on the 4-bit base, is applied to it: base and adapter remain what all are
 compared with, but may do worse at the task themselves.
@@ -44,7 +47,7 @@ from preserve_results import BASE, PEER, TEACHER, Case, Cost, Measures, Row, rep
 from processes import program
 
 import mlx_fusekit
-from mlx_fusekit import samples
+from mlx_fusekit import convert_adapter, samples
 from mlx_fusekit.adapters.sources import NamedSources
 from mlx_fusekit.cli.output import print_blocks
 from mlx_fusekit.hub import LocalFolder
@@ -67,7 +70,9 @@ from fetch_smollm2 import MODEL_NAME, fetch
 from packages import build_once, default_cache, locked
 from train_adapter import Recipe, ensure_adapter
 
-CASES = ("sample", "sql", "style")
+CASES = ("sample", "sql", "style", "peft")
+#: Tasks that mlx-lm trains adapters of.
+TASKS = ("sql", "style")
 #: Tokens of plain prose to measure on.
 PROSE_TOKENS = 2048
 #: ``fuse`` ends with it where ``--max-kl`` was not reached; the model is there.
@@ -239,18 +244,47 @@ def _case(name: str, options: argparse.Namespace, work: Path) -> Case:
             samples.evaluation_data_path(),
             {"general": samples.general_data_path()},
         )
-    folders = {task: ensure_adapter(Recipe(task=task)) for task in CASES[1:]}
-    (other,) = folders.keys() - {name}
+    folders = {task: ensure_adapter(Recipe(task=task)) for task in TASKS}
+    task = "sql" if name == "peft" else name
+    (other,) = folders.keys() - {task}
     prose = work / "prose.txt"
     prose.write_text(_prose(), "utf-8")
+    base = _smollm2(options.base_bits or 4, options.mode or "affine")
+    adapter, data = folders[task].adapter, folders[task].data
+    converted = None
+    if name == "peft":
+        adapter = _trained_by_peft(data)
+        converted = work / "converted"
+        _remove(converted)
+        convert_adapter(base, adapter, converted, "mlx")
     return Case(
         name,
-        _smollm2(options.base_bits or 4, options.mode or "affine"),
-        folders[name].adapter,
-        folders[name].data / "train.jsonl",
-        folders[name].data / "test.jsonl",
+        base,
+        adapter,
+        data / "train.jsonl",
+        data / "test.jsonl",
         {other: folders[other].data / "test.jsonl", "prose": prose},
+        converted,
     )
+
+
+def _trained_by_peft(data: Path) -> Path:
+    """An adapter of PEFT's, trained on the 16-bit model, made on first use."""
+    cache = default_cache()
+    target = cache / f"{MODEL_NAME}-sql-peft"
+    python = Path(f"{sys.prefix}-peft") / "bin" / "python"
+    script = Path(__file__).resolve().parents[1] / "scripts" / "train_peft.py"
+
+    def build(staging: Path) -> None:
+        if not python.exists():
+            raise SystemExit("the case peft needs PEFT and PyTorch: make .venv-peft/.installed")
+        command = [str(python), str(script), str(fetch(cache).bf16), str(data), str(staging)]
+        environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+        subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
+
+    with locked(cache, target.name):
+        build_once(target, build)
+    return target
 
 
 def _smollm2(bits: int, mode: str) -> Path:
@@ -290,6 +324,8 @@ def _rows(case: Case, options: argparse.Namespace, work: Path) -> Iterator[Row]:
     for place, contender in enumerate(contenders):
         if contender.command:
             adapter = case.adapter if contender.data else without_data
+            if contender.name == PEER:
+                adapter = case.converted or adapter
             fused[contender.name] = work / f"fused-{place}"
             costs[contender.name] = cost = _fuse(
                 contender, case.base, adapter, fused[contender.name]

@@ -21,6 +21,7 @@ class Case:
         train: what the adapter was trained on.
         test: unseen items of its task.
         off_task: text that has nothing to do with the adapter, by name.
+        converted: the adapter in mlx-lm's form, where it has another.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Case:
     train: Path
     test: Path
     off_task: dict[str, Path]
+    converted: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,8 @@ class _Session:
         )
 
 
-def _training_data(adapters: Sequence[AdapterFolder]) -> TrainingData | None:
-    found = (training_data(adapter.config, adapter.folder) for adapter in adapters)
-    return next((data for data in found if data is not None), None)
+def _training_data(adapters: Sequence[AdapterFolder]) -> list[TrainingData]:
+    """Of each adapter; none where one of several has none, whose task would be left out."""
+    found = [training_data(adapter.config, adapter.folder) for adapter in adapters]
+    known = [data for data in found if data is not None]
+    return known if len(known) == len(found) else []

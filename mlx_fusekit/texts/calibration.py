@@ -61,7 +61,7 @@ def calibration_text(
     tokenizer: Any,
     file: Path | None = None,
     features: Sequence[Features] = (),
-    training_data: TrainingData | None = None,
+    training_data: Sequence[TrainingData] = (),
     tokens: int = 16384,
     general_share: float = 0.25,
     seed: int = 0,
@@ -80,7 +80,8 @@ def calibration_text(
         tokenizer: of both, as ``mlx_lm.load`` returns it.
         file: what the user wants to calibrate on, as :func:`read_sequences` reads it.
         features: keys that its text may have beside mlx-lm's own.
-        training_data: what :func:`~mlx_fusekit.texts.data.training_data` found.
+        training_data: what :func:`~mlx_fusekit.texts.data.training_data` found, of several adapters
+            that of each; every one gets the same share.
         tokens: about how many to calibrate on. A fifth of it, at most 1024, is held out on top,
             and of long texts more, so that a measurement on them can conclude something.
         general_share: at least 0, below 1.
@@ -136,7 +137,7 @@ def _from_a_file(
     read: Callable[..., list[TokenSequence]],
     file: Path | None,
     features: Sequence[Features],
-    training_data: TrainingData | None,
+    training_data: Sequence[TrainingData],
 ) -> tuple[str, list[TokenSequence]]:
     """Where text is from, and different sequences of it: the user's file, or the training data.
 
@@ -146,17 +147,32 @@ def _from_a_file(
     if file is not None:
         sequences = read(file, features=(*features, Features()))
         return _short_name(data_file(file)), _different(sequences)
-    if training_data is None:
+    pools, names = [], []
+    for data in training_data:
+        train = data_file(data.folder)
+        try:
+            pools.append(read(train, features=(data.features,)))
+        except ConfigurationError as error:
+            # The user did not ask for this file. The recipe tells the source, and no place of this
+            # machine.
+            why = str(error).replace(str(train), _short_name(train))
+            return f"{source}, since its training data cannot be used: {why}", []
+        names.append(_short_name(train))
+    if not pools:
         return source, []
-    train = data_file(training_data.folder)
-    try:
-        pool = _different(read(train, features=(training_data.features,)))
-    except ConfigurationError as error:
-        # The user did not ask for this file. The recipe tells the source, and no place of this
-        # machine.
-        why = str(error).replace(str(train), _short_name(train))
-        return f"{source}, since its training data cannot be used: {why}", []
-    return f"the adapter's training data ({_short_name(train)})", pool
+    whose = "the adapter's" if len(pools) == 1 else "the adapters'"
+    return f"{whose} training data ({', '.join(names)})", _different(_in_turn(pools))
+
+
+def _in_turn(pools: Sequence[Sequence[TokenSequence]]) -> list[TokenSequence]:
+    """Sequences of all pools, such that each pool has about as many tokens up to every place."""
+    left, taken = [list(pool) for pool in pools], [0] * len(pools)
+    found = []
+    while any(left):
+        place = min((p for p in range(len(left)) if left[p]), key=lambda p: taken[p])
+        found.append(left[place].pop(0))
+        taken[place] += len(found[-1].tokens)
+    return found
 
 
 def _write(
