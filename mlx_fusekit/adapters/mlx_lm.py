@@ -123,7 +123,7 @@ class MlxLmAdapter:
             return None
         if self.kind == "full":
             return {"fine_tune_type": "full"}
-        ranks = {min(tensors["lora_b"].shape[-2:]) for tensors in self.modules.values()}
+        ranks = {min(leaves["lora_b"].shape[-2:], default=0) for leaves in self.modules.values()}
         if self.whole or len(ranks) > 1:
             return None
         rank = self.settings.rank
