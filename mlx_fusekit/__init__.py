@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from mlx_fusekit.converting.convert import ConvertReport, convert_adapter
     from mlx_fusekit.differing.diff import DiffReport, diff
     from mlx_fusekit.differing.extract import ExtractReport, extract
-    from mlx_fusekit.fusing.fuse import PreparedFuse, fuse, prepare_fuse
+    from mlx_fusekit.fusing.each import EachReport, PreparedEach, fuse_each, prepare_each
+    from mlx_fusekit.fusing.fuse import fuse, prepare_fuse
+    from mlx_fusekit.fusing.prepared import PreparedFuse
     from mlx_fusekit.fusing.report import FuseReport
     from mlx_fusekit.gguf.exporting import ExportReport, export_gguf
     from mlx_fusekit.gguf.lora import LoraReport, export_lora
@@ -24,7 +26,11 @@ _HOMES = {
     "fuse": "fusing.fuse",
     "prepare_fuse": "fusing.fuse",
     "FuseReport": "fusing.report",
-    "PreparedFuse": "fusing.fuse",
+    "PreparedFuse": "fusing.prepared",
+    "fuse_each": "fusing.each",
+    "prepare_each": "fusing.each",
+    "EachReport": "fusing.each",
+    "PreparedEach": "fusing.each",
     "benchmark": "bench.harness",
     "BenchReport": "bench.report",
     "Workload": "bench.options",
@@ -48,11 +54,13 @@ __all__ = [
     "BenchReport",
     "ConvertReport",
     "DiffReport",
+    "EachReport",
     "ExportReport",
     "ExtractReport",
     "FuseReport",
     "LoraReport",
     "ParityReport",
+    "PreparedEach",
     "PreparedFuse",
     "PublishReport",
     "Workload",
@@ -64,6 +72,8 @@ __all__ = [
     "export_lora",
     "extract",
     "fuse",
+    "fuse_each",
+    "prepare_each",
     "prepare_fuse",
     "publish",
     "verify",

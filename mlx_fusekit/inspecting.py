@@ -237,7 +237,8 @@ def _delta_norm(reader: WeightReader, update: Update) -> float:
     total = 0.0
     for rows in row_blocks(reader.shape):
         base = reader.read(rows)[1]
-        change = merge(base, update, rows) - base.values
+        before = base.values.copy()
+        change = merge(base, update, rows) - before
         total += float(np.square(change, dtype=np.float64).sum())
     return math.sqrt(total)
 

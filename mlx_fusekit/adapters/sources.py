@@ -1,7 +1,7 @@
 """What a user names, base and adapters: found, opened, and bound to each other, once."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from mlx_fusekit.reading import exists
 
 #: How adapters are named: one or several folders or Hub ids, each maybe followed by ``:WEIGHT``.
 AdapterNames = str | Path | Sequence[str | Path]
+#: Opens a base, given the names of the tensors that will be looked for.
+OpenBase = Callable[[LocalFolder, set[str]], BaseModel]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class NamedSources:
                 "each adapter_config.json"
             )
         combination.check_count(len(named))
-        chosen = tuple(_chosen(str(name), weighted) for name in named)
+        chosen = tuple(choose_adapter(str(name), weighted=weighted) for name in named)
         return cls(found, chosen, scale, combination, tuple(ignore))
 
     @property
@@ -107,11 +109,14 @@ class NamedSources:
         check_patterns(self.ignore, ((adapter.ignored, adapter.paths) for adapter in opened))
         return opened
 
-    def open(self, opened: tuple[AdapterFolder, ...] | None = None) -> "Sources":
+    def open(
+        self, opened: tuple[AdapterFolder, ...] | None = None, *, open_base: OpenBase | None = None
+    ) -> "Sources":
         """Open all, and bind the adapters to the base.
 
         Args:
             opened: the adapters, where they were opened before.
+            open_base: in the place of :func:`open_model`.
 
         Raises:
             AdapterError: when an adapter does not fit the base or the others.
@@ -119,7 +124,7 @@ class NamedSources:
         """
         opened = self.open_adapters() if opened is None else opened
         wanted = {name for adapter in opened for name in adapter.target_tensors}
-        base = open_model(self.model, wanted)
+        base = (open_base or open_model)(self.model, wanted)
         bound = [
             (adapter.bind(base, self.model.identity), choice.weight)
             for adapter, choice in zip(opened, self.adapters, strict=True)
@@ -176,7 +181,8 @@ def open_model(model: LocalFolder, wanted: set[str] | None = None) -> BaseModel:
     return open_base(model.path, trust_remote_code=model.trusted, wanted=wanted or ())
 
 
-def _chosen(name: str, weighted: bool) -> AdapterChoice:
+def choose_adapter(name: str, *, weighted: bool = True) -> AdapterChoice:
+    """Find an adapter, as :meth:`NamedSources.find` does."""
     path, weight = _split_weight(name) if weighted else (name, 1.0)
     return AdapterChoice(hub.resolve(path, what="--adapter-path"), weight)
 

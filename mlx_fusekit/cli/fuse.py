@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_fusekit import figures
-from mlx_fusekit.cli import export_gguf, options, output, publish
+from mlx_fusekit.cli import export_gguf, fuse_each, options, output, publish
 from mlx_fusekit.cli.failures import BELOW_THRESHOLD
 from mlx_fusekit.cli.options import PATH
 from mlx_fusekit.requantize.options import CALIBRATION_TOKENS
@@ -86,6 +86,12 @@ if TYPE_CHECKING:
     help="Upload the result to this repository on the Hub, which is made private; "
     "`mlx-fusekit publish` does the same, and more.",
 )
+@click.option(
+    "--each",
+    is_flag=True,
+    help="Fuse every adapter by itself, into a folder of its name in --save-path, with one pass "
+    "over the base.",
+)
 @options.combine()
 @options.scale()
 @options.ignore()
@@ -100,16 +106,19 @@ if TYPE_CHECKING:
 @options.dry_run("Show the plan; read no weights, write nothing.")
 @options.as_json()
 @options.trust_remote_code("Run and copy the model's own *.py files.")
-def command(as_json: bool, dry_run: bool, **asked: Any) -> int:
+def command(as_json: bool, dry_run: bool, each: bool, **asked: Any) -> int:
     """Fuse adapters into a base model; one model folder comes out.
 
     The result loads with mlx_lm.load and needs no adapter. It has the base's format and size
     unless --bits, --dequantize or --max-kl says otherwise. Exits with code 3 when --max-kl is
-    not shown to hold; the model is there all the same.
+    not shown to hold; the model is there all the same. With --each, one adapter that fails leaves
+    the others, and the exit code is 1.
     """
+    named = [asked.pop(name) for name in ("model", "adapter_path", "save_path")]
+    if each:
+        return fuse_each.run(named, asked, dry_run=dry_run, as_json=as_json)
     from mlx_fusekit.fusing.fuse import prepare_fuse
 
-    named = [asked.pop(name) for name in ("model", "adapter_path", "save_path")]
     prepared = prepare_fuse(*named, **asked)
     report = before = prepared.report()
     for warning in before.warnings:

@@ -306,12 +306,17 @@ def quantize_nearest(
     """
     if not spec.affine:
         return _quantize_codebook(block, spec, global_scale)
+    # Of values that the scales' type cannot hold, infinite scales are what tells the caller.
+    with np.errstate(all="ignore"):
+        return _quantize_affine(block, spec, scale_dtype)
+
+
+def _quantize_affine(block: Float32, spec: QuantSpec, scale_dtype: str) -> QuantizedRows:
     scales, biases = _min_max_grid(block, spec)
     stored_scales, stored_biases = (from_float32(grid, scale_dtype) for grid in (scales, biases))
     scales = to_float32(stored_scales, scale_dtype)
     # A group of all zeros has the smallest scale, which float16 may round to zero.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        inverse = np.where(scales == 0, np.float32(0), np.float32(1) / scales)
+    inverse = np.where(scales == 0, np.float32(0), np.float32(1) / scales)
     grouped = _grouped(block, spec)
     grouped -= _over_groups(to_float32(stored_biases, scale_dtype), spec)
     grouped *= _over_groups(inverse, spec)

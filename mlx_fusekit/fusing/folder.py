@@ -51,20 +51,20 @@ class Hashing:
         }
 
 
-def check_disk(plan: FusePlan, target: Path, staging: Path, *, clone: bool) -> None:
+def check_disk(plans: Sequence[FusePlan], target: Path, staging: Path, *, clone: bool) -> None:
     """Refuse to start what the disk cannot hold.
 
     Raises:
         OutputError: with how much is needed and free.
     """
     free = shutil.disk_usage(staging).free
-    needed = plan.output_bytes
+    needed = sum(plan.output_bytes for plan in plans)
     if free >= needed:
         return
-    base_file = next((file.base for file in plan.files if file.base), None)
+    base_file = next((file.base for plan in plans for file in plan.files if file.base), None)
     if clone and base_file is not None and reflink(base_file.file, staging / ".probe"):
         calls.unlink(staging / ".probe")
-        needed = plan.computed_bytes
+        needed = sum(plan.computed_bytes for plan in plans)
     if free < needed:
         raise OutputError(
             f"{target}: needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB "

@@ -52,7 +52,7 @@ def merge(base: BaseBlock, update: Update, rows: RowRange) -> Float32:
     """Merge an update into a block of base weights.
 
     Args:
-        base: the weights, which stay as they are.
+        base: the weights; its values may be overwritten.
         update: what the adapter adds to this module.
         rows: which rows of the module the block holds.
 
@@ -61,16 +61,14 @@ def merge(base: BaseBlock, update: Update, rows: RowRange) -> Float32:
     """
     if isinstance(update, FullUpdate):
         return _replacement(update, rows, len(base.values))
-    delta = _delta(update, rows, len(base.values))
-    magnitude = update.magnitude if isinstance(update, LowRankUpdate) else None
-    as_run = None if magnitude is None or base.as_run is None else base.as_run() + delta
-    # What is combined is read-only: whoever asks again gets the same.
-    merged = np.add(base.values, delta, out=delta if isinstance(update, LowRankUpdate) else None)
-    if magnitude is not None:
+    merged = base.values
+    delta = _delta(update, rows, len(merged))
+    merged += delta
+    if isinstance(update, LowRankUpdate) and update.magnitude is not None:
         # The magnitude was learned against the norms that mlx-lm computes, of rounded weights.
-        adapted = merged if as_run is None else as_run
+        adapted = merged if base.as_run is None else base.as_run() + delta
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = magnitude[rows.first : rows.last] / _row_norms(adapted)
+            ratios = update.magnitude[rows.first : rows.last] / _row_norms(adapted)
         merged *= ratios[:, None]
     return merged
 

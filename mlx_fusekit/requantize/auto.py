@@ -14,9 +14,9 @@ from mlx_fusekit.requantize.calibrated import Calibration
 from mlx_fusekit.requantize.options import CalibrationOptions, CalibrationReport
 from mlx_fusekit.requantize.requantizer import Prepared, Request
 from mlx_fusekit.requantize.widening import choose_widths, measured_costs
-from mlx_fusekit.running.adapted import run_adapted
 from mlx_fusekit.running.model import RunningModel
-from mlx_fusekit.texts.calibration import CalibrationText, calibration_text
+from mlx_fusekit.running.shared import RunningBase
+from mlx_fusekit.texts.calibration import CalibrationText, Written, calibration_text
 from mlx_fusekit.texts.data import TrainingData, training_data
 from mlx_fusekit.texts.items import Features
 from mlx_fusekit.texts.sequences import up_to
@@ -41,8 +41,13 @@ def calibrate(request: Request) -> Prepared:
     Raises:
         FusekitError: when there is no text to calibrate on, or the teacher cannot be loaded.
     """
+    base = request.base or RunningBase(request.sources.model)
+    with base.adapted(request.sources.adapter) as teacher:
+        return _calibrated(request, teacher, base.written)
+
+
+def _calibrated(request: Request, teacher: RunningModel, written: Written) -> Prepared:
     sources, options = request.sources, request.options
-    teacher = run_adapted(sources.model, sources.adapter)
     text = calibration_text(
         teacher=lambda: contextlib.nullcontext(teacher.model),
         base=teacher.without_adapter,
@@ -52,6 +57,7 @@ def calibrate(request: Request) -> Prepared:
         training_data=_training_data(sources.opened),
         tokens=options.tokens,
         seed=options.seed,
+        written=written,
         progress=of_step(request.progress, "generating text"),
     )
     return _Session(request.plan, teacher, text, options, request.progress).run()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mlx_fusekit.adapters.sources import Sources
 from mlx_fusekit.formats.floats import Float32
@@ -12,6 +12,9 @@ from mlx_fusekit.merging.blocks import BlockReader
 from mlx_fusekit.merging.plan import FusePlan, WeightStep
 from mlx_fusekit.progress import StepProgress
 from mlx_fusekit.requantize.options import CalibrationOptions, CalibrationReport
+
+if TYPE_CHECKING:
+    from mlx_fusekit.running.shared import RunningBase
 
 
 class RequantizedWeight(Protocol):
@@ -46,12 +49,14 @@ class Request:
         sources: base and adapters.
         options: of calibrating.
         progress: told of each step that takes long.
+        base: in memory, where several fuses have it.
     """
 
     plan: FusePlan
     sources: Sources
     options: CalibrationOptions
     progress: StepProgress | None = None
+    base: "RunningBase | None" = None
 
 
 @dataclass(frozen=True)

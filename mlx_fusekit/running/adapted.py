@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -26,10 +27,9 @@ from mlx_fusekit.running.exact import (
     dense,
     is_quantized,
     may_run_in_float32,
-    to_float32,
     weight_as_run,
 )
-from mlx_fusekit.running.loading import load_lazily
+from mlx_fusekit.running.loading import load_lazily, run_model
 from mlx_fusekit.running.model import Place, RunningModel, place, swapped
 
 
@@ -50,21 +50,34 @@ def run_adapted(
         AdapterError: when mlx-lm has no adapter layer for a module.
         CheckpointError: naming what is wrong with the base.
     """
-    model, config = load_lazily(source)
-    exact = may_run_in_float32(model, memory_share)
-    norms = _norms_as_run(model, adapter) if exact else {}
-    if exact:
-        exact = to_float32(model)
+    return put_on(run_model(source, memory_share=memory_share), adapter, memory_share=memory_share)
+
+
+def put_on(
+    bare: RunningModel, adapter: Adapter, *, memory_share: float = MEMORY_SHARE
+) -> RunningModel:
+    """Put an adapter on a running base, whose model then runs with it.
+
+    Args:
+        bare: the base, loaded with the same share of the memory.
+        adapter: bound to it.
+        memory_share: as for :func:`~mlx_fusekit.running.loading.run_model`.
+
+    Raises:
+        AdapterError: when mlx-lm has no adapter layer for a module.
+    """
+    model, exact = bare.model, bare.exact
+    norms = _norms_as_run(bare.source, adapter) if may_run_in_float32(model, memory_share) else {}
     deltas = HeldDeltas(mx.float32 if exact else _float_type(model))
-    bare = [
+    before = [
         _put(model, path, update, norms.get(path), exact, deltas)
         for path, update in adapter.weights.items()
     ]
     for name, parameter in adapter.parameters.items():
-        bare.append(_exchanged(place(model, name), _array(parameter.tensor, exact)))
+        before.append(_exchanged(place(model, name), _array(parameter.tensor, exact)))
     mx.eval(model.parameters())
     model.eval()
-    return RunningModel(model, source, config, exact, tuple(bare))
+    return replace(bare, bare_values=tuple(before))
 
 
 @contextlib.contextmanager
@@ -157,11 +170,17 @@ def _exchanged(where: Place, value: Any) -> tuple[Place, Any]:
     return where, before
 
 
-def _norms_as_run(model: nn.Module, adapter: Adapter) -> dict[str, mx.array]:
+def _norms_as_run(source: LocalFolder, adapter: Adapter) -> dict[str, mx.array]:
     """Row norms of DoRA's adapted weights as mlx-lm computes them, of rounded weights."""
+    updates = {
+        path: update
+        for path, update in adapter.weights.items()
+        if isinstance(update, LowRankUpdate) and update.magnitude is not None
+    }
     norms = {}
-    for path, update in adapter.weights.items():
-        if isinstance(update, LowRankUpdate) and update.magnitude is not None:
+    if updates:
+        model, _ = load_lazily(source)  # the running one may hold float32
+        for path, update in updates.items():
             norms[path] = _row_norms(weight_as_run(place(model, path).value), update)
             mx.eval(norms[path])
     return norms

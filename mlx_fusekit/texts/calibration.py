@@ -1,7 +1,7 @@
 """Which text a fuse is calibrated on, and which is kept aside to measure it."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,8 @@ from mlx_fusekit.texts.sequences import (
 
 #: Lends a model that is ready to run: one object can be base and teacher in turn.
 ModelLoan = Callable[[], AbstractContextManager[nn.Module]]
+#: What a base wrote, by the number of tokens that were asked for and the seed.
+Written = MutableMapping[tuple[int, int], list[TokenSequence]]
 
 #: Most tokens to keep aside.
 _MOST_HELD_OUT = 1024
@@ -66,6 +68,7 @@ def calibration_text(
     general_share: float = 0.25,
     seed: int = 0,
     max_length: int = 512,
+    written: Written | None = None,
     progress: Progress | None = None,
 ) -> CalibrationText:
     """Choose, or generate, the calibration text.
@@ -87,6 +90,7 @@ def calibration_text(
         general_share: at least 0, below 1.
         seed: of all choices and samples; each part draws its own numbers.
         max_length: longest sequence from a file, in tokens.
+        written: what this base wrote before, which is taken again, and added to.
         progress: called with tokens generated, and to be generated in all; not called if none are.
 
     Raises:
@@ -115,16 +119,21 @@ def calibration_text(
     write = partial(
         _write, tokenizer=tokenizer, seed=seed, progress=progress, total=by_teacher + general_tokens
     )
-    written = write(teacher, "task", by_teacher)
+    by_it = write(teacher, "task", by_teacher)
     if not task:
-        task, held_out = _split(written, None, held_out_tokens)
+        task, held_out = _split(by_it, None, held_out_tokens)
     elif not held_out:
-        held_out = _without(written, task)
+        held_out = _without(by_it, task)
     if not task or not held_out:
         raise ConfigurationError(
             "base+adapter writes no text to calibrate on; give it some with --calibration FILE"
         )
-    general = write(base, "general", general_tokens, by_teacher, chat_share=_GENERAL_CHAT_SHARE)
+    known = {} if written is None else written
+    if (general_tokens, seed) not in known:
+        known[general_tokens, seed] = write(
+            base, "general", general_tokens, by_teacher, chat_share=_GENERAL_CHAT_SHARE
+        )
+    general = known[general_tokens, seed]
     general = _without(general, [*task, *held_out])
     sequences = [*task, *general]
     random.Random(derived_seed(seed, "mixing")).shuffle(sequences)  # noqa: S311

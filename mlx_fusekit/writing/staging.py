@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -130,8 +130,23 @@ def _own(path: Path, staging: Path, descriptor: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _parents(folder: Path) -> Iterator[None]:
+def common_folder(folder: Path) -> Iterator[None]:
+    """A folder for several targets, made where it is missing; it goes again if it stays empty.
+
+    Raises:
+        OutputError: when it cannot be made.
+    """
+    with told(folder), _parents(folder.absolute()) as made:
+        yield
+        _remove_empty(made)
+
+
+@contextlib.contextmanager
+def _parents(folder: Path) -> Iterator[list[Path]]:
     """Make a folder and its missing parents; when the block fails, those are removed again.
+
+    Yields:
+        What was made, the folder first.
 
     Raises:
         OutputError: when they cannot be made.
@@ -147,12 +162,17 @@ def _parents(folder: Path) -> Iterator[None]:
             except WriteError as error:
                 if error.errno != errno.EEXIST or not path.is_dir():
                     raise OutputError(f"{path}: cannot be made ({error.strerror})") from error
-        yield
+        yield missing
     except BaseException:
-        with held_back(), contextlib.suppress(OSError):
-            for path in missing:
-                calls.remove_folder(path)
+        _remove_empty(missing)
         raise
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders up to the first that holds something."""
+    with held_back(), contextlib.suppress(OSError):
+        for path in folders:
+            calls.remove_folder(path)
 
 
 def _put_in_place(staging: Path, target: Target) -> Path | None:

@@ -13,7 +13,7 @@ from support.command import exit_code
 from support.tiny import make_adapter, make_model
 
 from mlx_fusekit import samples, signals
-from mlx_fusekit.fusing import fuse as fusing
+from mlx_fusekit.fusing import prepared as fusing
 from mlx_fusekit.gguf import exporting
 from mlx_fusekit.writing import calls, held
 

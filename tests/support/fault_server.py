@@ -19,6 +19,7 @@ import mlx_fusekit
 from mlx_fusekit.converting.convert import convert_adapter
 from mlx_fusekit.differing.extract import extract
 from mlx_fusekit.errors import FusekitError
+from mlx_fusekit.fusing.each import prepare_each
 from mlx_fusekit.fusing.fuse import prepare_fuse
 from mlx_fusekit.gguf.exporting import export_gguf
 from mlx_fusekit.gguf.lora import export_lora
@@ -38,6 +39,16 @@ def _fuse_in_two(folder: Path, **more: Any) -> None:
     """As on a file system that cannot let two folders change places."""
     calls.exchange = lambda first, second: False
     _fuse(folder, **more)
+
+
+def _each(folder: Path, **more: Any) -> None:
+    """Two adapters; one of them may fail without the other."""
+    adapters = [folder / "adapter", folder / "raw-adapter"]
+    report = prepare_each(
+        folder / "base", adapters, folder / "out", requantize="nearest", **more
+    ).run(workers=2)
+    for line in report.failed.values():
+        raise FusekitError(line)
 
 
 def _convert(folder: Path, **more: Any) -> None:
@@ -72,6 +83,7 @@ def _report(folder: Path, **more: Any) -> None:
 OPERATIONS = {
     "fuse": _fuse,
     "fuse in two": _fuse_in_two,
+    "each": _each,
     "convert": _convert,
     "export-gguf": _export,
     "export-lora": _export_lora,

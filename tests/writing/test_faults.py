@@ -29,6 +29,7 @@ INPUTS = ("base", "other", "adapter", "raw", "raw-adapter", "exportable")
 MADE = {
     "fuse": ("fused",),
     "fuse in two": ("fused",),
+    "each": ("adapter", "raw-adapter"),
     "convert": ("fused",),
     "export-gguf": ("model.gguf", "Modelfile"),
     "export-lora": ("adapter.gguf",),
@@ -107,6 +108,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         shutil.copytree(folder / "adapter", old / name)
     shutil.copytree(folder / "base", old / "fused")
     (old / "fused" / "only in the old one.txt").write_text("x")
+    for name in ("adapter", "raw-adapter"):
+        shutil.copytree(folder / "base", old / name)
     for name in ("model.gguf", "adapter.gguf"):
         (old / name).write_bytes(b"GGUF of before")
     for name in ("Modelfile", "bench.json"):
