@@ -69,6 +69,12 @@ if TYPE_CHECKING:
     metavar="SHARE",
     help="How much larger auto may make the model.  [default: 0.1, without a cap with --max-kl]",
 )
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="What calibrating may take, as 8GB: a model that does not fit is read layer by layer.  "
+    "[default: 0.6 of the machine's]",
+)
 @options.seed("Seed of the calibration text.")
 @click.option("--export-gguf", is_flag=True, help="Write the fused model as a GGUF file too.")
 @click.option(
@@ -188,7 +194,7 @@ def _calibration(report: "FuseReport") -> list[tuple[str, str]]:
         return []
     general = ""
     if facts.general_tokens:
-        general = f", {figures.count(facts.general_tokens)} of them written by the base"
+        general = f", {figures.count(facts.general_tokens)} of them {facts.general_source}"
     rows = [
         ("calibrated on", f"{facts.source}: {figures.count(facts.tokens)} tokens{general}"),
         (

@@ -56,6 +56,7 @@ def fuse(
     calibration_tokens: int = CALIBRATION_TOKENS,
     max_kl: float | None = None,
     max_growth: float | None = None,
+    memory: int | str | None = None,
     seed: int = 0,
     scale: float | None = None,
     combine: str = "sum",
@@ -95,6 +96,8 @@ def fuse(
             was not calibrated on. For "auto" it is 0.1 by default.
         max_growth: how much larger than the base wider bits may make the model, as a share; by
             default there is no cap where ``max_kl`` is given, and 0.1 otherwise.
+        memory: what calibrating may take, in bytes or as "8GB"; 0.6 of the machine's by default.
+            Where the whole model does not fit, one layer at a time is read from the disk.
         seed: of calibration text that is chosen or generated.
         scale: of the adapter's update, taken instead of the one in ``adapter_config.json``.
         combine: how several adapters become one update: "sum" adds them up exactly; "ties", "dare"
@@ -135,6 +138,7 @@ def fuse(
         calibration_tokens=calibration_tokens,
         max_kl=max_kl,
         max_growth=max_growth,
+        memory=memory,
         seed=seed,
         scale=scale,
         combine=combine,

@@ -1,6 +1,7 @@
 """What the user asks a fuse for, and what of it contradicts itself."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class FuseOptions:
     calibration_tokens: int = CALIBRATION_TOKENS
     max_kl: float | None = None
     max_growth: float | None = None
+    memory: int | str | None = None
     seed: int = 0
     combine: str = "sum"
     density: float | None = None
@@ -67,13 +69,14 @@ class FuseOptions:
                 f"--gguf-path {self.gguf_path} names the file of --export-gguf; add that, or drop "
                 "it"
             )
-        _ = self.formats, self.combination
+        _ = self.formats, self.combination, self.calibrating
 
     def _check_calibration(self) -> None:
         given = {
             "--calibration": self.calibration,
             "--max-kl": self.max_kl,
             "--max-growth": self.max_growth,
+            "--memory": self.memory,
         }
         flag = next((flag for flag, value in given.items() if value is not None), None)
         if flag is not None and not self.strategy.calibrates:
@@ -116,6 +119,7 @@ class FuseOptions:
             "--calibration": self.calibration is not None,
             "--calibration-tokens": self.calibration_tokens != CALIBRATION_TOKENS,
             "--max-growth": self.max_growth is not None,
+            "--memory": self.memory is not None,
         }
         flag = next((flag for flag, asked in given.items() if asked), None)
         if flag is not None:
@@ -161,8 +165,22 @@ class FuseOptions:
             max_kl_asked=self.max_kl is not None,
             widen=self.strategy.widens,
             max_growth=growth,
+            memory=None if self.memory is None else _bytes(self.memory),
         )
 
     @property
     def _text(self) -> Path | None:
         return None if self.calibration is None else Path(self.calibration).expanduser()
+
+
+def _bytes(size: int | str) -> int:
+    """A size in bytes, as ``8GB``, ``7.5 GiB`` or a number.
+
+    Raises:
+        ConfigurationError: for what is no size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", str(size), re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise ConfigurationError(f"--memory {size}: must be a size, such as 8GB")
+    power = " kmgt".index(found[2].lower() or " ")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)

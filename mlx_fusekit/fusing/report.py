@@ -11,6 +11,7 @@ from mlx_fusekit.figures import nats, setting
 from mlx_fusekit.formats.floats import DTYPE_NAMES
 from mlx_fusekit.merging.plan import FusePlan
 from mlx_fusekit.requantize.options import CalibrationReport
+from mlx_fusekit.texts.calibration import PACKAGED
 from mlx_fusekit.verifying.verdict import interval_in_words, too_little
 
 if TYPE_CHECKING:
@@ -153,6 +154,8 @@ def calibration_warnings(calibration: CalibrationReport) -> Iterator[str]:
             f"{too_little(calibration.kl_tokens, calibration.kl_sequences)}; give more text "
             "(--calibration FILE, --calibration-tokens)"
         )
+    if calibration.streamed:
+        yield from _streamed_warnings(calibration)
     if calibration.not_seen:
         yield (
             f"{len(calibration.not_seen)} modules saw no calibration text and were fitted by "
@@ -186,4 +189,18 @@ def beside_text_warnings(plan: FusePlan, *, text_only: bool) -> Iterator[str]:
         yield (
             f"what mlx-lm does not run is left out: {in_words(base.lost)}; mlx-lm would not load "
             "the fused model with it"
+        )
+
+
+def _streamed_warnings(calibration: CalibrationReport) -> Iterator[str]:
+    """What it costs that the model was never in memory as a whole."""
+    if calibration.source == PACKAGED:
+        yield (
+            f"calibrated on {PACKAGED}, since the model does not fit in memory (--memory) and so "
+            "wrote none of its task; text of the task keeps more of it: --calibration FILE"
+        )
+    if calibration.reached is False and not calibration.max_kl_asked:
+        yield (
+            "no module was given wider bits, which takes the whole model in memory (--memory); "
+            "--bits gives them to all"
         )

@@ -3,6 +3,7 @@
 from mlx_fusekit.adapters.fitting import vocabulary_size
 from mlx_fusekit.checkpoint.belongings import has_tokenizer
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
+from mlx_fusekit.figures import size
 from mlx_fusekit.fusing.options import FuseOptions
 from mlx_fusekit.fusing.report import LOSSY_BITS
 from mlx_fusekit.hub import LocalFolder
@@ -32,7 +33,7 @@ def chosen_strategy(
     other = strategy.otherwise if options.rounding_will_do else None
     if other is not None and all(spec.bits > LOSSY_BITS for spec in specs):
         return other, ()
-    obstacle = _obstacle(plan)
+    obstacle = _obstacle(plan, options)
     if obstacle is not None and other is not None:
         return other, (f"not calibrated: {obstacle}",)
     # What the user can mend is said, and not worked around at the cost of the fine-tune.
@@ -45,16 +46,21 @@ def chosen_strategy(
     )
 
 
-def _obstacle(plan: FusePlan) -> str | None:
+def _obstacle(plan: FusePlan, options: FuseOptions) -> str | None:
     """Why the base cannot be run on text, as far as its files tell."""
     base = plan.base.folder
     if not has_tokenizer(base):
         return f"{base} has no tokenizer, which calibration text needs"
-    if plan.base_bytes > _RUNNABLE_SHARE * memory_bytes():
+    from mlx_fusekit.requantize.needs import memory_needs, streams
+
+    calibrating = options.calibrating
+    needs = memory_needs(plan, calibrating.tokens)
+    if needs.streamed > _RUNNABLE_SHARE * memory_bytes():
         return (
-            f"the base has {plan.base_bytes / 1e9:.1f} GB, and this machine's memory "
-            f"({memory_bytes() / 1e9:.1f} GB) is too small to run it"
+            f"it takes about {size(needs.streamed)}, a layer at a time, and this machine's memory "
+            f"({size(memory_bytes())}) is too small for it"
         )
+    streams(plan, calibrating)  # refuses what --memory does not allow
     return None
 
 

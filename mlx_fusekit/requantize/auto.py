@@ -4,23 +4,35 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
+from mlx_fusekit import samples
 from mlx_fusekit.adapters.updates import AdapterFolder
 from mlx_fusekit.merging.plan import FusePlan, plan_fuse
 from mlx_fusekit.progress import StepProgress, of_step
 from mlx_fusekit.requantize.calibrated import Calibration
+from mlx_fusekit.requantize.needs import streams
 from mlx_fusekit.requantize.options import CalibrationOptions, CalibrationReport
 from mlx_fusekit.requantize.requantizer import Prepared, Request
+from mlx_fusekit.requantize.walk import FinalStates, measured_batches
 from mlx_fusekit.requantize.widening import choose_widths, measured_costs
 from mlx_fusekit.running.model import RunningModel
 from mlx_fusekit.running.shared import RunningBase
+from mlx_fusekit.running.streamed import StreamedModel
 from mlx_fusekit.texts.calibration import CalibrationText, Written, calibration_text
 from mlx_fusekit.texts.data import TrainingData, training_data
 from mlx_fusekit.texts.items import Features
 from mlx_fusekit.texts.sequences import up_to
-from mlx_fusekit.verifying.parity import Model, Variant, compare
+from mlx_fusekit.verifying.parity import (
+    Batch,
+    Parity,
+    Variant,
+    compare,
+    make_batches,
+    vocabulary_of,
+)
 
 #: Rounds of widening after which the search ends.
 _MOST_ROUNDS = 5
@@ -41,12 +53,20 @@ def calibrate(request: Request) -> Prepared:
     Raises:
         FusekitError: when there is no text to calibrate on, or the teacher cannot be loaded.
     """
+    if streams(request.plan, request.options):
+        streamed = StreamedModel(request.sources.model, request.sources.adapter)
+        return _calibrated(request, streamed.running, {}, streamed)
     base = request.base or RunningBase(request.sources.model)
     with base.adapted(request.sources.adapter) as teacher:
         return _calibrated(request, teacher, base.written)
 
 
-def _calibrated(request: Request, teacher: RunningModel, written: Written) -> Prepared:
+def _calibrated(
+    request: Request,
+    teacher: RunningModel,
+    written: Written,
+    streamed: StreamedModel | None = None,
+) -> Prepared:
     sources, options = request.sources, request.options
     text = calibration_text(
         teacher=lambda: contextlib.nullcontext(teacher.model),
@@ -58,9 +78,10 @@ def _calibrated(request: Request, teacher: RunningModel, written: Written) -> Pr
         tokens=options.tokens,
         seed=options.seed,
         written=written,
+        packaged=samples.general_data_path() if streamed else None,
         progress=of_step(request.progress, "generating text"),
     )
-    return _Session(request.plan, teacher, text, options, request.progress).run()
+    return _Session(request.plan, teacher, text, options, request.progress, streamed).run()
 
 
 @dataclass(frozen=True)
@@ -92,11 +113,13 @@ class _Session:
     text: CalibrationText
     options: CalibrationOptions
     progress: StepProgress | None
+    streamed: StreamedModel | None = None
 
     def run(self) -> Prepared:
         first = self._attempt({}, "re-quantizing")
         measurable = math.isfinite(first.report.kl_upper) and first.report.kl_mean > 0
-        if self.options.widen and measurable and not first.within:
+        # Finding what to widen takes the whole model many times.
+        if self.options.widen and measurable and not first.within and self.streamed is None:
             first = self._widened(first)
         return Prepared(first.plan, first.calibration.solved, first.report)
 
@@ -148,21 +171,46 @@ class _Session:
         return best
 
     def _calibrated(self, plan: FusePlan, label: str) -> Calibration:
-        calibration = Calibration(plan, self.teacher, self.text.sequences)
+        calibration = Calibration(
+            plan,
+            self.teacher,
+            self.text.sequences,
+            streamed=self.streamed,
+            measured=measured_batches(self._measured) if self.streamed else (),
+        )
         calibration.run(of_step(self.progress, label))
         return calibration
+
+    @cached_property
+    def _measured(self) -> list[Batch]:
+        return make_batches(self.text.held_out, vocabulary_of(self.teacher.model))
+
+    def _compared(self, calibration: Calibration) -> dict[str, Parity]:
+        """The fused model and the base against the teacher, on text that was not calibrated on."""
+        model, told = self.teacher.model, of_step(self.progress, "measuring")
+        fused, base = calibration.fused.active, self.teacher.without_adapter
+        text = self.text.held_out
+        if self.streamed is None:
+            candidates = {"fused": Variant(model, fused), "base": Variant(model, base)}
+            return compare(model, candidates, text, progress=told)
+        chain = calibration.finals
+        assert chain is not None, "the layers were walked"
+        first, batches = chain.first_measured, [batch.sequences for batch in self._measured]
+        states = [
+            dict(zip(batches, found, strict=True))
+            for found in (chain.teacher[first:], chain.student[first:], chain.base)
+        ]
+        known = {
+            "fused": FinalStates(model, fused, states[1]),
+            "base": FinalStates(model, base, states[2]),
+        }
+        with self.streamed.trunk():
+            return compare(FinalStates(model, states=states[0]), known, text, progress=told)
 
     def _report(
         self, plan: FusePlan, calibration: Calibration, widths: Mapping[str, int]
     ) -> CalibrationReport:
-        model = self.teacher.model
-        candidates: dict[str, Model] = {
-            "fused": Variant(model, calibration.fused.active),
-            "base": Variant(model, self.teacher.without_adapter),
-        }
-        measured = compare(
-            model, candidates, self.text.held_out, progress=of_step(self.progress, "measuring")
-        )
+        measured = self._compared(calibration)
         fused, base = measured["fused"], measured["base"]
         results = calibration.solved.results
         bound, interval = self.options.max_kl, fused.kl_mean_ci95
@@ -170,6 +218,8 @@ class _Session:
             source=self.text.source,
             tokens=self.text.tokens,
             general_tokens=self.text.general_tokens,
+            general_source=self.text.general_source,
+            streamed=self.streamed is not None,
             kl_mean=fused.kl_mean,
             kl_mean_ci95=interval,
             kl_p99=fused.kl_p99,

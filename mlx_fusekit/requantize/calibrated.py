@@ -15,6 +15,7 @@ from functools import partial
 import mlx.nn as nn
 import numpy as np
 
+from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import Float32
 from mlx_fusekit.formats.quantization import QuantizedRows, TargetFormat, stacked
 from mlx_fusekit.merging.arithmetic import RowRange
@@ -29,9 +30,10 @@ from mlx_fusekit.requantize.moments import (
     noted_inputs,
 )
 from mlx_fusekit.requantize.solver import Moments, Solution, solve
-from mlx_fusekit.requantize.taps import ModuleInput
-from mlx_fusekit.requantize.walk import LayerChain, layers_of, token_batches
+from mlx_fusekit.requantize.taps import ModuleInput, inputs_noted
+from mlx_fusekit.requantize.walk import LayerChain, TokenBatch, replayed, token_batches
 from mlx_fusekit.running.model import RunningModel, place
+from mlx_fusekit.running.streamed import StreamedModel, layers_of
 from mlx_fusekit.running.swapped import FusedModules
 from mlx_fusekit.texts.sequences import TokenSequence
 
@@ -105,16 +107,26 @@ class Calibration:
         plan: the fuse.
         teacher: base and adapter, in memory.
         sequences: the calibration text.
+        streamed: of the teacher, where it is in memory layer by layer only.
+        measured: batches that go through the layers beside the text, to be measured on.
 
     Attributes:
         fused: the modules solved so far, to run the fused model with.
+        finals: hidden states behind the last layer, of a streamed teacher.
         groups: paths of modules with the same inputs, in the order they were solved in.
     """
 
     def __init__(
-        self, plan: FusePlan, teacher: RunningModel, sequences: Sequence[TokenSequence]
+        self,
+        plan: FusePlan,
+        teacher: RunningModel,
+        sequences: Sequence[TokenSequence],
+        *,
+        streamed: StreamedModel | None = None,
+        measured: Sequence[TokenBatch] = (),
     ) -> None:
-        self._teacher = teacher
+        self._teacher, self._streamed, self._measured = teacher, streamed, measured
+        self.finals: LayerChain | None = None
         self._steps = {step.module: step for step in plan.merged if step.target_spec is not None}
         self._batches = token_batches(sequences)
         self._progress: Progress | None = None
@@ -137,6 +149,9 @@ class Calibration:
 
     def _seen(self) -> None:
         """Solve the modules that the calibration text reaches."""
+        if self._streamed is not None:
+            self._seen_in_turn(self._streamed)
+            return
         self._embeddings()
         layers = layers_of(self._teacher.model)
         of_layer = self._paths_in(layers)
@@ -144,8 +159,55 @@ class Calibration:
         if touched:
             chain = LayerChain.recorded(self._teacher, self.fused, self._batches, touched[0])
             if chain is not None:
-                self._walk(chain, of_layer, touched[-1])
+                for layer in range(chain.start, touched[-1] + 1):
+                    self._solve_layer(chain, layer, of_layer[layer])
+                    if layer < touched[-1]:
+                        chain.run_student(layer)
         self._rest()
+
+    def _seen_in_turn(self, streamed: StreamedModel) -> None:
+        """The same where one layer at a time is in memory."""
+        of_layer = self._paths_in(layers_of(self._teacher.model))
+        head_first = any(self._is_head(path) for path in self._embedding_paths())
+        if head_first:
+            self.finals = self._recorded(streamed)
+            for layer in range(len(streamed.layer_paths)):
+                with streamed.layer(layer):
+                    self.finals.run_teacher(layer, {})
+        with streamed.trunk():
+            self._embeddings()
+        self.finals = None
+        chain = self._recorded(streamed)
+        for layer, paths in enumerate(of_layer):
+            with streamed.layer(layer):
+                self._solve_layer(chain, layer, paths)
+                chain.run_student(layer)
+                chain.run_base(layer)
+                self.fused.give_back(paths)
+        self.finals = chain
+        with streamed.trunk():
+            self._rest()
+
+    def _recorded(self, streamed: StreamedModel) -> LayerChain:
+        """The layers from the first on.
+
+        Raises:
+            CheckpointError: where they are no chain.
+        """
+        with streamed.trunk():
+            chain = LayerChain.recorded(self._teacher, self.fused, self._batches, 0, self._measured)
+        if chain is None:
+            raise CheckpointError(
+                f"{self._teacher.source.path}: does more between its layers than hand on hidden "
+                "states, so it runs as a whole only; give it the memory with --memory"
+            )
+        return chain
+
+    def _is_head(self, path: str) -> bool:
+        """Whether an embedding is the output head too; nothing is computed."""
+        with inputs_noted(self._current([path])) as noted:
+            self._teacher.model(self._batches[0].tokens)
+        return bool(noted)
 
     def _paths_in(self, layers: Sequence[nn.Module]) -> list[list[str]]:
         names = {id(module): path for path, module in self._teacher.model.named_modules()}
@@ -158,8 +220,7 @@ class Calibration:
 
     def _embeddings(self) -> None:
         """Embeddings come first; where they are the output head too, its inputs count."""
-        paths = [p for p in self._steps if hasattr(self._teacher.bare(p), "as_linear")]
-        for path in paths:
+        for path in self._embedding_paths():
             columns = self._steps[path].shape[2]
             moments = InputMoments.zero(columns, cross=False)
             for index, batch in enumerate(self._batches):
@@ -171,25 +232,23 @@ class Calibration:
                 moments.fused[np.diag_indices(columns)] += np.float32(mean)
             self._solve([path], moments)
 
-    def _walk(self, chain: LayerChain, of_layer: Sequence[Sequence[str]], last: int) -> None:
-        for layer in range(chain.start, last + 1):
-            paths = of_layer[layer]
-            groups = []
-            if paths:
-                run = partial(chain.run, layer, 0, fused=False)
-                groups = input_groups(run, self._current(paths))
-            calls = chain.run_teacher(layer, self._current([group[0] for group in groups]))
-            for group in groups:
-                ours = [[call for call in batch if call.path == group[0]] for batch in calls]
-                self._solve_group(
-                    group, ours.__getitem__, self._fused_inputs(chain, layer, group[0])
-                )
-            if layer < last:
-                chain.run_student(layer)
+    def _embedding_paths(self) -> list[str]:
+        return [p for p in self._steps if hasattr(self._teacher.bare(p), "as_linear")]
+
+    def _solve_layer(self, chain: LayerChain, layer: int, paths: Sequence[str]) -> None:
+        """Solve a layer's modules; the teacher's states are then those behind it."""
+        groups = []
+        if paths:
+            run = partial(chain.run, layer, 0, fused=False)
+            groups = input_groups(run, self._current(paths))
+        calls = chain.run_teacher(layer, self._current([group[0] for group in groups]))
+        for group in groups:
+            ours = [[call for call in batch if call.path == group[0]] for batch in calls]
+            self._solve_group(group, ours.__getitem__, self._fused_inputs(chain, layer, group[0]))
 
     def _fused_inputs(self, chain: LayerChain, layer: int, path: str) -> Inputs | None:
         """How to get a module's inputs in the fused model, None where they are the teacher's."""
-        if not len(self.fused):
+        if not self.fused.ever:
             return None
         module = self._current([path])[path]
         return lambda batch: noted_inputs(
@@ -198,7 +257,11 @@ class Calibration:
 
     def _whole(self, path: str, fused: bool, batch: int) -> list[ModuleInput]:
         """A module's inputs when the whole model runs."""
-        run = partial(self._teacher.model, self._batches[batch].tokens)
+        tokens = self._batches[batch].tokens
+        run = partial(self._teacher.model, tokens)
+        if self.finals is not None:
+            states = self.finals.student if fused else self.finals.teacher
+            run = partial(replayed, self._teacher.model, tokens, states[batch])
         with self.fused.active() if fused else contextlib.nullcontext():
             return noted_inputs(run, path, self._current([path])[path])
 
@@ -211,7 +274,7 @@ class Calibration:
         for group in input_groups(run, self._current(paths)):
             ours = partial(self._whole, group[0], False)
             theirs = partial(self._whole, group[0], True)
-            self._solve_group(group, ours, theirs if len(self.fused) else None)
+            self._solve_group(group, ours, theirs if self.fused.ever else None)
 
     def _solve_group(self, group: Sequence[str], ours: Inputs, theirs: Inputs | None) -> None:
         """Solve modules that have the same inputs.

@@ -25,6 +25,7 @@ class CalibrationOptions:
         max_kl_asked: whether the user set it.
         widen: whether modules may get wider bits to keep it.
         max_growth: how much larger than the base the model may become by that, as a share.
+        memory: bytes that calibrating may take; None for a share of the machine's.
     """
 
     file: Path | None = None
@@ -34,6 +35,7 @@ class CalibrationOptions:
     max_kl_asked: bool = False
     widen: bool = False
     max_growth: float | None = None
+    memory: int | None = None
 
 
 #: Of a report, what was measured and what follows from that.
@@ -46,6 +48,7 @@ _MEASURED = frozenset(
         "recovered",
         "output_error",
         "reached",
+        "streamed",
     )
 )
 
@@ -58,7 +61,7 @@ class CalibrationReport:
 
     Attributes:
         source: where the calibration text is from.
-        tokens: of it; ``general_tokens`` of them were written by the base.
+        tokens: of it; ``general_tokens`` of them are general text, from ``general_source``.
         kl_mean: KL(base+adapter || fused) in nats a token, on ``kl_tokens`` tokens of the same
             source that were not calibrated on, in ``kl_sequences`` sequences.
         kl_mean_ci95: bounds of its 95 % interval; None of too little text for one.
@@ -72,6 +75,7 @@ class CalibrationReport:
         widened: bits by module path.
         added_bytes: what the wider bits cost.
         not_seen: modules that no calibration token reached; they have the least weight error.
+        streamed: whether one layer at a time was in memory.
         skipped_tokens: most tokens that were left out of a module's calibration, since its inputs
             were not finite.
     """
@@ -94,6 +98,8 @@ class CalibrationReport:
     added_bytes: int
     not_seen: tuple[str, ...]
     skipped_tokens: int
+    general_source: str = "written by the base"
+    streamed: bool = False
 
     @property
     def recorded(self) -> dict[str, Any]:

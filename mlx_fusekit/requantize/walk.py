@@ -5,9 +5,10 @@ running a few times, and only one group of inputs' moments is held at a time.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 import mlx.core as mx
@@ -17,8 +18,10 @@ import numpy.typing as npt
 
 from mlx_fusekit.requantize.taps import ModuleInput, calls_intercepted, evaluate, inputs_noted
 from mlx_fusekit.running.model import RunningModel
+from mlx_fusekit.running.streamed import layers_of
 from mlx_fusekit.running.swapped import FusedModules
 from mlx_fusekit.texts.sequences import TokenSequence, grouped_by_length
+from mlx_fusekit.verifying.parity import Batch, Variant
 
 #: Tokens of a batch, padding included.
 BATCH_TOKENS = 1024
@@ -67,19 +70,23 @@ class LayerChain:
         start: index of the first layer that is walked.
         teacher: the hidden states before the current layer in the teacher, one a batch.
         student: the same in the fused model.
+        base: the same in the base by itself, of the batches from ``first_measured`` on.
+        first_measured: batches from here on are not calibrated on.
     """
 
     def __init__(
         self,
-        layers: Sequence[nn.Module],
+        model: RunningModel,
         fused: FusedModules,
         calls: Sequence[Sequence[_Call]],
         start: int,
         teacher: list[mx.array],
         student: list[mx.array],
+        base: list[mx.array],
     ) -> None:
-        self._layers, self._fused, self._calls = layers, fused, calls
-        self.start, self.teacher, self.student = start, teacher, student
+        self._model, self._fused, self._calls = model, fused, calls
+        self.start, self.teacher, self.student, self.base = start, teacher, student, base
+        self.first_measured = len(teacher) - len(base)
 
     @classmethod
     def recorded(
@@ -88,27 +95,37 @@ class LayerChain:
         fused: FusedModules,
         batches: Sequence[TokenBatch],
         start: int,
+        measured: Sequence[TokenBatch] = (),
     ) -> Self | None:
         """Run the model up to layer ``start``, and note how it calls the layers from there on.
+
+        Args:
+            teacher: base and adapter.
+            fused: what of the fused model there is before that layer.
+            batches: to calibrate on.
+            start: the layer.
+            measured: others, which go through the layers too, and through those of the base.
 
         Returns:
             None for a model whose layers are no chain: one that does more with the hidden states
             between them, or calls them in another order.
         """
         layers = layers_of(teacher.model)
-        calls, states, student = [], [], []
-        for batch in batches:
+        calls, states, student, base = [], [], [], []
+        for place, batch in enumerate((*batches, *measured)):
             noted = _chained_calls(teacher.model, layers, batch, start)
             if noted is None:
                 return None
             calls.append(noted[0])
             states.append(noted[1])
-            if len(fused):
+            if fused.ever:
                 with fused.active():
                     again = _chained_calls(teacher.model, layers, batch, start)
                 assert again is not None, "the fused model has the teacher's layers"
                 student.append(again[1])
-        return cls(layers, fused, calls, start, states, student or list(states))
+            if place >= len(batches):
+                base.append(_entering_the_base(teacher, layers, batch, start, noted[1]))
+        return cls(teacher, fused, calls, start, states, student or list(states), base)
 
     def run(self, layer: int, batch: int, *, fused: bool) -> mx.array:
         """A layer's output for a batch, lazily."""
@@ -118,7 +135,8 @@ class LayerChain:
             self._fused.active() if fused else contextlib.nullcontext()
         )
         with context:
-            output: mx.array = self._layers[layer](states[batch], *call.args, **call.kwargs)
+            module = layers_of(self._model.model)[layer]
+            output: mx.array = module(states[batch], *call.args, **call.kwargs)
         return output
 
     def run_teacher(self, layer: int, modules: Mapping[str, nn.Module]) -> list[list[ModuleInput]]:
@@ -138,18 +156,88 @@ class LayerChain:
             self.teacher[batch] = after
         return calls
 
+    def run_base(self, layer: int) -> None:
+        """Run the base's layer, whose states are then those behind it."""
+        for place, states in enumerate(self.base):
+            call = self._calls[self.first_measured + place][layer - self.start]
+            with self._model.without_adapter() as model:
+                after = layers_of(model)[layer](states, *call.args, **call.kwargs)
+            mx.eval(after)
+            self.base[place] = after
+
     def run_student(self, layer: int) -> None:
-        """Run the fused model's layer, whose states are then those behind it."""
+        """Run the fused model's layer, whose states are then those behind it.
+
+        Where it does not differ from the teacher so far, nothing is run.
+        """
+        if not self._fused.ever:
+            self.student = list(self.teacher)
+            return
         for batch in range(len(self.student)):
             after = self.run(layer, batch, fused=True)
             mx.eval(after)
             self.student[batch] = after
 
 
-def layers_of(model: Any) -> list[nn.Module]:
-    """The model's layers in their order, none when it does not say."""
-    layers = getattr(model, "layers", None)
-    return [layer for layer in layers if layer is not None] if isinstance(layers, list) else []
+def _entering_the_base(
+    teacher: RunningModel,
+    layers: Sequence[nn.Module],
+    batch: TokenBatch,
+    start: int,
+    states: mx.array,
+) -> mx.array:
+    """The hidden states that enter a layer in the base."""
+    if not teacher.bare_values:
+        return states
+    with teacher.without_adapter() as model:
+        noted = _chained_calls(model, layers, batch, start)
+    assert noted is not None, "the base has the teacher's layers"
+    return noted[1]
+
+
+def replayed(model: nn.Module, tokens: mx.array, final: mx.array) -> mx.array:
+    """What a model makes of the hidden states behind its last layer; its layers are not run.
+
+    Args:
+        model: mlx-lm's.
+        tokens: ids ``[batch, tokens]`` that it is called with.
+        final: the states, ``[batch, tokens, columns]``.
+    """
+    layers = layers_of(model)
+    with contextlib.ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            given = final if index == len(layers) - 1 else None
+            stack.enter_context(calls_intercepted(layer, partial(_passed_on, given)))
+        output: mx.array = model(tokens)
+    return output
+
+
+@dataclass(frozen=True)
+class FinalStates(Variant):
+    """A model of which only the hidden states behind its last layer are known.
+
+    Attributes:
+        states: by the sequences of the batch, ``[batch, tokens, columns]``.
+    """
+
+    states: Mapping[tuple[TokenSequence, ...], mx.array] = field(default_factory=dict)
+
+    def chunk_logits(self, batch: Batch) -> Iterator[tuple[mx.array, list[Any]]]:
+        """See :meth:`mlx_fusekit.verifying.parity.Variant.chunk_logits`."""
+        states = self.states[batch.sequences]
+        for chunk in batch.chunks:
+            span = slice(chunk.first, chunk.last)
+            with self.state():
+                yield replayed(self.model, batch.inputs[:, span], states[:, span]), []
+
+
+def measured_batches(batches: Sequence[Batch]) -> list[TokenBatch]:
+    """Batches of a measurement, as the layers get them."""
+    return [TokenBatch(b.inputs, np.ones(b.inputs.shape, np.bool_)) for b in batches]
+
+
+def _passed_on(given: mx.array | None, _: Callable[..., Any], *args: Any, **__: Any) -> Any:
+    return args[0] if given is None else given
 
 
 def _chained_calls(

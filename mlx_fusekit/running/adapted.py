@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -67,17 +67,41 @@ def put_on(
         AdapterError: when mlx-lm has no adapter layer for a module.
     """
     model, exact = bare.model, bare.exact
-    norms = _norms_as_run(bare.source, adapter) if may_run_in_float32(model, memory_share) else {}
-    deltas = HeldDeltas(mx.float32 if exact else _float_type(model))
-    before = [
-        _put(model, path, update, norms.get(path), exact, deltas)
-        for path, update in adapter.weights.items()
-    ]
-    for name, parameter in adapter.parameters.items():
-        before.append(_exchanged(place(model, name), _array(parameter.tensor, exact)))
+    norms = norms_as_run(bare.source, adapter) if may_run_in_float32(model, memory_share) else {}
+    deltas = HeldDeltas(mx.float32 if exact else float_type(model))
+    running = replace(bare, bare_values=[])
+    put_parts(running, adapter, norms, deltas)
     mx.eval(model.parameters())
     model.eval()
-    return replace(bare, bare_values=tuple(before))
+    return running
+
+
+def put_parts(
+    running: RunningModel,
+    adapter: Adapter,
+    norms: Mapping[str, mx.array],
+    deltas: HeldDeltas,
+    paths: Collection[str] | None = None,
+) -> None:
+    """Put an adapter on some of a base's modules; the model's ``bare_values`` are added to.
+
+    Args:
+        running: the base.
+        adapter: bound to it.
+        norms: as :func:`norms_as_run` gives them.
+        deltas: holds updates of full size.
+        paths: of the modules; None for all.
+
+    Raises:
+        AdapterError: when mlx-lm has no adapter layer for a module.
+    """
+    model, exact, before = running.model, running.exact, running.bare_values
+    for path, update in adapter.weights.items():
+        if paths is None or path in paths:
+            before.append(_put(model, path, update, norms.get(path), exact, deltas))
+    for name, parameter in adapter.parameters.items():
+        if paths is None or name.rpartition(".")[0] in paths:
+            before.append(_exchanged(place(model, name), _array(parameter.tensor, exact)))
 
 
 @contextlib.contextmanager
@@ -144,7 +168,7 @@ def _put(
     return _exchanged(Place(module, "weight"), weight)
 
 
-def _float_type(model: nn.Module) -> mx.Dtype:
+def float_type(model: nn.Module) -> mx.Dtype:
     """The type that most of a model's arrays of floats have."""
     found = Counter(
         value.dtype
@@ -170,12 +194,21 @@ def _exchanged(where: Place, value: Any) -> tuple[Place, Any]:
     return where, before
 
 
-def _norms_as_run(source: LocalFolder, adapter: Adapter) -> dict[str, mx.array]:
-    """Row norms of DoRA's adapted weights as mlx-lm computes them, of rounded weights."""
+def norms_as_run(
+    source: LocalFolder, adapter: Adapter, paths: Collection[str] | None = None
+) -> dict[str, mx.array]:
+    """Row norms of DoRA's adapted weights as mlx-lm computes them, of rounded weights.
+
+    Args:
+        source: the base.
+        adapter: bound to it.
+        paths: of the modules; None for all.
+    """
     updates = {
         path: update
         for path, update in adapter.weights.items()
         if isinstance(update, LowRankUpdate) and update.magnitude is not None
+        if paths is None or path in paths
     }
     norms = {}
     if updates:

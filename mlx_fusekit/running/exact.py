@@ -5,6 +5,8 @@ there every weight becomes float32: what is then compared are the weights of two
 kernels that ran them. On Metal and CUDA a model runs in its own format.
 """
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -48,14 +50,21 @@ def _float32_bytes(model: nn.Module) -> int:
     return 4 * int(count)
 
 
-def to_float32(model: nn.Module) -> bool:
+def to_float32(
+    model: nn.Module, paths: Sequence[str] | None = None, *, computed: bool = True
+) -> bool:
     """Make every weight float32, module after module, so that the peak is about the result.
+
+    Args:
+        model: mlx-lm's.
+        paths: of the modules; None for all.
+        computed: whether it is done now, or when a weight is first used.
 
     Returns:
         Whether no quantized module is left; of some kinds mlx-lm has no dense class.
     """
-    paths = [path for path, _ in model.named_modules() if path]
-    for path in paths:
+    own = [path for path, _ in model.named_modules() if path] if paths is None else paths
+    for path in own:
         where = place(model, path)
         if is_quantized(where.value):
             where.put(dense(where.value, _exact_weight(where.value)))
@@ -63,9 +72,11 @@ def to_float32(model: nn.Module) -> bool:
         for name, value in module.items():
             if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
                 module[name] = value.astype(mx.float32)
-        mx.eval([value for value in module.values() if isinstance(value, mx.array)])
-    model.set_dtype(mx.float32)
-    return not any("scales" in module for _, module in model.named_modules())
+        if computed:
+            mx.eval([value for value in module.values() if isinstance(value, mx.array)])
+    if paths is None:
+        model.set_dtype(mx.float32)  # what the model itself has
+    return not any("scales" in place(model, path).value for path in own)
 
 
 def dense(module: nn.Module, weight: mx.array) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -86,7 +86,7 @@ class RunningModel:
     source: LocalFolder
     config: Mapping[str, Any]
     exact: bool
-    bare_values: tuple[tuple[Place, Any], ...] = ()
+    bare_values: list[tuple[Place, Any]] = field(default_factory=list)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -17,19 +17,27 @@ _MX_TYPES = {"BF16": mx.bfloat16, "F16": mx.float16}
 
 
 class FusedModules:
-    """The modules that were re-quantized so far, to be swapped into the teacher for a while."""
+    """The modules that were re-quantized so far, to be swapped into the teacher for a while.
+
+    Attributes:
+        ever: whether there was any.
+    """
 
     def __init__(self, teacher: RunningModel) -> None:
         self._teacher = teacher
         self._modules: dict[str, nn.Module] = {}
+        self.ever = False
 
     def put(self, path: str, experts: Sequence[QuantizedRows], spec: QuantSpec) -> None:
         """Make the fused module of a path, of one matrix or one an expert."""
+        self.ever = True
         teacher = place(self._teacher.model, path).value
         self._modules[path] = _module(self._teacher.bare(path), teacher, experts, spec)
 
-    def __len__(self) -> int:
-        return len(self._modules)
+    def give_back(self, paths: Collection[str]) -> None:
+        """Forget modules that will not run any more."""
+        for path in paths:
+            self._modules.pop(path, None)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[nn.Module]:

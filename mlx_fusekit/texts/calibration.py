@@ -20,6 +20,7 @@ from mlx_fusekit.texts.sequences import (
     TokenSequence,
     derived_seed,
     enough_to_conclude,
+    most_held_out,
     up_to,
 )
 
@@ -28,8 +29,8 @@ ModelLoan = Callable[[], AbstractContextManager[nn.Module]]
 #: What a base wrote, by the number of tokens that were asked for and the seed.
 Written = MutableMapping[tuple[int, int], list[TokenSequence]]
 
-#: Most tokens to keep aside.
-_MOST_HELD_OUT = 1024
+#: Where text is from that no model wrote.
+PACKAGED = "packaged general text"
 #: Share of the general text that is conversations; the adapter's task is mostly one too, so that
 #: the base's plain text is the further away from it.
 _GENERAL_CHAT_SHARE = 0.5
@@ -46,7 +47,8 @@ class CalibrationText:
             sequence.
         source: where the text of the task is from, in words for the report.
         tokens: tokens in ``sequences``.
-        general_tokens: those of them that the base wrote.
+        general_tokens: those of them that are general text.
+        general_source: where that is from, in words.
     """
 
     sequences: tuple[TokenSequence, ...]
@@ -54,6 +56,7 @@ class CalibrationText:
     source: str
     tokens: int
     general_tokens: int
+    general_source: str = "written by the base"
 
 
 def calibration_text(
@@ -69,6 +72,7 @@ def calibration_text(
     seed: int = 0,
     max_length: int = 512,
     written: Written | None = None,
+    packaged: Path | None = None,
     progress: Progress | None = None,
 ) -> CalibrationText:
     """Choose, or generate, the calibration text.
@@ -91,6 +95,8 @@ def calibration_text(
         seed: of all choices and samples; each part draws its own numbers.
         max_length: longest sequence from a file, in tokens.
         written: what this base wrote before, which is taken again, and added to.
+        packaged: a file with text that takes the place of what models would write, where they
+            cannot be run for that.
         progress: called with tokens generated, and to be generated in all; not called if none are.
 
     Raises:
@@ -101,7 +107,7 @@ def calibration_text(
         raise ConfigurationError(f"general share {general_share}: choose 0 or more, and below 1")
     if tokens < 1:
         raise ConfigurationError(f"calibration tokens {tokens}: choose 1 or more")
-    held_out_tokens = min(_MOST_HELD_OUT, max(1, tokens // 5))
+    held_out_tokens = most_held_out(tokens)
     task_tokens = max(1, round(tokens * (1 - general_share)))
     read = partial(
         read_sequences,
@@ -114,8 +120,17 @@ def calibration_text(
     task, held_out = _split(pool, task_tokens + held_out_tokens, held_out_tokens)
 
     # Both are zero where nothing is to be generated.
-    by_teacher = (0 if task else task_tokens) + (0 if held_out else held_out_tokens)
     general_tokens = _general_tokens(task, task_tokens, general_share)
+    if packaged is not None:
+        instead = _different(read(packaged, features=(Features(),)))
+        if not task:
+            source = PACKAGED
+            task, held_out = _split(instead, task_tokens + held_out_tokens, held_out_tokens)
+        elif not held_out:
+            held_out = list(up_to(_without(instead, task), held_out_tokens))
+        general = list(up_to(_without(instead, [*task, *held_out]), general_tokens))
+        return _mixed(task, held_out, general, source, seed, PACKAGED)
+    by_teacher = (0 if task else task_tokens) + (0 if held_out else held_out_tokens)
     write = partial(
         _write, tokenizer=tokenizer, seed=seed, progress=progress, total=by_teacher + general_tokens
     )
@@ -135,10 +150,26 @@ def calibration_text(
         )
     general = known[general_tokens, seed]
     general = _without(general, [*task, *held_out])
+    return _mixed(task, held_out, general, source, seed, "written by the base")
+
+
+def _mixed(
+    task: Sequence[TokenSequence],
+    held_out: Sequence[TokenSequence],
+    general: Sequence[TokenSequence],
+    source: str,
+    seed: int,
+    general_source: str,
+) -> CalibrationText:
     sequences = [*task, *general]
     random.Random(derived_seed(seed, "mixing")).shuffle(sequences)  # noqa: S311
     return CalibrationText(
-        tuple(sequences), tuple(held_out), source, _count(sequences), _count(general)
+        tuple(sequences),
+        tuple(held_out),
+        source,
+        _count(sequences),
+        _count(general),
+        general_source,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 #: one sequence are alike, and an interval over fewer sequences does not hold what it promises.
 FEWEST_SCORED = 200
 FEWEST_SEQUENCES = 8
+_MOST_HELD_OUT = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,11 @@ def enough_to_conclude(sequences: Iterable[TokenSequence]) -> bool:
     """Whether a measurement on these sequences concludes anything."""
     scored = [len(sequence.tokens) - sequence.scored for sequence in sequences]
     return len(scored) >= FEWEST_SEQUENCES and sum(scored) >= FEWEST_SCORED
+
+
+def most_held_out(tokens: int) -> int:
+    """How many tokens are kept aside of a text of so many, to measure on."""
+    return min(_MOST_HELD_OUT, max(1, tokens // 5))
 
 
 def up_to(sequences: Iterable[TokenSequence], tokens: int | None) -> Iterator[TokenSequence]:

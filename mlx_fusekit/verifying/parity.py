@@ -55,6 +55,16 @@ class Variant:
             logits: mx.array = self.model(tokens, cache=cache)
         return logits
 
+    def chunk_logits(self, batch: "Batch") -> Iterator[tuple[mx.array, list[Any]]]:
+        """Logits of each of a batch's chunks in turn, lazily, and what else to compute with them.
+
+        The next chunk may be asked for when both were computed.
+        """
+        cache = make_prompt_cache(self.model) if len(batch.chunks) > 1 else None
+        for chunk in batch.chunks:
+            logits = self.logits(batch.inputs[:, chunk.first : chunk.last], cache)
+            yield logits, [layer.state for layer in cache] if cache else []
+
 
 Model: TypeAlias = nn.Module | Variant
 
@@ -160,10 +170,9 @@ def log_probabilities(model: Model, batch: Batch) -> Iterator[mx.array]:
     Yields:
         Float32 ``[scored, vocabulary]``, the rows in the order of the chunk's positions.
     """
-    variant = _variant(model)
-    cache = make_prompt_cache(variant.model) if len(batch.chunks) > 1 else None
-    for chunk in batch.chunks:
-        logits = variant.logits(batch.inputs[:, chunk.first : chunk.last], cache)
+    for chunk, (logits, more) in zip(
+        batch.chunks, _variant(model).chunk_logits(batch), strict=True
+    ):
         if len(chunk.places):
             chosen = logits[mx.array(chunk.rows), mx.array(chunk.columns)].astype(mx.float32)
             logarithms = chosen - mx.logsumexp(chosen, axis=-1, keepdims=True)
@@ -171,7 +180,7 @@ def log_probabilities(model: Model, batch: Batch) -> Iterator[mx.array]:
         else:  # the logits are never computed, only what the cache keeps
             logarithms = mx.zeros((0, logits.shape[-1]))
         del logits
-        mx.eval(logarithms, *([layer.state for layer in cache] if cache else []))
+        mx.eval(logarithms, *more)
         yield logarithms
 
 

@@ -8,9 +8,9 @@ from support.command import exit_code
 from support.exportable import copy_sample
 from support.tiny import make_adapter, make_model
 
-from mlx_fusekit import samples
+from mlx_fusekit import fuse, samples
 from mlx_fusekit.errors import FusekitError
-from mlx_fusekit.fusing import fuse as fusing
+from mlx_fusekit.fusing import prepared as fusing
 from mlx_fusekit.running import loading
 
 LONG = "x" * 300
@@ -168,4 +168,4 @@ def test_wider_bits_of_another_format_are_said(
 
 def test_of_modules_that_are_not_quantized(folder: Path) -> None:
     with pytest.raises(FusekitError, match="the base is not quantized"):
-        fusing.fuse(folder / "dense", folder / "adapters", folder / "never", bits=8)
+        fuse(folder / "dense", folder / "adapters", folder / "never", bits=8)
