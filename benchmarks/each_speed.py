@@ -10,7 +10,8 @@ the single runs take turns, and what they wrote is compared byte by byte. With a
 base's files were read once before; with a cold one they were dropped from it, before each command.
 
 What is read of the base is what the process asked the system for (``rchar``), less what it asks
-for in a run with ``--dry-run``, which reads all but the base's weights. Needs 13 GB of free disk.
+for in a run with ``--dry-run``, which reads all but the base's weights, and less the adapters'
+files once more, which are hashed. Needs 13 GB of free disk.
 """
 
 import argparse
@@ -101,7 +102,9 @@ def _cost(base: Path, adapters: Sequence[Path], target: Path, more: list[str], c
         for path in base.iterdir():
             _drop(path)
     cost = measure(command, adapters if cache == "cold" else (base, *adapters), log)
-    return Cost(**{**asdict(cost), "read_bytes": cost.read_bytes - planned.read_bytes})
+    hashed = sum(path.stat().st_size for adapter in adapters for path in adapter.iterdir())
+    read = cost.read_bytes - planned.read_bytes - hashed
+    return Cost(**{**asdict(cost), "read_bytes": read})
 
 
 def _drop(path: Path) -> None:
