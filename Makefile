@@ -18,7 +18,7 @@ TOOLS := $(VENV)-tools/.installed
 FROM_LOCK := install --quiet --require-hashes --no-deps --requirement
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo exercise test test-real test-wheel test-minimum fuzz lint types audit lock bench-fuse bench-preserve bench-harness bench-gguf clean
+.PHONY: help install demo exercise test test-real test-wheel test-minimum fuzz lint types audit lock bench-fuse bench-preserve bench-harness bench-gguf bench-each clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1 \2/p' Makefile | \
@@ -81,6 +81,9 @@ bench-harness: $(INSTALLED) ## Measure how far the figures of `mlx-fusekit bench
 
 bench-gguf: $(INSTALLED) ## Time exporting to GGUF
 	$(PY) benchmarks/gguf_speed.py $(ARGS)
+
+bench-each: $(INSTALLED) ## Time fusing many adapters on one base, together and one by one
+	$(PY) benchmarks/each_speed.py $(ARGS)
 
 clean: ## Remove the environment and everything that was built
 	rm -rf $(VENV) $(VENV)-wheel $(VENV)-minimum $(VENV)-tools $(VENV)-peft build dist demo exercise

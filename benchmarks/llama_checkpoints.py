@@ -75,6 +75,24 @@ def make_all(size: str, work: Path) -> None:
             _replace(target, lambda folder, keys=keys: _write_adapter(folder, shape, keys))
 
 
+def make_adapters(size: str, work: Path, name: str, count: int, rank: int) -> None:
+    """Write several adapters on the same linears, where they are missing."""
+    for number in range(count):
+        target = numbered_folder(work, size, name, number)
+        if not target.exists():
+            _replace(
+                target,
+                lambda folder, number=number: _write_adapter(
+                    folder, SHAPES[size], ADAPTERS[name], rank=rank, seed=str(number)
+                ),
+            )
+
+
+def numbered_folder(work: Path, size: str, name: str, number: int) -> Path:
+    """Where one of several adapters lies."""
+    return work / f"llama-{size}-adapter-{name}-{number}"
+
+
 def model_folder(work: Path, size: str) -> Path:
     """Where the checkpoint of a size lies."""
     return work / f"llama-{size}-4bit"
@@ -206,21 +224,23 @@ def _write_tokenizer(folder: Path) -> None:
     )
 
 
-def _write_adapter(folder: Path, shape: Shape, keys: tuple[str, ...]) -> None:
+def _write_adapter(
+    folder: Path, shape: Shape, keys: tuple[str, ...], *, rank: int = RANK, seed: str = ""
+) -> None:
     tensors = []
     for layer in range(shape.layers - LORA_LAYERS, shape.layers):
         for key in keys:
             rows, columns = shape.linear(key)
             prefix = f"model.layers.{layer}.{key}"
-            tensors.append(Tensor(f"{prefix}.lora_a", "F32", (columns, RANK)))
-            tensors.append(Tensor(f"{prefix}.lora_b", "F32", (RANK, rows)))
+            tensors.append(Tensor(f"{prefix}.lora_a", "F32", (columns, rank), seed))
+            tensors.append(Tensor(f"{prefix}.lora_b", "F32", (rank, rows), seed))
     with open(folder / "adapters.safetensors", "xb") as file:
         _write_safetensors(file, tensors, {})
     config = {
         "fine_tune_type": "lora",
         "num_layers": LORA_LAYERS,
         "lora_parameters": {
-            "rank": RANK,
+            "rank": rank,
             "scale": LORA_SCALE,
             "dropout": 0.0,
             "keys": list(keys),

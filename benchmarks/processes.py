@@ -29,6 +29,8 @@ class Cost:
         cpu_seconds: of all its threads, user and system.
         sync_seconds: what ``os.sync()`` took afterwards.
         peak_bytes: largest resident memory.
+        read_bytes: what it asked the system to read or to copy of files; 0 where Linux does not
+            tell.
         load_average: of the machine over the minute before the run.
     """
 
@@ -36,6 +38,7 @@ class Cost:
     cpu_seconds: float
     sync_seconds: float
     peak_bytes: int
+    read_bytes: int
     load_average: float
 
     def __str__(self) -> str:
@@ -61,14 +64,14 @@ def measure(command: list[str], sources: Sequence[Path], log: Path) -> Cost:
     for source in sources:
         _read_all(source)
     load = os.getloadavg()[0]
-    wall, cpu, peak = _run(command, log)
+    wall, cpu, peak, read = _run(command, log)
     start = time.perf_counter()
     os.sync()
-    return Cost(wall, cpu, time.perf_counter() - start, peak, load)
+    return Cost(wall, cpu, time.perf_counter() - start, peak, read, load)
 
 
-def _run(command: list[str], log: Path) -> tuple[float, float, int]:
-    """Run a command to its end: wall seconds, CPU seconds, peak resident bytes.
+def _run(command: list[str], log: Path) -> tuple[float, float, int, int]:
+    """Run a command to its end: wall seconds, CPU seconds, peak resident bytes, bytes read.
 
     On Linux a child's peak counts what its parent held before the exec, so this process imports
     and holds little: whatever needs NumPy or MLX is done :func:`apart`.
@@ -79,14 +82,26 @@ def _run(command: list[str], log: Path) -> tuple[float, float, int]:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
         )
-        _, status, usage = os.wait4(process.pid, 0)
+        # It has ended, and the system still knows what it read.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         wall = time.perf_counter() - start
+        read = _bytes_read(process.pid)
+        _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         tail = log.read_text("utf-8", "replace")[-4000:]
         raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{tail}")
     log.unlink()
-    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * _RSS_UNIT
+    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * _RSS_UNIT, read
+
+
+def _bytes_read(pid: int) -> int:
+    """Of all its calls, whether a disk or the page cache answered; 0 where Linux does not tell."""
+    try:
+        facts = Path(f"/proc/{pid}/io").read_text("ascii")
+    except OSError:
+        return 0
+    return int(facts.split("rchar:")[1].split()[0])
 
 
 def apart(function: Callable[..., None], *arguments: object) -> None:

@@ -11,11 +11,11 @@ _PIECE_BYTES = 16 << 20
 
 
 def values(tensor: Tensor) -> Iterator[bytes]:
-    """The bytes of a tensor in pieces; the same name and shape give the same bytes."""
+    """The bytes of a tensor in pieces; the same name, seed and shape give the same bytes."""
     module, _, leaf = tensor.name.rpartition(".")
     # Scales and biases of a module must fit each other, so they share their seed.
     seed = module if leaf in ("scales", "biases") else tensor.name
-    rng = np.random.default_rng(list(seed.encode()))
+    rng = np.random.default_rng(list((seed + tensor.seed).encode()))
     if leaf in ("scales", "biases"):
         yield _grid(tensor.shape, leaf, rng)
     elif tensor.dtype == "BF16":

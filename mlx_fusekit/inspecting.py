@@ -237,8 +237,7 @@ def _delta_norm(reader: WeightReader, update: Update) -> float:
     total = 0.0
     for rows in row_blocks(reader.shape):
         base = reader.read(rows)[1]
-        before = base.values.copy()
-        change = merge(base, update, rows) - before
+        change = merge(base, update, rows) - base.values
         total += float(np.square(change, dtype=np.float64).sum())
     return math.sqrt(total)
 

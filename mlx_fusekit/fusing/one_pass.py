@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
+
 from mlx_fusekit.checkpoint.base import TensorSource
 from mlx_fusekit.checkpoint.copying import CopyRange, copies, copy
 from mlx_fusekit.checkpoint.writer import FileWriter
@@ -25,6 +27,8 @@ from mlx_fusekit.requantize.requantizer import Requantizer
 from mlx_fusekit.writing.calls import WriteError
 
 _PARAMETER_ELEMENTS = 1 << 20
+#: A little less than glibc's DEFAULT_MMAP_THRESHOLD_MAX.
+_LARGEST_MAPPED = 31 << 20
 
 #: Writes some rows of a tensor of the base that a model keeps, given their stored bits.
 _Keep = Callable[[int, Array], int]
@@ -113,6 +117,7 @@ def write_models(
         CheckpointError: when the base cannot be read.
     """
     workers = workers or default_workers()
+    _keep_freed_memory()
     try:
         for output in outputs:
             output.attempt(partial(output.open, clone=clone))
@@ -127,6 +132,15 @@ def write_models(
     finally:
         for output in outputs:
             output.close()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what blocks leave free, instead of giving it back and clearing it anew.
+
+    It keeps twice as much as the largest array that it has mapped by itself and let go, of up to
+    32 MiB; otherwise a sixth of the time is the system's, which hands out cleared pages.
+    """
+    np.empty(_LARGEST_MAPPED, np.uint8)
 
 
 def _tasks(outputs: Sequence[Output]) -> Iterator[Task]:

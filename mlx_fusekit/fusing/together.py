@@ -60,7 +60,8 @@ class Together:
                             )
             except KeyboardInterrupt as error:
                 if self.done:
-                    error.add_note(f"finished before are {', '.join(self.done)} in {target}")
+                    finished = f"{', '.join(self.done)} in {target} finished before"
+                    error.add_note(f"{finished}; nothing half-made was left behind")
                 raise
 
     def _pass_over(self, fuses: Mapping[str, PreparedFuse], shared: Shared) -> None:

@@ -52,7 +52,7 @@ def merge(base: BaseBlock, update: Update, rows: RowRange) -> Float32:
     """Merge an update into a block of base weights.
 
     Args:
-        base: the weights; its values may be overwritten.
+        base: the weights, which stay as they are.
         update: what the adapter adds to this module.
         rows: which rows of the module the block holds.
 
@@ -61,15 +61,19 @@ def merge(base: BaseBlock, update: Update, rows: RowRange) -> Float32:
     """
     if isinstance(update, FullUpdate):
         return _replacement(update, rows, len(base.values))
-    merged = base.values
-    delta = _delta(update, rows, len(merged))
-    merged += delta
-    if isinstance(update, LowRankUpdate) and update.magnitude is not None:
-        # The magnitude was learned against the norms that mlx-lm computes, of rounded weights.
-        adapted = merged if base.as_run is None else base.as_run() + delta
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = update.magnitude[rows.first : rows.last] / _row_norms(adapted)
-        merged *= ratios[:, None]
+    delta = _delta(update, rows, len(base.values))
+    if not isinstance(update, LowRankUpdate):
+        return base.values + delta  # which is read-only
+    if update.magnitude is None:
+        return np.add(base.values, delta, out=delta)
+    # The magnitude was learned against the norms that mlx-lm computes, of rounded weights.
+    norms = None if base.as_run is None else _row_norms(base.as_run() + delta)
+    merged = np.add(base.values, delta, out=delta)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = update.magnitude[rows.first : rows.last] / (
+            _row_norms(merged) if norms is None else norms
+        )
+    merged *= ratios[:, None]
     return merged
 
 

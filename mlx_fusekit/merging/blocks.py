@@ -36,7 +36,7 @@ class BlockReader(Protocol):
         """nvfp4's, one for the matrix or one an expert."""
 
     def read(self, rows: RowRange) -> tuple[QuantizedRows | None, BaseBlock]:
-        """A block as stored (when quantized), and its values, which whoever asks may overwrite."""
+        """A block as stored (when quantized), and its values, which others may be given too."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ _Block = tuple[QuantizedRows | None, BaseBlock]
 
 @dataclass
 class SharedReader:
-    """A reader that gives copies of a block to all who ask while it holds it.
+    """A reader that gives the same block to all who ask while it holds it.
 
     Attributes:
         reader: reads what is not held.
@@ -44,7 +44,7 @@ class SharedReader:
             self._blocks.pop(rows, None)
 
     def read(self, rows: RowRange) -> _Block:
-        """A block as stored (when quantized), and its values, which whoever asks may overwrite."""
+        """A block as stored (when quantized), and its values, which others may be given too."""
         if rows not in self._stored:
             return self.reader.read(rows)
         if rows not in self._blocks:
@@ -52,5 +52,4 @@ class SharedReader:
             if block.as_run is not None:
                 block = replace(block, as_run=cache(block.as_run))
             self._blocks[rows] = quantized, block
-        quantized, block = self._blocks[rows]
-        return quantized, replace(block, values=block.values.copy())
+        return self._blocks[rows]

@@ -29,8 +29,10 @@ class NearestWeight:
         if merged.unchanged:
             return merged.base
         target = merged.target
+        # Without a change they are the base's, which others may be given too.
+        values = merged.values.copy() if merged.keep.all() else merged.values
         return merged.finished(
-            quantize_nearest(merged.values, target.spec, target.scale_dtype, target.global_scale)
+            quantize_nearest(values, target.spec, target.scale_dtype, target.global_scale)
         )
 
 

@@ -294,7 +294,9 @@ def test_an_interrupt_leaves_what_is_finished(
     monkeypatch.setattr(PreparedFuse, "complete", interrupted)
     with pytest.raises(KeyboardInterrupt) as stopped:
         fuse_each(base, [sql, style], tmp_path / "S", requantize="nearest")
-    assert stopped.value.__notes__ == [f"finished before are sql in {tmp_path / 'S'}"]
+    assert stopped.value.__notes__ == [
+        f"sql in {tmp_path / 'S'} finished before; nothing half-made was left behind"
+    ]
     assert names(tmp_path / "S") == ["sql"]
 
 

@@ -25,9 +25,12 @@ from support.tiny import (
 )
 
 from mlx_fusekit import fuse, samples
+from mlx_fusekit.adapters.sources import NamedSources
 from mlx_fusekit.errors import AdapterError, CheckpointError
+from mlx_fusekit.hub import LocalFolder
 from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.running import exact as exact_weights
+from mlx_fusekit.running.shared import RunningBase
 
 FORMATS: dict[str, dict[str, Any]] = {
     "affine-3": {"bits": 3},
@@ -268,3 +271,34 @@ def test_a_tokenizers_own_code_needs_trust(
     assert not ran.exists()
     assert run_model(folder, trusted=True).tokenizer is not None
     assert ran.exists()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full", "full, dense"])
+def test_a_base_takes_an_adapter_off_again(tmp_path: Path, kind: str) -> None:
+    """What runs with the next one is the very base, and the adapted model is what it is alone."""
+    base = make_model(tmp_path / "base", bits=None if "dense" in kind else 4)
+    if kind.startswith("full"):
+        tensors = {
+            "model.layers.1.mlp.up_proj.weight": mx.random.normal((256, 128)) * 0.1,
+            "model.norm.weight": 1 + mx.random.normal((128,)) * 0.1,
+        }
+        folder = save_adapter(tmp_path / "adapter", tensors, kind="full")
+    else:
+        folder = make_adapter(tmp_path / "adapter", base, kind=kind)
+    sources = NamedSources.find(base, folder).open()
+    running = RunningBase(LocalFolder(base))
+    with running.adapted(sources.adapter) as first:
+        with first.without_adapter() as model:
+            bare = logits(model)
+        assert mx.array_equal(logits(first.model), logits(run_teacher(base, folder).model))
+    assert mx.array_equal(logits(first.model), bare)
+    with pytest.raises(ValueError, match="stop"), running.adapted(sources.adapter) as second:
+        assert second.model is first.model
+        assert not mx.array_equal(logits(second.model), bare)
+        raise ValueError("stop")
+    assert mx.array_equal(logits(first.model), bare)
+    kinds = [
+        {path: type(module) for path, module in model.named_modules()}
+        for model in (first.model, run_model(base).model)
+    ]
+    assert kinds[0] == kinds[1]
