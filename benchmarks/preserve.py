@@ -214,6 +214,9 @@ def _parser() -> argparse.ArgumentParser:
     base.add_argument("--base-bits", type=int, choices=[3, 4], help="SmolLM2 at so many bits")
     base.add_argument("--mode", choices=["mxfp4"], help="SmolLM2 in this format")
     parser.add_argument("--max-kl", type=float, metavar="X", help="add a row: auto --max-kl X")
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="a contender; repeatable; default: all"
+    )
     parser.add_argument("--items", type=int, metavar="N", help="test items; default: all")
     parser.add_argument("--calibration-tokens", type=int, metavar="N", help="default: the tool's")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration")
@@ -317,7 +320,8 @@ def _prose() -> str:
 def _rows(case: Case, options: argparse.Namespace, work: Path) -> Iterator[Row]:
     """Fuse everything, then measure one model after the other."""
     work.mkdir(exist_ok=True)
-    contenders = [Contender(BASE), *_contenders(case, options)]
+    every = [Contender(BASE), *_contenders(case, options)]
+    contenders = [c for c in every if not options.only or c.name in (BASE, *options.only)]
     without_data = _without_data(case.adapter, work / "adapter-without-data")
     costs: dict[str, Cost | None] = {BASE: None}
     fused = {BASE: case.base}
