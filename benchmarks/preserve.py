@@ -256,7 +256,7 @@ def _case(name: str, options: argparse.Namespace, work: Path) -> Case:
     adapter, data = folders[task].adapter, folders[task].data
     converted = None
     if name == "peft":
-        adapter = _trained_by_peft(data)
+        adapter = trained_by_peft(data)
         converted = work / "converted"
         _remove(converted)
         convert_adapter(base, adapter, converted, "mlx")
@@ -271,7 +271,7 @@ def _case(name: str, options: argparse.Namespace, work: Path) -> Case:
     )
 
 
-def _trained_by_peft(data: Path) -> Path:
+def trained_by_peft(data: Path) -> Path:
     """An adapter of PEFT's, trained on the 16-bit model, made on first use."""
     cache = default_cache()
     target = cache / f"{MODEL_NAME}-sql-peft"
