@@ -1,11 +1,14 @@
 """From a plan to solved weights: teacher, text, calibration, measurement, and wider bits."""
 
 import contextlib
+import gc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_fusekit import samples
@@ -13,7 +16,7 @@ from mlx_fusekit.adapters.updates import AdapterFolder
 from mlx_fusekit.merging.plan import FusePlan, plan_fuse
 from mlx_fusekit.progress import StepProgress, of_step
 from mlx_fusekit.requantize.calibrated import Calibration
-from mlx_fusekit.requantize.needs import streams
+from mlx_fusekit.requantize.needs import allowed_bytes, memory_needs, streams
 from mlx_fusekit.requantize.options import CalibrationOptions, CalibrationReport
 from mlx_fusekit.requantize.requantizer import Prepared, Request
 from mlx_fusekit.requantize.walk import FinalStates, measured_batches
@@ -54,21 +57,39 @@ def calibrate(request: Request) -> Prepared:
         FusekitError: when there is no text to calibrate on, or the teacher cannot be loaded.
     """
     if streams(request.plan, request.options):
-        streamed = StreamedModel(request.sources.model, request.sources.adapter)
-        return _calibrated(request, streamed.running, {}, streamed)
+        return _streamed(request)
     base = request.base or RunningBase(request.sources.model)
     with base.adapted(request.sources.adapter) as teacher:
-        return _calibrated(request, teacher, base.written)
+        text = _text(request, teacher, base.written)
+        return _Session(request.plan, teacher, text, request.options, request.progress).run()
 
 
-def _calibrated(
-    request: Request,
-    teacher: RunningModel,
-    written: Written,
-    streamed: StreamedModel | None = None,
-) -> Prepared:
+def _streamed(request: Request) -> Prepared:
+    """With one layer at a time in memory, but for the text, which the whole model writes if it can.
+
+    Running it takes less memory than calibrating does.
+    """
     sources, options = request.sources, request.options
-    text = calibration_text(
+    streamed, text = StreamedModel(sources.model, sources.adapter), None
+    needs = memory_needs(request.plan, options.tokens)
+    if needs.running <= allowed_bytes(options):
+        base = request.base or RunningBase(sources.model)
+        with base.adapted(sources.adapter) as teacher:
+            text = _text(request, teacher, base.written)
+        del base, teacher
+        gc.collect()
+        mx.clear_cache()
+    if text is None:
+        text = _text(request, streamed.running, {}, packaged=samples.general_data_path())
+    teacher, told = streamed.running, request.progress
+    return _Session(request.plan, teacher, text, options, told, streamed).run()
+
+
+def _text(
+    request: Request, teacher: RunningModel, written: Written, packaged: Path | None = None
+) -> CalibrationText:
+    sources, options = request.sources, request.options
+    return calibration_text(
         teacher=lambda: contextlib.nullcontext(teacher.model),
         base=teacher.without_adapter,
         tokenizer=teacher.tokenizer,
@@ -78,10 +99,9 @@ def _calibrated(
         tokens=options.tokens,
         seed=options.seed,
         written=written,
-        packaged=samples.general_data_path() if streamed else None,
+        packaged=packaged,
         progress=of_step(request.progress, "generating text"),
     )
-    return _Session(request.plan, teacher, text, options, request.progress, streamed).run()
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,15 @@ from mlx_fusekit.figures import size
 from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.merging.plan import FusePlan, WeightStep
 from mlx_fusekit.requantize.options import CalibrationOptions
+from mlx_fusekit.requantize.solver import WIDEST_FLOAT64
 from mlx_fusekit.texts.sequences import most_held_out
 
 #: Share of the machine's memory that calibrating may take, where nothing else is said.
 MEMORY_SHARE = 0.6
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-#: Bytes a square of columns, of all copies of the moments that live at once while they are solved.
-_MOMENT_BYTES = 36
+#: Bytes a square of columns, of all copies of the moments that live at once while they are solved:
+#: up to a width some are in float64.
+_MOMENT_BYTES, _WIDE_MOMENT_BYTES = 36, 24
 #: Weights that are solved at once at most, and bytes of each in all its copies.
 _SOLVED_AT_ONCE, _SOLVED_BYTES = 1 << 24, 24
 #: Python, MLX and what they have loaded.
@@ -37,10 +39,12 @@ class MemoryNeeds:
     Attributes:
         resident: with the whole model in memory.
         streamed: with one layer at a time.
+        running: of the model by itself, to write text.
     """
 
     resident: int
     streamed: int
+    running: int
 
 
 def memory_needs(plan: FusePlan, tokens: int) -> MemoryNeeds:
@@ -62,12 +66,15 @@ def memory_needs(plan: FusePlan, tokens: int) -> MemoryNeeds:
     widths = 2 * max((sum(widths) for widths in inputs.values()), default=0)
     states = 4 * (tokens + most_held_out(tokens)) * widths
     largest = max((step.shape[1] * step.shape[2] for step in steps), default=0)
-    solving = _MOMENT_BYTES * columns**2 + _SOLVED_BYTES * min(largest, _SOLVED_AT_ONCE)
+    moments = _MOMENT_BYTES if columns <= WIDEST_FLOAT64 else _WIDE_MOMENT_BYTES
+    solving = moments * columns**2 + _SOLVED_BYTES * min(largest, _SOLVED_AT_ONCE)
     fixed = solving + states + plan.computed_bytes + _PROGRAM_BYTES
     one = max(layers.values(), default=0) * 2 + max(merged.values(), default=0)
+    whole = sum(layers.values()) + sum(trunk)
     return MemoryNeeds(
-        resident=sum(layers.values()) + sum(trunk) + sum(merged.values()) + fixed,
+        resident=whole + sum(merged.values()) + fixed,
         streamed=max(one, *trunk, 0) + fixed,
+        running=whole + _PROGRAM_BYTES,
     )
 
 
