@@ -18,7 +18,7 @@ TOOLS := $(VENV)-tools/.installed
 FROM_LOCK := install --quiet --require-hashes --no-deps --requirement
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo exercise test test-real test-wheel test-minimum fuzz lint types audit lock bench-fuse bench-preserve bench-harness bench-gguf bench-each clean
+.PHONY: help install demo exercise test test-real test-wheel test-minimum fuzz lint types audit lock bench-fuse bench-preserve bench-adapters bench-harness bench-gguf bench-each clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1 \2/p' Makefile | \
@@ -75,6 +75,10 @@ bench-fuse: $(INSTALLED) ## Time fusing
 bench-preserve: $(INSTALLED) ## Measure what fusing leaves of a fine-tune (trains two adapters, once)
 	@sh scripts/fast_blas.sh install >/dev/null
 	LD_PRELOAD="$$(sh scripts/fast_blas.sh)" $(PY) benchmarks/preserve.py $(ARGS)
+
+bench-adapters: $(INSTALLED) ## Measure adapters combined and taken out again (ARGS=combine or extract)
+	@sh scripts/fast_blas.sh install >/dev/null
+	LD_PRELOAD="$$(sh scripts/fast_blas.sh)" $(PY) benchmarks/adapters.py $(ARGS)
 
 bench-harness: $(INSTALLED) ## Measure how far the figures of `mlx-fusekit bench` can be trusted
 	$(PY) benchmarks/bench_harness.py $(ARGS)

@@ -120,11 +120,11 @@ def other_base(work: Path) -> Iterator[list[str]]:
             narrow, adapter, t, requantize="calibrated", calibration=data / "train.jsonl"
         ),
     }
-    for number_, (name, make) in enumerate(ways.items()):
-        target = work / str(number_)
+    for place, (name, make) in enumerate(ways.items()):
+        target = work / str(place)
         make(target)
         found = _judged(wide, adapter, target, data / "test.jsonl")
-        if not number_:
+        if place == 0:
             exact, perplexity = found.exact_match_reference, found.perplexity_reference
             yield ["16 bits + adapter", "0", "100.0%", share(exact), number(perplexity)]
         yield [

@@ -181,13 +181,13 @@ def main() -> None:
     other_base = options.base_bits or options.mode
     if other_base and "sample" in (options.case or ()):
         parser.error("the embedded sample has one base: --base-bits and --mode are for SmolLM2's")
-    cases = options.case or [name for name in CASES if name != "sample" or not other_base]
+    names = options.case or [*TASKS, *(() if other_base else ("sample",))]
     results: list[dict[str, Any]] = []
     environment = _environment(options)
     with _work_folder(options.out) as work:
-        for name in dict.fromkeys(cases):
-            case = _case(name, options, work)
-            rows = list(_rows(case, options, work / name))
+        cases = [_case(name, options, work) for name in dict.fromkeys(names)]
+        for case in cases:
+            rows = list(_rows(case, options, work / case.name))
             _print(report(case, rows), markdown=options.markdown)
             results.append(
                 {
@@ -209,13 +209,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--case", choices=CASES, action="append", help="repeatable; default: all")
+    parser.add_argument(
+        "--case", choices=CASES, action="append", help="repeatable; default: all but peft"
+    )
     base = parser.add_mutually_exclusive_group()
     base.add_argument("--base-bits", type=int, choices=[3, 4], help="SmolLM2 at so many bits")
     base.add_argument("--mode", choices=["mxfp4"], help="SmolLM2 in this format")
     parser.add_argument("--max-kl", type=float, metavar="X", help="add a row: auto --max-kl X")
     parser.add_argument(
-        "--only", action="append", metavar="NAME", help="a contender; repeatable; default: all"
+        "--only", action="append", metavar="NAME", help="a row besides mlx_lm.fuse; repeatable"
     )
     parser.add_argument("--items", type=int, metavar="N", help="test items; default: all")
     parser.add_argument("--calibration-tokens", type=int, metavar="N", help="default: the tool's")
@@ -320,8 +322,12 @@ def _prose() -> str:
 def _rows(case: Case, options: argparse.Namespace, work: Path) -> Iterator[Row]:
     """Fuse everything, then measure one model after the other."""
     work.mkdir(exist_ok=True)
-    every = [Contender(BASE), *_contenders(case, options)]
-    contenders = [c for c in every if not options.only or c.name in (BASE, *options.only)]
+    contenders = [Contender(BASE), *_contenders(case, options)]
+    if options.only:
+        wanted = {BASE, PEER, *options.only}
+        if unknown := wanted - {contender.name for contender in contenders}:
+            raise SystemExit(f"--only: no such row: {', '.join(sorted(unknown))}")
+        contenders = [contender for contender in contenders if contender.name in wanted]
     without_data = _without_data(case.adapter, work / "adapter-without-data")
     costs: dict[str, Cost | None] = {BASE: None}
     fused = {BASE: case.base}
@@ -453,6 +459,7 @@ def _environment(options: argparse.Namespace) -> dict[str, object]:
         "versions": {package: metadata.version(package) for package in packages},
         "source_sha256": _source_digest(),
         "seed": options.seed,
+        "only": options.only,
         "items": options.items,
         "calibration_tokens": options.calibration_tokens,
     }
