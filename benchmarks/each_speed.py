@@ -142,19 +142,23 @@ def _table(samples: Sequence[Sample]) -> Table:
             case = (adapter, count, cache)
             found = [s for s in samples if (s.adapter, s.count, s.cache) == case]
             groups = {c: [s for s in found if s.contender == c] for c in (SINGLE, EACH)}
-            alone = median(groups[SINGLE], "wall_seconds")
+            fields = ("wall_seconds", "cpu_seconds")
+            times = {c: [median(g, field) for field in fields] for c, g in groups.items()}
             for contender, group in groups.items():
-                wall = median(group, "wall_seconds")
+                wall, cpu = times[contender]
                 rows.append(
                     (
                         f"{count} on {'seven linears' if adapter == 'all' else 'q, v'}, {cache}",
                         contender,
                         f"{wall:.1f}",
-                        f"{median(group, 'cpu_seconds'):.1f}",
+                        f"{cpu:.1f}",
                         f"{median(group, 'sync_seconds'):.1f}",
                         f"{median(group, 'peak_bytes') / 1e6:.0f}",
                         f"{median(group, 'read_bytes') / 1e9:.2f}",
-                        f"{wall / alone:.2f}" if contender == EACH else "",
+                        *(
+                            f"{of_each / of_single:.2f}" if contender == EACH else ""
+                            for of_each, of_single in zip(times[EACH], times[SINGLE], strict=True)
+                        ),
                     )
                 )
     header = (
@@ -166,6 +170,7 @@ def _table(samples: Sequence[Sample]) -> Table:
         "peak MB",
         "of the base read, GB",
         "wall, --each : single",
+        "CPU, --each : single",
     )
     return Table("", header, rows, text_columns=2)
 

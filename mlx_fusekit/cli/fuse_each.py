@@ -63,9 +63,8 @@ def _table(report: "EachReport") -> Table:
 
 
 def _row(name: str, report: "FuseReport") -> tuple[str, str, str, str]:
-    result = in_words(report.requantize) or "not re-quantized"
-    if not report.passed:
-        result += "; --max-kl is not shown to hold"
+    how, _, _ = (in_words(report.requantize) or "not re-quantized").partition(",")
+    result = how if report.passed else f"{how}; --max-kl is not shown to hold"
     growth = figures.growth(report.output_bytes / report.base_bytes - 1)
     size = f"{figures.size(report.output_bytes)} ({growth})"
     kl = figures.nats(report.calibration.kl_mean) if report.calibration else ""
