@@ -19,9 +19,12 @@ from mlx_fusekit.merging.plan import FusePlan, WeightStep
 from mlx_fusekit.requantize.options import CalibrationOptions
 from mlx_fusekit.requantize.solver import WIDEST_FLOAT64
 from mlx_fusekit.texts.sequences import most_held_out
+from mlx_fusekit.verifying.parity import LOGIT_BYTES
 
 #: Share of the machine's memory that calibrating may take, where nothing else is said.
 MEMORY_SHARE = 0.6
+#: Arrays of logits that live at once while models are compared.
+_LOGITS = 5
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 #: Bytes a square of columns, of all copies of the moments that live at once while they are solved:
 #: up to a width some are in float64.
@@ -72,8 +75,8 @@ def memory_needs(plan: FusePlan, tokens: int) -> MemoryNeeds:
     one = max(layers.values(), default=0) * 2 + max(merged.values(), default=0)
     whole = sum(layers.values()) + sum(trunk)
     return MemoryNeeds(
-        resident=whole + sum(merged.values()) + fixed,
-        streamed=max(one, *trunk, 0) + fixed,
+        resident=whole + sum(merged.values()) + _LOGITS * LOGIT_BYTES + fixed,
+        streamed=max(one, sum(trunk) + _LOGITS * LOGIT_BYTES) + fixed,
         running=whole + _PROGRAM_BYTES,
     )
 

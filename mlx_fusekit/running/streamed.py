@@ -99,6 +99,7 @@ class StreamedModel:
                     where.value[name] = value
             else:
                 where.put(new)
+        mx.clear_cache()
 
 
 def layers_of(model: Any) -> list[nn.Module]:
