@@ -76,7 +76,8 @@ def _streamed(request: Request) -> Prepared:
         base = request.base or RunningBase(sources.model)
         with base.adapted(sources.adapter) as teacher:
             text = _text(request, teacher, base.written)
-        del base, teacher
+        del teacher
+        base.let_go()
         gc.collect()
         mx.clear_cache()
     if text is None:

@@ -45,6 +45,10 @@ class RunningBase:
             for where, value in before:
                 where.put(value)
 
+    def let_go(self) -> None:
+        """Free its memory; it is loaded again when it is next run."""
+        self.__dict__.pop("_bare", None)
+
 
 def _places(running: RunningModel, adapter: Adapter) -> Iterator[Place]:
     """Where an adapter changes a model: modules, their weights, and other parameters."""

@@ -15,7 +15,7 @@ from support.exportable import make_exportable
 from support.folders import as_hugging_face, unstacked
 from support.tiny import EXPERTS, LINEARS, LLAMA, QWEN3_MOE, make_adapter, make_model, save_adapter
 
-from mlx_fusekit import fuse, fuse_each, prepare_each, samples
+from mlx_fusekit import fuse, fuse_each, prepare_each, prepare_fuse, samples
 from mlx_fusekit.checkpoint import copying
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.header import TensorRef
@@ -24,6 +24,7 @@ from mlx_fusekit.fusing import one_pass
 from mlx_fusekit.fusing.named import saved_names
 from mlx_fusekit.fusing.prepared import PreparedFuse
 from mlx_fusekit.hub import LocalFolder
+from mlx_fusekit.requantize.needs import memory_needs
 from mlx_fusekit.running import loading, shared
 
 QV = ["self_attn.q_proj", "self_attn.v_proj"]
@@ -145,15 +146,22 @@ def test_each_byte_of_the_base_is_read_once(
     assert place == file.stat().st_size
 
 
+@pytest.mark.parametrize("streamed", [False, True])
 def test_calibrated_each_has_the_bytes_of_a_single_fuse(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, streamed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base is loaded once, and writes its general text once."""
+    """The base is loaded once, and writes its general text once.
+
+    Where it does not fit beside what calibrating takes, it is let go after it wrote each text.
+    """
     base, given = samples.model_path(), []
     for name, kind in (("first", "dora"), ("second", "lora")):
         made = make_adapter(tmp_path / name, base, kind=kind, keys=QV, num_layers=1, strength=1e-3)
         given.append(made)
     how: dict[str, Any] = {"requantize": "calibrated", "calibration_tokens": 64}
+    if streamed:
+        plan = prepare_fuse(base, given[0], tmp_path / "never").plan
+        how["memory"] = memory_needs(plan, 64).resident - 1
     single = {}
     for adapter in given:
         fuse(base, adapter, tmp_path / "single" / adapter.name, **how)
@@ -167,9 +175,10 @@ def test_calibrated_each_has_the_bytes_of_a_single_fuse(
     monkeypatch.setattr(shared, "run_model", load)
     report = fuse_each(base, given, tmp_path / "S", **how)
     assert {name: content(tmp_path / "S" / name) for name in report.reports} == single
-    assert len(loaded) == 1
+    assert len(loaded) == (2 if streamed else 1)
     facts = [one.calibration for one in report.reports.values()]
     assert all(fact is not None and fact.general_tokens for fact in facts)
+    assert all(fact is not None and fact.streamed == streamed for fact in facts)
 
 
 def test_one_that_fails_leaves_the_others(
