@@ -54,9 +54,10 @@ def names(folder: Path) -> list[str]:
 
 
 def adapters(folder: Path, base: Path) -> list[Path]:
-    """Adapters that change much, little, and what no other does."""
+    """Adapters that change nothing, much, little, and what no other does."""
     moe = "moe" in Checkpoint.open(base).config["model_type"]
     found = [
+        make_adapter(folder / "still", base, keys=QV[:1], strength=0.0),
         make_adapter(folder / "all", base, keys=MOE if moe else LINEARS, rank=8),
         make_adapter(folder / "last", base, keys=QV, num_layers=1, seed=2),
     ]
@@ -101,9 +102,9 @@ def test_each_has_the_bytes_of_a_single_fuse(tmp_path: Path, case: str, clone: b
     if "converted" in case:
         as_hugging_face(base, unstacked(dict(mx.load(str(base / "model.safetensors")))))
     how = {"requantize": "nearest", **how}
-    report = prepare_each(base, [*given, f"{given[0]}-half:0.5"], tmp_path / "S", **how)
-    assert report.failed.keys() == {f"{given[0]}-half:0.5"}  # there is no such folder
-    shutil.copytree(given[0], tmp_path / "half")
+    report = prepare_each(base, [*given, f"{given[1]}-half:0.5"], tmp_path / "S", **how)
+    assert report.failed.keys() == {f"{given[1]}-half:0.5"}  # there is no such folder
+    shutil.copytree(given[1], tmp_path / "half")
     given.append(Path(f"{tmp_path / 'half'}:0.5"))
     done = prepare_each(base, given, tmp_path / "S", **how).run(clone=clone, workers=2)
     assert done.failed == {}
