@@ -364,7 +364,8 @@ READ: dict[str, Change] = {
             "pad_token": "a",
         }
     ),
-    "control characters": of_vocabulary(**{"\x1b[2J\n": 900}),
+    # An id of its own: of two tokens with one id, some versions of tokenizers keep either.
+    "control characters": of_vocabulary(**{"\x1b[2J\n": 99_998}),
     "an empty token": added({**LAST, "content": ""}),
     "two ids of a token": added({**LAST, "id": 5}, {**LAST, "id": 6}),
     "older files beside it": both(
