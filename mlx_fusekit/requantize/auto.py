@@ -197,7 +197,7 @@ class _Session:
             self.teacher,
             self.text.sequences,
             streamed=self.streamed,
-            measured=measured_batches(self._measured) if self.streamed else (),
+            measured=measured_batches(self._measured),
         )
         calibration.run(of_step(self.progress, label))
         return calibration
@@ -211,11 +211,10 @@ class _Session:
         model, told = self.teacher.model, of_step(self.progress, "measuring")
         fused, base = calibration.fused.active, self.teacher.without_adapter
         text = self.text.held_out
-        if self.streamed is None:
+        chain = calibration.finals
+        if chain is None:
             candidates = {"fused": Variant(model, fused), "base": Variant(model, base)}
             return compare(model, candidates, text, progress=told)
-        chain = calibration.finals
-        assert chain is not None, "the layers were walked"
         first, batches = chain.first_measured, [batch.sequences for batch in self._measured]
         states = [
             dict(zip(batches, found, strict=True))
@@ -225,7 +224,7 @@ class _Session:
             "fused": FinalStates(model, fused, states[1]),
             "base": FinalStates(model, base, states[2]),
         }
-        with self.streamed.trunk():
+        with self.streamed.trunk() if self.streamed else contextlib.nullcontext():
             return compare(FinalStates(model, states=states[0]), known, text, progress=told)
 
     def _report(

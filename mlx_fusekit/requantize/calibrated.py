@@ -9,6 +9,7 @@ change least (:mod:`mlx_fusekit.requantize.solver`).
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,19 +18,20 @@ import numpy as np
 
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.formats.quantization import QuantizedRows, TargetFormat, stacked
+from mlx_fusekit.formats.quantization import QuantizedRows
 from mlx_fusekit.merging.arithmetic import RowRange
 from mlx_fusekit.merging.merged import MergedRows, Weight
 from mlx_fusekit.merging.plan import FusePlan, WeightStep
 from mlx_fusekit.progress import Progress
 from mlx_fusekit.requantize.moments import (
+    Drift,
     InputMoments,
-    compensated,
     expert_moments,
     input_groups,
     noted_inputs,
 )
-from mlx_fusekit.requantize.solver import Moments, Solution, solve
+from mlx_fusekit.requantize.parts import SolvedGroup, solve_group
+from mlx_fusekit.requantize.solver import Moments
 from mlx_fusekit.requantize.taps import ModuleInput, inputs_noted
 from mlx_fusekit.requantize.walk import LayerChain, TokenBatch, replayed, token_batches
 from mlx_fusekit.running.model import RunningModel, place
@@ -39,8 +41,6 @@ from mlx_fusekit.texts.sequences import TokenSequence
 
 #: Bytes that the second moments of experts may take, as many as are held at once.
 MOMENTS_BYTES = 2 << 30
-#: Weights solved at once; more rows than this are solved one part after the other.
-_SOLVED_ELEMENTS = 1 << 24
 
 #: Gives a module's calls in a batch, by the batch's index.
 Inputs = Callable[[int], list[ModuleInput]]
@@ -112,7 +112,7 @@ class Calibration:
 
     Attributes:
         fused: the modules solved so far, to run the fused model with.
-        finals: hidden states behind the last layer, of a streamed teacher.
+        finals: hidden states behind the last layer, where the layers are a chain.
         groups: paths of modules with the same inputs, in the order they were solved in.
     """
 
@@ -129,6 +129,7 @@ class Calibration:
         self.finals: LayerChain | None = None
         self._steps = {step.module: step for step in plan.merged if step.target_spec is not None}
         self._batches = token_batches(sequences)
+        self._tokens = sum(int(batch.valid.sum()) for batch in self._batches)
         self._progress: Progress | None = None
         self.fused = FusedModules(teacher)
         self.solved = SolvedWeights()
@@ -149,54 +150,52 @@ class Calibration:
 
     def _seen(self) -> None:
         """Solve the modules that the calibration text reaches."""
-        if self._streamed is not None:
-            self._seen_in_turn(self._streamed)
-            return
-        self._embeddings()
-        layers = layers_of(self._teacher.model)
-        of_layer = self._paths_in(layers)
-        touched = [index for index, paths in enumerate(of_layer) if paths]
-        if touched:
-            chain = LayerChain.recorded(self._teacher, self.fused, self._batches, touched[0])
-            if chain is not None:
-                for layer in range(chain.start, touched[-1] + 1):
-                    self._solve_layer(chain, layer, of_layer[layer])
-                    if layer < touched[-1]:
-                        chain.run_student(layer)
-        self._rest()
-
-    def _seen_in_turn(self, streamed: StreamedModel) -> None:
-        """The same where one layer at a time is in memory."""
-        of_layer = self._paths_in(layers_of(self._teacher.model))
-        head_first = any(self._is_head(path) for path in self._embedding_paths())
-        if head_first:
-            self.finals = self._recorded(streamed)
-            for layer in range(len(streamed.layer_paths)):
-                with streamed.layer(layer):
+        # No layer may be held here, or it stays in memory when others take its place.
+        of_layer = self._paths_in_layers()
+        if self._streamed is not None and any(map(self._is_head, self._embedding_paths())):
+            self.finals = self._recorded(0)
+            assert self.finals is not None, "it was refused"
+            for layer in range(len(of_layer)):
+                with self._layer(layer):
                     self.finals.run_teacher(layer, {})
-        with streamed.trunk():
+        with self._trunk():
             self._embeddings()
-        self.finals = None
-        chain = self._recorded(streamed)
-        for layer, paths in enumerate(of_layer):
-            with streamed.layer(layer):
-                self._solve_layer(chain, layer, paths)
-                chain.run_student(layer)
-                chain.run_base(layer)
-                self.fused.give_back(paths)
+        touched = [index for index, paths in enumerate(of_layer) if paths]
+        # What lies before the first touched layer is the same in all models, or runs at once.
+        start = 0 if self._streamed else min(touched, default=len(of_layer) - 1)
+        self.finals, chain = None, self._recorded(start) if of_layer else None
+        if chain is not None:
+            self._walk(chain, of_layer)
         self.finals = chain
-        with streamed.trunk():
+        with self._trunk():
             self._rest()
 
-    def _recorded(self, streamed: StreamedModel) -> LayerChain:
-        """The layers from the first on.
+    def _walk(self, chain: LayerChain, of_layer: Sequence[Sequence[str]]) -> None:
+        """Solve layer by layer; of each, all is forgotten but the hidden states behind it."""
+        for layer in range(chain.start, len(of_layer)):
+            with self._layer(layer):
+                self._solve_layer(chain, layer, of_layer[layer])
+                chain.run_student(layer)
+                chain.run_base(layer)
+                self.fused.give_back(of_layer[layer])
+
+    def _layer(self, index: int) -> AbstractContextManager[None]:
+        return self._streamed.layer(index) if self._streamed else contextlib.nullcontext()
+
+    def _trunk(self) -> AbstractContextManager[None]:
+        return self._streamed.trunk() if self._streamed else contextlib.nullcontext()
+
+    def _recorded(self, start: int) -> LayerChain | None:
+        """The layers from ``start`` on; None where they are no chain.
 
         Raises:
-            CheckpointError: where they are no chain.
+            CheckpointError: where they are none, and are to be in memory one at a time.
         """
-        with streamed.trunk():
-            chain = LayerChain.recorded(self._teacher, self.fused, self._batches, 0, self._measured)
-        if chain is None:
+        with self._trunk():
+            chain = LayerChain.recorded(
+                self._teacher, self.fused, self._batches, start, self._measured
+            )
+        if chain is None and self._streamed is not None:
             raise CheckpointError(
                 f"{self._teacher.source.path}: does more between its layers than hand on hidden "
                 "states, so it runs as a whole only; give it the memory with --memory"
@@ -209,7 +208,8 @@ class Calibration:
             self._teacher.model(self._batches[0].tokens)
         return bool(noted)
 
-    def _paths_in(self, layers: Sequence[nn.Module]) -> list[list[str]]:
+    def _paths_in_layers(self) -> list[list[str]]:
+        layers = layers_of(self._teacher.model)
         names = {id(module): path for path, module in self._teacher.model.named_modules()}
         prefixes = [f"{names[id(layer)]}." for layer in layers if id(layer) in names]
         return [[p for p in self._steps if p.startswith(prefix)] for prefix in prefixes]
@@ -222,7 +222,7 @@ class Calibration:
         """Embeddings come first; where they are the output head too, its inputs count."""
         for path in self._embedding_paths():
             columns = self._steps[path].shape[2]
-            moments = InputMoments.zero(columns, cross=False)
+            moments = InputMoments.zero(columns)
             for index, batch in enumerate(self._batches):
                 for call in self._whole(path, False, index):
                     moments.add(call.rows(batch.valid), None)
@@ -239,21 +239,13 @@ class Calibration:
         """Solve a layer's modules; the teacher's states are then those behind it."""
         groups = []
         if paths:
-            run = partial(chain.run, layer, 0, fused=False)
+            run = partial(chain.run, layer, 0)
             groups = input_groups(run, self._current(paths))
         calls = chain.run_teacher(layer, self._current([group[0] for group in groups]))
         for group in groups:
             ours = [[call for call in batch if call.path == group[0]] for batch in calls]
-            self._solve_group(group, ours.__getitem__, self._fused_inputs(chain, layer, group[0]))
-
-    def _fused_inputs(self, chain: LayerChain, layer: int, path: str) -> Inputs | None:
-        """How to get a module's inputs in the fused model, None where they are the teacher's."""
-        if not self.fused.ever:
-            return None
-        module = self._current([path])[path]
-        return lambda batch: noted_inputs(
-            partial(chain.run, layer, batch, fused=True), path, module
-        )
+            theirs = partial(chain.student_inputs, layer, group) if self.fused.ever else None
+            self._solve_group(group, ours.__getitem__, theirs)
 
     def _whole(self, path: str, fused: bool, batch: int) -> list[ModuleInput]:
         """A module's inputs when the whole model runs."""
@@ -292,15 +284,17 @@ class Calibration:
             for path in group:
                 self._solve_unseen(path)
             return
-        columns = self._steps[group[0]].shape[2]
-        moments = InputMoments.zero(columns, cross=theirs is not None)
+        matrices, drift = self._merged(group), None
+        if theirs is not None:
+            drift = Drift.zero([matrix.values for matrix in matrices], self._tokens)
+        moments = InputMoments.zero(self._steps[group[0]].shape[2], drift)
         for index, batch in enumerate(self._batches):
             calls = ours(index)
             others = [None] * len(calls) if theirs is None else theirs(index)
             for call, other in zip(calls, others, strict=True):
                 fused = None if other is None else other.rows(batch.valid)
                 moments.add(call.rows(batch.valid), fused)
-        self._solve(group, moments)
+        self._solve(group, moments, matrices)
 
     def _solve_unseen(self, path: str) -> None:
         """Solve a module of whose inputs nothing is known: its weights' own error counts."""
@@ -309,28 +303,23 @@ class Calibration:
         else:
             self._solve([path], None)
 
-    def _solve(self, group: Sequence[str], moments: InputMoments | None) -> None:
-        """Solve plain matrices, those of one format together; without moments, by weight error."""
+    def _solve(
+        self,
+        group: Sequence[str],
+        moments: InputMoments | None,
+        matrices: Sequence[MergedRows] = (),
+    ) -> None:
+        """Solve plain matrices; without moments, by weight error."""
         self.groups.append(tuple(group))
-        columns = self._steps[group[0]].shape[2]
         if moments is None:
-            moments = InputMoments.zero(columns, cross=False)
+            moments = InputMoments.zero(self._steps[group[0]].shape[2])
         prepared = Moments.prepared(moments.fused, tokens=moments.count)
-        by_format: dict[tuple[TargetFormat, bool], list[tuple[str, MergedRows]]] = {}
-        for path in group:
-            matrix = Weight.open(self._steps[path]).matrix()
-            key = (matrix.target, matrix.same_format)
-            by_format.setdefault(key, []).append((path, matrix))
-        for (target, same_format), members in by_format.items():
-            merged = np.concatenate([matrix.values for _, matrix in members], axis=1)
-            base = stacked([matrix.base for _, matrix in members]) if same_format else None
-            solution = _solve_parts(merged, base, target, moments, prepared)
-            first = 0
-            for path, matrix in members:
-                last = first + matrix.values.shape[1]
-                rows = matrix.finished(solution.quantized.part(first, last))
-                self._finish(self._steps[path], [rows], [solution], moments)
-                first = last
+        solved = solve_group(matrices or self._merged(group), prepared, moments.drift)
+        for path, rows in zip(group, solved.matrices, strict=True):
+            self._finish(self._steps[path], [rows], [solved], moments)
+
+    def _merged(self, group: Sequence[str]) -> list[MergedRows]:
+        return [Weight.open(self._steps[path]).matrix() for path in group]
 
     def _solve_experts(self, group: Sequence[str], inputs: Inputs) -> None:
         """Solve expert layers, as many experts at a time as their moments fit the budget.
@@ -347,9 +336,9 @@ class Calibration:
 
         weights = {path: Weight.open(self._steps[path]) for path in group}
         at_once = max(1, MOMENTS_BYTES // (columns * columns * 4) - 1)
-        solved: dict[str, list[Solution]] = {path: [] for path in group}
+        solved: dict[str, list[SolvedGroup]] = {path: [] for path in group}
         rows: dict[str, list[QuantizedRows]] = {path: [] for path in group}
-        seen = InputMoments.zero(1, cross=False)
+        seen = InputMoments.zero(1)
         for first in range(0, experts, at_once):
             chosen = range(first, min(first + at_once, experts))
             of_experts, everyone = expert_moments(calls, chosen, columns)
@@ -357,11 +346,9 @@ class Calibration:
             for expert, moments in zip(chosen, of_experts, strict=True):
                 prepared = Moments.prepared(moments.fused, tokens=everyone.count)
                 for path in group:
-                    matrix = weights[path].matrix(expert)
-                    base = matrix.base if matrix.same_format else None
-                    solution = _solve_parts(matrix.values, base, matrix.target, moments, prepared)
-                    solved[path].append(solution)
-                    rows[path].append(matrix.finished(solution.quantized))
+                    found = solve_group([weights[path].matrix(expert)], prepared)
+                    solved[path].append(found)
+                    rows[path].extend(found.matrices)
         for path in group:
             self._finish(self._steps[path], rows[path], solved[path], seen)
 
@@ -369,7 +356,7 @@ class Calibration:
         self,
         step: WeightStep,
         experts: list[QuantizedRows],
-        solutions: Sequence[Solution],
+        solutions: Sequence[SolvedGroup],
         moments: InputMoments,
     ) -> None:
         assert step.target_spec is not None, "a solved module is quantized"
@@ -380,27 +367,3 @@ class Calibration:
         self.fused.put(step.module, experts, step.target_spec)
         if self._progress is not None:
             self._progress(len(self.solved.experts), len(self._steps))
-
-
-def _solve_parts(
-    merged: Float32,
-    base: QuantizedRows | None,
-    target: TargetFormat,
-    moments: InputMoments,
-    prepared: Moments,
-) -> Solution:
-    """Solve a matrix ``[columns, rows]`` in parts of rows, which do not depend on each other."""
-    columns, rows = merged.shape
-    size = max(1, _SOLVED_ELEMENTS // columns)
-    solutions = []
-    for first in range(0, rows, size):
-        last = min(first + size, rows)
-        part = np.ascontiguousarray(merged[:, first:last])
-        wanted = compensated(part, moments, prepared)
-        own = None if base is None else base.part(first, last)
-        solutions.append(solve(wanted, part, prepared, target, own))
-    return Solution(
-        stacked([solution.quantized for solution in solutions]),
-        sum(solution.error for solution in solutions),
-        sum(solution.nearest_error for solution in solutions),
-    )

@@ -8,7 +8,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.requantize.solver import WIDEST_FLOAT64, Moments
+from mlx_fusekit.requantize.cholesky import add_cross_products, add_products
+from mlx_fusekit.requantize.solver import Moments
 from mlx_fusekit.requantize.taps import ModuleInput, evaluate, inputs_noted
 
 #: Pseudo-observations, as a share of the columns, by which an expert's moments lean on those of
@@ -19,26 +20,64 @@ _LARGEST = np.float32(1e15)
 
 
 @dataclass
+class Drift:
+    """How the inputs of the fused model, ``y``, differ from the teacher's, ``x``.
+
+    Attributes:
+        sums: over tokens of ``y (x - y)^T``, float32 ``[columns, columns]``; where weights are
+            given, of its product with them, ``[columns, rows]``.
+        weights: the merged ones of the modules that have these inputs, ``[columns, rows]``.
+    """
+
+    sums: Float32
+    weights: Float32 | None = None
+
+    @classmethod
+    def zero(cls, weights: Sequence[Float32], tokens: int) -> "Drift":
+        """Of no tokens yet, in the form that takes fewer operations for so many.
+
+        Args:
+            weights: of each module, ``[columns, rows]``.
+            tokens: that will be added.
+        """
+        columns, rows = len(weights[0]), sum(own.shape[1] for own in weights)
+        if 2 * tokens * rows < columns * (tokens + rows):
+            joined = weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1)
+            return cls(np.zeros((columns, rows), np.float32), joined)
+        return cls(np.zeros((columns, columns), np.float32))
+
+    def add(self, fused: Float32, difference: Float32) -> None:
+        """Count some tokens, ``y`` and ``x - y``, ``[tokens, columns]``."""
+        right = difference if self.weights is None else difference @ self.weights
+        add_cross_products(self.sums, fused, right)
+
+    def times(self, weights: Float32, places: Sequence[slice]) -> Float32:
+        """The sums times some of the weights, ``[columns, rows]``, which are at these places."""
+        if self.weights is None:
+            return self.sums @ weights
+        return np.concatenate([self.sums[:, place] for place in places], axis=1)
+
+
+@dataclass
 class InputMoments:
     """Sums over tokens of a module's inputs, ``x`` in the teacher and ``y`` in the fused model.
 
     Attributes:
-        fused: sum of ``y y^T``, float32 ``[columns, columns]``.
-        cross: sum of ``x y^T``; None where both models have the same inputs.
+        fused: sum of ``y y^T``, float32 ``[columns, columns]``, of which the upper triangle counts.
+        drift: None where both models have the same inputs.
         count: tokens.
         skipped: tokens whose inputs were not finite, or too large for sums of their squares.
     """
 
     fused: Float32
-    cross: Float32 | None
+    drift: Drift | None = None
     count: int = 0
     skipped: int = 0
 
     @classmethod
-    def zero(cls, columns: int, *, cross: bool) -> "InputMoments":
+    def zero(cls, columns: int, drift: Drift | None = None) -> "InputMoments":
         """Of no tokens."""
-        shape = (columns, columns)
-        return cls(np.zeros(shape, np.float32), np.zeros(shape, np.float32) if cross else None)
+        return cls(np.zeros((columns, columns), np.float32), drift)
 
     def add(self, teacher: Float32, fused: Float32 | None) -> None:
         """Count some tokens' inputs ``[tokens, columns]``; None where the fused are the same."""
@@ -51,9 +90,9 @@ class InputMoments:
             teacher = teacher[finite]
             fused = None if fused is None else fused[finite]
         own = teacher if fused is None else fused
-        self.fused += own.T @ own
-        if self.cross is not None:
-            self.cross += teacher.T @ own
+        add_products(self.fused, own)
+        if self.drift is not None:
+            self.drift.add(own, teacher - own)
         self.count += len(own)
 
 
@@ -91,8 +130,8 @@ def expert_moments(
         experts: which experts' moments are wanted.
         columns: width of the inputs.
     """
-    chosen = {expert: InputMoments.zero(columns, cross=False) for expert in experts}
-    everyone = InputMoments.zero(columns, cross=False)
+    chosen = {expert: InputMoments.zero(columns) for expert in experts}
+    everyone = InputMoments.zero(columns)
     for call in calls():
         rows, of = call.rows_of_experts()
         everyone.add(rows, None)
@@ -110,7 +149,9 @@ def _lean_on(moments: InputMoments, everyone: InputMoments, columns: int) -> Non
         moments.fused += everyone.fused * np.float32(prior)
 
 
-def compensated(weights: Float32, moments: InputMoments, prepared: Moments) -> Float32:
+def compensated(
+    weights: Float32, places: Sequence[slice], drift: Drift, moments: Moments
+) -> Float32:
     """Weights that give the teacher's outputs from the fused model's inputs, by least squares.
 
     What the layers before did to the inputs is made good as far as a linear map can: the target of
@@ -118,14 +159,13 @@ def compensated(weights: Float32, moments: InputMoments, prepared: Moments) -> F
     weights.
 
     Args:
-        weights: the merged ones, ``[columns, rows]``.
-        moments: of the inputs.
-        prepared: the same moments, damped.
+        weights: some of the merged ones, ``[columns, rows]``.
+        places: theirs among all of them.
+        drift: of the inputs.
+        moments: of the inputs, damped.
     """
-    if moments.cross is None or not moments.count:
-        return weights
-    dtype = np.float64 if len(weights) <= WIDEST_FLOAT64 else np.float32
-    # (fused + d) target = (cross^T + d) weights, written as a correction of the weights.
-    drift = (moments.cross.T - moments.fused) * np.float32(prepared.scale)
-    correction = np.linalg.solve(prepared.matrix.astype(dtype), (drift @ weights).astype(dtype))
-    return weights + correction.astype(np.float32)
+    # With x = y + e: (sum y y^T + d) target = (sum y x^T + d) weights, as a correction of them.
+    wanted = drift.times(weights, places) * np.float32(moments.scale)
+    correction = moments.factor.solved(wanted)
+    # Sums of inputs that float32 just holds may overflow in a product.
+    return weights + correction if np.isfinite(correction).all() else weights

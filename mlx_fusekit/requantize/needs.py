@@ -17,7 +17,6 @@ from mlx_fusekit.figures import size
 from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.merging.plan import FusePlan, WeightStep
 from mlx_fusekit.requantize.options import CalibrationOptions
-from mlx_fusekit.requantize.solver import WIDEST_FLOAT64
 from mlx_fusekit.texts.sequences import most_held_out
 from mlx_fusekit.verifying.parity import LOGIT_BYTES
 
@@ -26,9 +25,9 @@ MEMORY_SHARE = 0.6
 #: Arrays of logits that live at once while models are compared.
 _LOGITS = 5
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-#: Bytes a square of columns, of all copies of the moments that live at once while they are solved:
-#: up to a width some are in float64.
-_MOMENT_BYTES, _WIDE_MOMENT_BYTES = 36, 24
+#: Bytes a square of columns, of all copies of the moments that live at once: the damped ones, their
+#: factor, and the drift or what prepares a factor.
+_MOMENT_BYTES = 12
 #: Weights that are solved at once at most, and bytes of each in all its copies.
 _SOLVED_AT_ONCE, _SOLVED_BYTES = 1 << 24, 24
 #: Python, MLX and what they have loaded.
@@ -69,8 +68,7 @@ def memory_needs(plan: FusePlan, tokens: int) -> MemoryNeeds:
     widths = 2 * max((sum(widths) for widths in inputs.values()), default=0)
     states = 4 * (tokens + most_held_out(tokens)) * widths
     largest = max((step.shape[1] * step.shape[2] for step in steps), default=0)
-    moments = _MOMENT_BYTES if columns <= WIDEST_FLOAT64 else _WIDE_MOMENT_BYTES
-    solving = moments * columns**2 + _SOLVED_BYTES * min(largest, _SOLVED_AT_ONCE)
+    solving = _MOMENT_BYTES * columns**2 + _SOLVED_BYTES * min(largest, _SOLVED_AT_ONCE)
     fixed = solving + states + plan.computed_bytes + _PROGRAM_BYTES
     one = max(layers.values(), default=0) * 2 + max(merged.values(), default=0)
     whole = sum(layers.values()) + sum(trunk)

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from mlx_fusekit.formats.floats import Float32
 from mlx_fusekit.formats.quantization import QuantizedRows, TargetFormat
+from mlx_fusekit.requantize.cholesky import Cholesky, make_symmetric
 from mlx_fusekit.requantize.grids import Grid, fitted_grid, grid_of, nearest_of, values_of
 
 #: Share of the mean second moment added to all of them: directions that the calibration text does
@@ -38,8 +39,6 @@ _SMALLEST_GAIN = 0.003
 _MOST_PASSES = 12
 #: A mean second moment at or below this is numerical dust.
 _SMALLEST_MOMENT = 1e-30
-#: Cholesky factors of wider matrices are computed in float32, to save memory and time.
-WIDEST_FLOAT64 = 8192
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,12 @@ class Moments:
 
     Attributes:
         matrix: float32 ``[columns, columns]``, damped, with a mean diagonal of 1.
-        order: columns from the smallest second moment to the largest.
-        factor: Cholesky factor of the matrix in that order, upper triangular with
-            ``factor.T @ factor = matrix[order][:, order]``.
+        factor: of the matrix, its columns from the smallest second moment to the largest.
         scale: what the sums were multiplied by, 1 over their mean diagonal.
     """
 
     matrix: Float32
-    order: npt.NDArray[np.intp]
-    factor: Float32
+    factor: Cholesky
     scale: float
 
     @classmethod
@@ -69,29 +65,29 @@ class Moments:
         identity.
 
         Args:
-            second_moments: sums over tokens.
+            second_moments: sums over tokens, of which the upper triangle counts; overwritten, and
+                used from then on.
             damping: share of the mean second moment added to all.
             tokens: how many there were; the fewer, the more is added.
         """
         columns = len(second_moments)
         if tokens is not None:
             damping += SHRINKAGE * columns / max(tokens, 1)
-        scale = float(np.trace(second_moments)) / columns
-        if not scale > _SMALLEST_MOMENT or not np.isfinite(second_moments).all():
+        matrix = second_moments
+        make_symmetric(matrix)
+        scale = float(np.trace(matrix)) / columns
+        if not scale > _SMALLEST_MOMENT or not np.isfinite(matrix).all():
             identity = np.eye(columns, dtype=np.float32)
-            return cls(identity, np.arange(columns), identity, 1.0)
-        matrix = second_moments * np.float32(1 / scale)
-        dtype = np.float64 if columns <= WIDEST_FLOAT64 else np.float32
+            return cls(identity, Cholesky.of(identity, np.arange(columns)), 1.0)
+        matrix *= np.float32(1 / scale)
+        own = np.diag(matrix).copy()
         while True:
-            damped = matrix.copy()
-            damped[np.diag_indices(columns)] += np.float32(damping)
-            order = np.argsort(np.diag(damped), kind="stable")
+            np.fill_diagonal(matrix, own + np.float32(damping))
+            order = np.argsort(np.diag(matrix), kind="stable")
             try:
-                factor = np.linalg.cholesky(damped[np.ix_(order, order)].astype(dtype)).T
+                return cls(matrix, Cholesky.of(matrix, order), 1 / scale)
             except np.linalg.LinAlgError:
                 damping *= 10
-                continue
-            return cls(damped, order, np.ascontiguousarray(factor, np.float32), 1 / scale)
 
     def errors(self, values: Float32, target: Float32) -> npt.NDArray[np.float64]:
         """Squared change of each row's output, ``[rows]``."""
@@ -152,9 +148,8 @@ def solve(
             values = np.where(better, start_values, values)
             errors = np.where(better, start_errors, errors)
             grid = grid.mixed(grid_of(start, format_.spec), better)
-    _descend(values, target, moments, grid, float(errors.sum()))
-    solved = grid.quantized(values)
-    return Solution(solved, float(moments.errors(values, target).sum()), nearest_error)
+    error = _descend(values, target, moments, grid, float(errors.sum()))
+    return Solution(grid.quantized(values), error, nearest_error)
 
 
 def _with_error_feedback(target: Float32, moments: Moments, grid: Grid) -> Float32:
@@ -165,14 +160,14 @@ def _with_error_feedback(target: Float32, moments: Moments, grid: Grid) -> Float
     """
     columns = len(target)
     group_size = columns // grid.groups
-    weights = moments.factor / np.diag(moments.factor)[:, None]
-    ordered = target[moments.order]
+    weights, order = moments.factor.unit, moments.factor.order
+    ordered = target[order]
     wanted, values = ordered.copy(), np.empty_like(target)
     for last in range(columns, 0, -_BLOCK):
         first = max(0, last - _BLOCK)
         errors = np.empty((last - first, target.shape[1]), np.float32)
         for place in range(last - 1, first - 1, -1):
-            column = moments.order[place]
+            column = order[place]
             values[column] = grid.nearest(wanted[place], column // group_size)
             error = np.subtract(values[column], ordered[place], out=errors[place - first])
             # Near columns at once, the others of the block when the sub-block is done.
@@ -189,17 +184,29 @@ def _with_error_feedback(target: Float32, moments: Moments, grid: Grid) -> Float
     return values
 
 
-def _descend(values: Float32, target: Float32, moments: Moments, grid: Grid, error: float) -> None:
-    """Coordinate descent on ``values``, in place, from their error."""
+def _descend(values: Float32, target: Float32, moments: Moments, grid: Grid, error: float) -> float:
+    """Coordinate descent on ``values``, in place, from their error; what is left of it."""
+    change = values - target
     for _ in range(_MOST_PASSES):
-        gain = _descend_once(values, target, moments.matrix, grid)
+        gain = _descend_once(values, change, target, moments.matrix, grid)
+        error = max(error - gain, 0.0)
         if gain <= _SMALLEST_GAIN * error:
-            return
-        error -= gain
+            break
+    return error
 
 
-def _descend_once(values: Float32, target: Float32, matrix: Float32, grid: Grid) -> float:
-    """One pass over all columns; the error it gained."""
+def _descend_once(
+    values: Float32, change: Float32, target: Float32, matrix: Float32, grid: Grid
+) -> float:
+    """One pass over all columns; the error it gained.
+
+    Args:
+        values: on the grid; brought up to date, as is ``change``.
+        change: ``values - target``.
+        target: the weights whose output is wanted.
+        matrix: the second moments.
+        grid: of the values.
+    """
     columns = len(values)
     group_size = columns // grid.groups
     diagonal = np.diag(matrix)
@@ -207,7 +214,7 @@ def _descend_once(values: Float32, target: Float32, matrix: Float32, grid: Grid)
     for first in range(0, columns, _BLOCK):
         last = min(first + _BLOCK, columns)
         # Half the derivative of the error by these columns' values.
-        slope = matrix[first:last] @ (values - target)
+        slope = matrix[first:last] @ change
         for near in range(first, last, _SUB_BLOCK):
             done = min(near + _SUB_BLOCK, last)
             steps = np.empty((done - near, values.shape[1]), np.float32)
@@ -219,6 +226,7 @@ def _descend_once(values: Float32, target: Float32, matrix: Float32, grid: Grid)
                 # error(step) = 2 * slope * step + diagonal * step ** 2
                 gain -= 2 * float(here @ step) + float(diagonal[column]) * float(step @ step)
                 values[column] = best
+                np.subtract(best, target[column], out=change[column])
                 if column + 1 < done:
                     ahead = slice(column + 1 - first, done - first)
                     slope[ahead] += matrix[column + 1 : done, column, None] * step

@@ -8,6 +8,7 @@ of mlx-lm runs as always.
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -60,9 +61,16 @@ def inputs_noted(modules: Mapping[str, nn.Module]) -> Iterator[list[ModuleInput]
     no input that could have second moments.
     """
     noted: list[ModuleInput] = []
+
+    def note(path: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        experts = args[1] if len(args) > 1 else kwargs.get("indices")
+        noted.append(ModuleInput(path, args[0], experts))
+        return call(*args, **kwargs)
+
     with contextlib.ExitStack() as stack:
         for path, module in modules.items():
-            stack.enter_context(_overridden(module, _noting(type(module), path, noted)))
+            method = "as_linear" if hasattr(module, "as_linear") else "__call__"
+            stack.enter_context(_overridden(module, method, partial(note, path)))
         yield noted
 
 
@@ -75,43 +83,36 @@ def evaluate(noted: Sequence[ModuleInput], *others: mx.array) -> None:
 @contextlib.contextmanager
 def calls_intercepted(module: nn.Module, intercept: Callable[..., Any]) -> Iterator[None]:
     """While it lasts, ``intercept(call, *args, **kwargs)`` runs in place of ``module(...)``."""
-    kind: Any = type(module)
-
-    class Intercepted(kind):  # type: ignore[misc]
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return intercept(super().__call__, *args, **kwargs)
-
-    with _overridden(module, Intercepted):
+    with _overridden(module, "__call__", intercept):
         yield
 
 
-def _noting(kind: Any, path: str, noted: list[ModuleInput]) -> type:
-    if hasattr(kind, "as_linear"):
+@cache
+def _listening(kind: Any, method: str) -> Any:
+    """A subclass that hands a method's calls to ``intercepts``, by the module's id.
 
-        class NotingHead(kind):  # type: ignore[misc]
-            def as_linear(self, x: mx.array) -> Any:
-                noted.append(ModuleInput(path, x))
-                return super().as_linear(x)
+    One for all modules of a class: a class is only freed with all that its methods refer to when
+    Python looks for cycles, and hidden states must not wait for that.
+    """
+    intercepts: dict[int, Callable[..., Any]] = {}
 
-        return NotingHead
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return intercepts[id(self)](partial(getattr(kind, method), self), *args, **kwargs)
 
-    class Noting(kind):  # type: ignore[misc]
-        def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-            experts = args[0] if args else kwargs.get("indices")
-            noted.append(ModuleInput(path, x, experts))
-            return super().__call__(x, *args, **kwargs)
-
-    return Noting
+    return type(kind.__name__, (kind,), {method: run, "intercepts": intercepts})
 
 
 @contextlib.contextmanager
-def _overridden(module: Any, kind: type) -> Iterator[None]:
+def _overridden(module: Any, method: str, intercept: Callable[..., Any]) -> Iterator[None]:
     before = module.__class__
-    module.__class__ = kind
+    listening = _listening(before, method)
+    listening.intercepts[id(module)] = intercept
+    module.__class__ = listening
     try:
         yield
     finally:
         module.__class__ = before
+        del listening.intercepts[id(module)]
 
 
 def _as_float32(array: mx.array) -> Float32:

@@ -6,7 +6,6 @@ running a few times, and only one group of inputs' moments is held at a time.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -16,8 +15,9 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from mlx_fusekit.requantize.replay import Known, inputs_on_the_way, matrices_in, output_from
 from mlx_fusekit.requantize.taps import ModuleInput, calls_intercepted, evaluate, inputs_noted
-from mlx_fusekit.running.model import RunningModel
+from mlx_fusekit.running.model import RunningModel, place
 from mlx_fusekit.running.streamed import layers_of
 from mlx_fusekit.running.swapped import FusedModules
 from mlx_fusekit.texts.sequences import TokenSequence, grouped_by_length
@@ -87,6 +87,7 @@ class LayerChain:
         self._model, self._fused, self._calls = model, fused, calls
         self.start, self.teacher, self.student, self.base = start, teacher, student, base
         self.first_measured = len(teacher) - len(base)
+        self._known = [Known() for _ in student]
 
     @classmethod
     def recorded(
@@ -112,7 +113,7 @@ class LayerChain:
         """
         layers = layers_of(teacher.model)
         calls, states, student, base = [], [], [], []
-        for place, batch in enumerate((*batches, *measured)):
+        for number, batch in enumerate((*batches, *measured)):
             noted = _chained_calls(teacher.model, layers, batch, start)
             if noted is None:
                 return None
@@ -123,21 +124,37 @@ class LayerChain:
                     again = _chained_calls(teacher.model, layers, batch, start)
                 assert again is not None, "the fused model has the teacher's layers"
                 student.append(again[1])
-            if place >= len(batches):
+            if number >= len(batches):
                 base.append(_entering_the_base(teacher, layers, batch, start, noted[1]))
         return cls(teacher, fused, calls, start, states, student or list(states), base)
 
-    def run(self, layer: int, batch: int, *, fused: bool) -> mx.array:
-        """A layer's output for a batch, lazily."""
-        states = self.student if fused else self.teacher
+    def run(self, layer: int, batch: int, states: mx.array | None = None) -> mx.array:
+        """A layer's output for a batch, lazily; for the teacher's hidden states or others."""
+        states = self.teacher[batch] if states is None else states
         call = self._calls[batch][layer - self.start]
-        context: AbstractContextManager[Any] = (
-            self._fused.active() if fused else contextlib.nullcontext()
-        )
-        with context:
-            module = layers_of(self._model.model)[layer]
-            output: mx.array = module(states[batch], *call.args, **call.kwargs)
+        output: mx.array = layers_of(self._model.model)[layer](states, *call.args, **call.kwargs)
         return output
+
+    def student_inputs(self, layer: int, group: Sequence[str], batch: int) -> list[ModuleInput]:
+        """What the first of a group of a layer's modules is called with in the fused model.
+
+        The groups of a layer are to be asked for in their order, once those before are solved.
+        """
+        states, known = self.student[batch], self._known[batch]
+        with self._fused.active():
+            run = partial(self.run, layer, batch, states)
+            modules = self._matrices(layer, group)
+            return inputs_on_the_way(run, modules, known, group, states.shape)
+
+    def _matrices(self, layer: int, group: Sequence[str] = ()) -> dict[str, nn.Module]:
+        """A layer's matrices as they stand in the model now, and a group of modules as such."""
+        model = self._model.model
+        names = {id(module): path for path, module in model.named_modules()}
+        module = layers_of(model)[layer]
+        inside = tuple(f"{path}." for path in group)
+        found = matrices_in(module, names[id(module)])
+        paths = [*group, *(p for p in found if p not in group and not p.startswith(inside))]
+        return {path: place(model, path).value for path in paths}
 
     def run_teacher(self, layer: int, modules: Mapping[str, nn.Module]) -> list[list[ModuleInput]]:
         """Run the teacher's layer, and note what some of its modules are called with.
@@ -150,7 +167,7 @@ class LayerChain:
         calls = []
         for batch in range(len(self.teacher)):
             with inputs_noted(modules) as noted:
-                after = self.run(layer, batch, fused=False)
+                after = self.run(layer, batch)
             evaluate(noted, after)
             calls.append(noted)
             self.teacher[batch] = after
@@ -158,12 +175,11 @@ class LayerChain:
 
     def run_base(self, layer: int) -> None:
         """Run the base's layer, whose states are then those behind it."""
-        for place, states in enumerate(self.base):
-            call = self._calls[self.first_measured + place][layer - self.start]
-            with self._model.without_adapter() as model:
-                after = layers_of(model)[layer](states, *call.args, **call.kwargs)
+        for number, states in enumerate(self.base):
+            with self._model.without_adapter():
+                after = self.run(layer, self.first_measured + number, states)
             mx.eval(after)
-            self.base[place] = after
+            self.base[number] = after
 
     def run_student(self, layer: int) -> None:
         """Run the fused model's layer, whose states are then those behind it.
@@ -173,10 +189,11 @@ class LayerChain:
         if not self._fused.ever:
             self.student = list(self.teacher)
             return
-        for batch in range(len(self.student)):
-            after = self.run(layer, batch, fused=True)
-            mx.eval(after)
-            self.student[batch] = after
+        for batch, states in enumerate(self.student):
+            with self._fused.active():
+                run, matrices = partial(self.run, layer, batch, states), self._matrices(layer)
+                self.student[batch] = output_from(run, matrices, self._known[batch])
+            self._known[batch] = Known()
 
 
 def _entering_the_base(

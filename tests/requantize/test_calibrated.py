@@ -38,7 +38,7 @@ from mlx_fusekit.fusing.execute import execute
 from mlx_fusekit.merging.arithmetic import RowRange
 from mlx_fusekit.merging.merged import Weight
 from mlx_fusekit.merging.plan import WeightStep
-from mlx_fusekit.requantize import calibrated
+from mlx_fusekit.requantize import calibrated, parts
 from mlx_fusekit.requantize.calibrated import Calibration, SolvedWeights
 from mlx_fusekit.requantize.nearest import nearest
 from mlx_fusekit.requantize.taps import calls_intercepted, evaluate, inputs_noted
@@ -193,10 +193,10 @@ def test_the_fused_model_is_closer_to_the_teacher(name: str, tmp_path: Path) -> 
     assert steps == [(done, len(paths)) for done in range(1, len(paths) + 1)]
     assert sorted(path for group in calibration.groups for path in group) == sorted(paths)
 
-    rounded = running_with(case, nearest)
+    rounded, fused = running_with(case, nearest), running_with(case, solved)
     before, after = (
-        output_errors(case, fused) | weighted_errors(case, weights)
-        for fused, weights in ((rounded, nearest), (calibration.fused, solved))
+        output_errors(case, running) | weighted_errors(case, weights)
+        for running, weights in ((rounded, nearest), (fused, solved))
     )
     assert set(after) == set(paths)
     ratios = {path: after[path] / before[path] for path in paths}
@@ -206,13 +206,13 @@ def test_the_fused_model_is_closer_to_the_teacher(name: str, tmp_path: Path) -> 
     assert not any(result.skipped for result in solved.results.values())
 
     limit = 0.8 if EXPERTS[0] in CASES[name][1] else 0.5
-    assert kl(case, calibration.fused) < limit * kl(case, rounded)
+    assert kl(case, fused) < limit * kl(case, rounded)
     # Hardly more tokens than columns, and yet other text of any tokens gains too.
-    assert kl(case, calibration.fused, OTHER_TEXT) < 1.1 * kl(case, rounded, OTHER_TEXT)
+    assert kl(case, fused, OTHER_TEXT) < 1.1 * kl(case, rounded, OTHER_TEXT)
 
     stored = run_model(fused_on_disk(case, solved)).model
     tokens = OTHER_TEXT[0].tokens
-    with calibration.fused.active() as model:
+    with fused.active() as model:
         now = logits_of(model, tokens)
     np.testing.assert_allclose(logits_of(stored, tokens), now, atol=2e-4)
     assert np.abs(now - logits_of(case.teacher.model, tokens)).max() > 1e-3
@@ -282,9 +282,10 @@ def test_wider_modules_are_solved_in_their_new_format(tmp_path: Path) -> None:
         solved = calibration.run()
         assert all(step.target_spec.bits == 8 for step in case.plan.merged if step.target_spec)
         assert all(rows[0].scale_dtype == "BF16" for rows in solved.experts.values())
-        narrow = Calibration(made_case.plan, made_case.teacher, TEXT[:4])
-        narrow.run()
-        assert kl(case, calibration.fused) < 0.2 * kl(made_case, narrow.fused)
+        narrow = Calibration(made_case.plan, made_case.teacher, TEXT[:4]).run()
+        assert kl(case, running_with(case, solved)) < 0.2 * kl(
+            made_case, running_with(made_case, narrow)
+        )
 
 
 # ---- what is seen little, never, or not finite ----
@@ -297,7 +298,7 @@ def test_calibration_on_one_token(tmp_path: Path) -> None:
         solved = calibration.run()
         assert all(np.isfinite(result.error) for result in solved.results.values())
         # The one token is reproduced; all else is at most a little worse than nearest.
-        assert kl(case, calibration.fused, OTHER_TEXT) < 2 * kl(
+        assert kl(case, running_with(case, solved), OTHER_TEXT) < 2 * kl(
             case, running_with(case, nearest_of(case)), OTHER_TEXT
         )
 
@@ -437,12 +438,13 @@ def test_models_in_their_stored_format_are_calibrated(name: str, tmp_path: Path)
     assert not case.teacher.exact
     calibration = Calibration(case.plan, case.teacher, TEXT[:4])
     solved = calibration.run()
-    with calibration.fused.active() as model:
+    fused = running_with(case, solved)
+    with fused.active() as model:
         for path in solved.experts:
             assert place(model, path).value["scales"].dtype != mx.float32
         now = logits_of(model, TEXT[0].tokens)
     nearest = kl(case, running_with(case, nearest_of(case)), TEXT[:4])
-    assert kl(case, calibration.fused, TEXT[:4]) < 0.7 * nearest
+    assert kl(case, fused, TEXT[:4]) < 0.7 * nearest
     stored = run_model(fused_on_disk(case, solved), memory_share=0).model
     np.testing.assert_array_equal(logits_of(stored, TEXT[0].tokens), now)
 
@@ -492,20 +494,20 @@ def test_rows_solved_in_parts_are_the_same(tmp_path: Path, monkeypatch: pytest.M
     case = made("lora", tmp_path)
     calibration = Calibration(case.plan, case.teacher, TEXT[:4])
     whole = calibration.run()
-    monkeypatch.setattr(calibrated, "_SOLVED_ELEMENTS", 50 * 64)
-    parts = Calibration(case.plan, case.teacher, TEXT[:4]).run()
+    monkeypatch.setattr(parts, "_SOLVED_ELEMENTS", 50 * 64)
+    in_parts = Calibration(case.plan, case.teacher, TEXT[:4]).run()
     # Matrix products of other shapes round otherwise, and the next layers' inputs with them.
     for path in calibration.groups[0]:
-        assert np.mean(whole.experts[path][0].codes == parts.experts[path][0].codes) > 0.99
+        assert np.mean(whole.experts[path][0].codes == in_parts.experts[path][0].codes) > 0.99
     for path, result in whole.results.items():
-        assert parts.results[path].error == pytest.approx(result.error, rel=0.2)
+        assert in_parts.results[path].error == pytest.approx(result.error, rel=0.2)
 
 
 def test_fused_modules_come_and_go(tmp_path: Path) -> None:
     case = made("lora", tmp_path)
     calibration = Calibration(case.plan, case.teacher, TEXT[:4])
     calibration.run()
-    fused = calibration.fused
+    fused = running_with(case, calibration.solved)
     tokens = TEXT[0].tokens
     teacher = logits_of(case.teacher.model, tokens)
     with fused.active() as model:
@@ -528,9 +530,10 @@ def test_a_full_fine_tune_is_calibrated(tmp_path: Path) -> None:
     calibration = Calibration(case.plan, case.teacher, TEXT)
     solved = calibration.run()
     assert len(solved.experts) == 3
-    assert kl(case, calibration.fused) < 0.75 * kl(case, running_with(case, nearest_of(case)))
+    fused = running_with(case, solved)
+    assert kl(case, fused) < 0.75 * kl(case, running_with(case, nearest_of(case)))
     stored = run_model(fused_on_disk(case, solved)).model
-    with calibration.fused.active() as model:
+    with fused.active() as model:
         now = logits_of(model, TEXT[0].tokens)
     np.testing.assert_allclose(logits_of(stored, TEXT[0].tokens), now, atol=2e-4)
 

@@ -1,6 +1,7 @@
 """Listening to modules, the sums of what they hear, and walking layer by layer."""
 
 import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from support.tiny import LLAMA, make_adapter, make_model
 from mlx_fusekit.formats.floats import Float32
 from mlx_fusekit.requantize.calibrated import Calibration
 from mlx_fusekit.requantize.moments import (
+    Drift,
     InputMoments,
     compensated,
     expert_moments,
@@ -191,11 +193,19 @@ def test_groups_are_modules_with_the_same_input() -> None:
 
 def test_moments_are_sums_over_tokens() -> None:
     x, y = normal(50, 8), normal(50, 8, seed=1)
-    moments = InputMoments.zero(8, cross=True)
+    weights = normal(8, 3, seed=2)
+    moments = InputMoments.zero(8, Drift(np.zeros((8, 8), np.float32)))
+    applied = InputMoments.zero(8, Drift(np.zeros((8, 3), np.float32), weights))
     for part in (slice(0, 20), slice(20, 20), slice(20, None)):
         moments.add(x[part], y[part])
-    np.testing.assert_allclose(moments.fused, y.T @ y, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(moments.cross, x.T @ y, rtol=1e-5, atol=1e-5)
+        applied.add(x[part], y[part])
+    np.testing.assert_allclose(np.triu(moments.fused), np.triu(y.T @ y), rtol=1e-5, atol=1e-5)
+    assert moments.drift is not None
+    assert applied.drift is not None
+    np.testing.assert_allclose(moments.drift.sums, y.T @ (x - y), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        applied.drift.sums, moments.drift.sums @ weights, rtol=1e-4, atol=1e-4
+    )
     assert (moments.count, moments.skipped) == (50, 0)
 
 
@@ -203,11 +213,12 @@ def test_moments_are_sums_over_tokens() -> None:
 def test_tokens_that_cannot_be_summed_are_skipped_in_both_models(bad: float) -> None:
     x, y = normal(50, 8), normal(50, 8, seed=1)
     x[3, 2], y[7, 0] = bad, bad
-    moments = InputMoments.zero(8, cross=True)
+    moments = InputMoments.zero(8, Drift(np.zeros((8, 8), np.float32)))
     moments.add(x, y)
-    good = np.delete(np.arange(50), [3, 7])
-    np.testing.assert_allclose(moments.fused, y[good].T @ y[good], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(moments.cross, x[good].T @ y[good], rtol=1e-5, atol=1e-5)
+    x, y = (np.delete(array, [3, 7], axis=0) for array in (x, y))
+    np.testing.assert_allclose(np.triu(moments.fused), np.triu(y.T @ y), rtol=1e-5, atol=1e-5)
+    assert moments.drift is not None
+    np.testing.assert_allclose(moments.drift.sums, y.T @ (x - y), rtol=1e-5, atol=1e-5)
     assert (moments.count, moments.skipped) == (48, 2)
 
 
@@ -215,20 +226,35 @@ def test_massive_activations_are_counted() -> None:
     """What float16 holds, in one channel of many tokens."""
     x = normal(2000, 8)
     x[:, 0] = 6e4
-    moments = InputMoments.zero(8, cross=False)
+    moments = InputMoments.zero(8)
     moments.add(x, None)
     assert moments.skipped == 0
     assert moments.fused[0, 0] == pytest.approx(2000 * 6e4**2, rel=1e-4)
-    assert np.isfinite(Moments.prepared(moments.fused).factor).all()
+    assert np.isfinite(Moments.prepared(moments.fused).factor.unit).all()
 
 
-def compensation(x: Float32, y: Float32, weights: Float32) -> Float32:
-    moments = InputMoments.zero(x.shape[1], cross=True)
+def compensation(x: Float32, y: Float32, weights: Float32, *, applied: bool = False) -> Float32:
+    columns, rows = weights.shape
+    drift = Drift(np.zeros((columns, columns), np.float32))
+    if applied:
+        drift = Drift(np.zeros((columns, rows), np.float32), weights)
+    moments = InputMoments.zero(columns, drift)
     moments.add(x, y)
-    return compensated(weights, moments, Moments.prepared(moments.fused))
+    prepared, last = Moments.prepared(moments.fused), rows - 1
+    first = compensated(weights[:, :last], [slice(0, last)], drift, prepared)
+    return np.hstack([first, compensated(weights[:, last:], [slice(last, rows)], drift, prepared)])
 
 
-def test_compensation_is_ridge_regression() -> None:
+def test_the_drift_takes_the_form_of_fewer_operations() -> None:
+    tall, flat = normal(64, 4), normal(64, 600)
+    assert Drift.zero([tall], tokens=1000).weights is tall
+    assert Drift.zero([tall, flat], tokens=1000).weights is None
+    both = Drift.zero([tall, tall], tokens=1000).weights
+    np.testing.assert_array_equal(both, np.hstack([tall, tall]))
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_compensation_is_ridge_regression(applied: bool) -> None:
     x, weights = normal(300, 16), normal(16, 5, seed=2)
     y = x + 0.3 * normal(300, 16, seed=1)
     damping = 0.01 * np.trace(y.T @ y) / 16
@@ -236,7 +262,7 @@ def test_compensation_is_ridge_regression() -> None:
     left = np.concatenate([y, np.sqrt(damping) * np.eye(16)])
     right = np.concatenate([x @ weights, np.sqrt(damping) * weights])
     wanted = np.linalg.lstsq(left, right, rcond=None)[0]
-    found = compensation(x, y, weights)
+    found = compensation(x, y, weights, applied=applied)
     np.testing.assert_allclose(found, wanted, atol=1e-3)
     assert np.linalg.norm(y @ found - x @ weights) < 0.95 * np.linalg.norm((y - x) @ weights)
 
@@ -263,8 +289,16 @@ def test_compensation_where_the_fused_models_inputs_are_dead_or_gone() -> None:
         # What never comes in cannot be made good.
         np.testing.assert_allclose(found[4:], weights[4:], atol=1e-4)
     np.testing.assert_array_equal(compensation(x, x, weights), weights)
-    unknown = InputMoments.zero(16, cross=True)
-    assert compensated(weights, unknown, Moments.prepared(unknown.fused)) is weights
+    nothing = np.empty((0, 16), np.float32)
+    np.testing.assert_array_equal(compensation(nothing, nothing, weights), weights)
+
+
+def test_compensation_that_overflows_is_none() -> None:
+    drift = Drift(np.full((4, 4), 1e38, np.float32))
+    weights = np.full((4, 2), 10, np.float32)
+    identity = Moments.prepared(np.eye(4, dtype=np.float32))
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert compensated(weights, [slice(0, 2)], drift, identity) is weights
 
 
 # ---- batches ----
@@ -350,20 +384,54 @@ def test_padding_changes_nothing_before_it(name: str, tmp_path: Path) -> None:
 def test_the_student_walks_as_the_fused_model_runs(name: str, tmp_path: Path) -> None:
     config, keys = ARCHITECTURES[name]
     case = make_case(tmp_path, config, keys, bits=3, group_size=32)
-    calibration = Calibration(case.plan, case.teacher, TEXT)
-    calibration.run()
+    solved, fused = Calibration(case.plan, case.teacher, TEXT).run(), FusedModules(case.teacher)
+    for step in case.plan.merged:
+        assert step.target_spec is not None
+        fused.put(step.module, solved.experts[step.module], step.target_spec)
     batches = token_batches(TEXT)
     layers = layers_of(case.teacher.model)
-    chain = LayerChain.recorded(case.teacher, calibration.fused, batches, 0)
+    chain = LayerChain.recorded(case.teacher, fused, batches, 0)
     assert chain is not None
     for layer in range(len(layers)):
         chain.run_student(layer)
     for batch, student in zip(batches, chain.student, strict=True):
         teacher = entering(case.teacher.model, len(layers), batch.tokens)
-        with calibration.fused.active() as model:
+        with fused.active() as model:
             wanted = entering(model, len(layers), batch.tokens)
         np.testing.assert_allclose(np.array(student), wanted, atol=1e-5)
         assert np.abs(wanted - teacher).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "cohere", "phi3", "gemma3_text", "lfm2"])
+def test_what_the_student_hears_is_what_the_fused_model_hears(name: str, tmp_path: Path) -> None:
+    """Of groups one after the other, each reusing what those before have computed."""
+    config, keys = ARCHITECTURES[name]
+    case = make_case(tmp_path, config, keys, bits=3, group_size=32)
+    solved, fused = Calibration(case.plan, case.teacher, TEXT).run(), FusedModules(case.teacher)
+    steps = {step.module: step for step in case.plan.merged}
+    first, batches = next(iter(steps)), token_batches(TEXT)
+    spec = steps[first].target_spec
+    assert spec is not None
+    fused.put(first, solved.experts[first], spec)
+    chain = LayerChain.recorded(case.teacher, fused, batches, 0)
+    assert chain is not None
+    for layer, block in enumerate(layers_of(case.teacher.model)):
+        own = {path: place(case.teacher.model, path).value for path in steps}
+        inside = {id(module) for _, module in block.named_modules()}
+        own = {path: module for path, module in own.items() if id(module) in inside}
+        for group in input_groups(partial(chain.run, layer, 0), own):
+            for index, batch in enumerate(batches):
+                (heard,) = chain.student_inputs(layer, group, index)
+                with fused.active() as model:
+                    module = {group[0]: place(model, group[0]).value}
+                    with inputs_noted(module) as noted:
+                        model(batch.tokens)
+                np.testing.assert_allclose(
+                    heard.rows(batch.valid), noted[0].rows(batch.valid), atol=1e-4
+                )
+            for path in group:
+                fused.put(path, solved.experts[path], spec)
+        chain.run_student(layer)
 
 
 def test_what_is_heard_on_the_walk_is_what_is_heard_in_the_model(tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], list[str]]] = {
         LINEARS,
     ),
     "phi3": ({**SMALL, "model_type": "phi3"}, PHI),
+    # Attention and MLP side by side.
+    "cohere": ({**SMALL, "model_type": "cohere", "logit_scale": 0.5}, LINEARS),
     "lfm2": (LFM2, CONVOLUTION),
     "qwen3_moe": (QWEN3_MOE, [*EXPERTS, "mlp.gate", "self_attn.q_proj", "self_attn.o_proj"]),
     "mixtral": (

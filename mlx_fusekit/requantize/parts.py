@@ -1,0 +1,117 @@
+"""The merged weights of modules that have the same inputs, solved some rows at a time.
+
+Rows do not depend on each other. A part is of one format, and may go over the bounds between
+modules: small matrices are solved together, large ones in several parts.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_fusekit.formats.floats import Float32
+from mlx_fusekit.formats.quantization import QuantizedRows, TargetFormat, stacked
+from mlx_fusekit.merging.merged import MergedRows
+from mlx_fusekit.requantize.moments import Drift, compensated
+from mlx_fusekit.requantize.solver import Moments, Solution, solve
+
+#: Weights solved at once.
+_SOLVED_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Some rows of one of the matrices; ``place`` is that of the first among all rows."""
+
+    matrix: int
+    first: int
+    last: int
+    place: int
+
+
+@dataclass(frozen=True)
+class SolvedGroup:
+    """Solved matrices.
+
+    Attributes:
+        matrices: as they are stored.
+        error: squared change of their outputs, in units of the mean second moment.
+        nearest_error: the same for rounding to nearest.
+    """
+
+    matrices: list[QuantizedRows]
+    error: float
+    nearest_error: float
+
+
+def solve_group(
+    matrices: Sequence[MergedRows], moments: Moments, drift: Drift | None = None
+) -> SolvedGroup:
+    """Solve matrices ``[columns, rows]`` that have the same inputs.
+
+    Args:
+        matrices: merged.
+        moments: of their inputs.
+        drift: of their inputs; None where they are the teacher's.
+    """
+    found: list[list[QuantizedRows]] = [[] for _ in matrices]
+    error = nearest_error = 0.0
+    for spans in _parts(matrices):
+        solution = _solve(matrices, spans, moments, drift)
+        error, nearest_error = error + solution.error, nearest_error + solution.nearest_error
+        done = 0
+        for span in spans:
+            rows = span.last - span.first
+            found[span.matrix].append(solution.quantized.part(done, done + rows))
+            done += rows
+    finished = [m.finished(stacked(own)) for m, own in zip(matrices, found, strict=True)]
+    return SolvedGroup(finished, error, nearest_error)
+
+
+def _parts(matrices: Sequence[MergedRows]) -> Iterator[list[_Span]]:
+    """All rows, those of one format after each other, cut into parts."""
+    by_format: dict[tuple[TargetFormat, bool], list[_Span]] = {}
+    place = 0
+    for number, matrix in enumerate(matrices):
+        columns, rows = matrix.values.shape
+        size = max(1, _SOLVED_ELEMENTS // columns)
+        members = by_format.setdefault((matrix.target, matrix.same_format), [])
+        members.append(_Span(number, 0, rows, place))
+        place += rows
+    for members in by_format.values():
+        yield from _cut(members, size)
+
+
+def _cut(members: Sequence[_Span], size: int) -> Iterator[list[_Span]]:
+    part: list[_Span] = []
+    free = size
+    for span in members:
+        first = span.first
+        while first < span.last:
+            last = min(first + free, span.last)
+            part.append(_Span(span.matrix, first, last, span.place + first - span.first))
+            first, free = last, free - (last - first)
+            if not free:
+                yield part
+                part, free = [], size
+    if part:
+        yield part
+
+
+def _solve(
+    matrices: Sequence[MergedRows], spans: Sequence[_Span], moments: Moments, drift: Drift | None
+) -> Solution:
+    own = [matrices[span.matrix] for span in spans]
+    merged = _beside([m.values[:, s.first : s.last] for m, s in zip(own, spans, strict=True)])
+    wanted = merged
+    if drift is not None:
+        places = [slice(s.place, s.place + s.last - s.first) for s in spans]
+        wanted = compensated(merged, places, drift, moments)
+    base = None
+    if own[0].same_format:
+        base = stacked([m.base.part(s.first, s.last) for m, s in zip(own, spans, strict=True)])
+    return solve(wanted, merged, moments, own[0].target, base)
+
+
+def _beside(parts: Sequence[Float32]) -> Float32:
+    return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1))
