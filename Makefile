@@ -18,7 +18,7 @@ TOOLS := $(VENV)-tools/.installed
 FROM_LOCK := install --quiet --require-hashes --no-deps --requirement
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo exercise test test-real test-wheel test-minimum fuzz lint types audit lock bench-fuse bench-preserve bench-adapters bench-harness bench-gguf bench-each clean
+.PHONY: help install demo exercise test test-real test-wheel test-minimum fuzz lint types audit lock bench-fuse bench-preserve bench-adapters bench-harness bench-gguf bench-each bench-scale clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1 \2/p' Makefile | \
@@ -88,6 +88,10 @@ bench-gguf: $(INSTALLED) ## Time exporting to GGUF
 
 bench-each: $(INSTALLED) ## Time fusing many adapters on one base, together and one by one
 	$(PY) benchmarks/each_speed.py $(ARGS)
+
+bench-scale: $(INSTALLED) ## Measure fusing as models grow (ARGS="models --out FOLDER"; or steps, layers, kills, ranks, model)
+	@sh scripts/fast_blas.sh install >/dev/null
+	LD_PRELOAD="$$(sh scripts/fast_blas.sh)" $(PY) benchmarks/scale.py $(ARGS)
 
 clean: ## Remove the environment and everything that was built
 	rm -rf $(VENV) $(VENV)-wheel $(VENV)-minimum $(VENV)-tools $(VENV)-peft build dist demo exercise

@@ -68,11 +68,11 @@ def make_all(size: str, work: Path) -> None:
     """Write the checkpoint of a size and its adapters under ``work``, where they are missing."""
     shape = SHAPES[size]
     if not model_folder(work, size).exists():
-        _replace(model_folder(work, size), lambda folder: _write_model(folder, shape))
+        replace(model_folder(work, size), lambda folder: write_model(folder, shape))
     for name, keys in ADAPTERS.items():
         target = adapter_folder(work, size, name)
         if not target.exists():
-            _replace(target, lambda folder, keys=keys: _write_adapter(folder, shape, keys))
+            replace(target, lambda folder, keys=keys: write_adapter(folder, shape, keys))
 
 
 def make_adapters(size: str, work: Path, name: str, count: int, rank: int) -> None:
@@ -80,9 +80,9 @@ def make_adapters(size: str, work: Path, name: str, count: int, rank: int) -> No
     for number in range(count):
         target = numbered_folder(work, size, name, number)
         if not target.exists():
-            _replace(
+            replace(
                 target,
-                lambda folder, number=number: _write_adapter(
+                lambda folder, number=number: write_adapter(
                     folder, SHAPES[size], ADAPTERS[name], rank=rank, seed=str(number)
                 ),
             )
@@ -103,7 +103,7 @@ def adapter_folder(work: Path, size: str, name: str) -> Path:
     return work / f"llama-{size}-adapter-{name}"
 
 
-def _replace(target: Path, write: Any) -> None:
+def replace(target: Path, write: Any) -> None:
     """Fill a folder under another name first, so that a folder that exists is complete."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -112,7 +112,8 @@ def _replace(target: Path, write: Any) -> None:
     partial.rename(target)
 
 
-def _write_model(folder: Path, shape: Shape) -> None:
+def write_model(folder: Path, shape: Shape) -> None:
+    """Write a checkpoint into a folder that is there; no more than a tensor's piece is held."""
     tensors = list(_model_tensors(shape))
     random.Random(0).shuffle(tensors)  # MLX writes a file in the order of a hash table
     files = _cut_into_files(tensors)
@@ -224,11 +225,18 @@ def _write_tokenizer(folder: Path) -> None:
     )
 
 
-def _write_adapter(
-    folder: Path, shape: Shape, keys: tuple[str, ...], *, rank: int = RANK, seed: str = ""
+def write_adapter(
+    folder: Path,
+    shape: Shape,
+    keys: tuple[str, ...],
+    *,
+    layers: int = LORA_LAYERS,
+    rank: int = RANK,
+    seed: str = "",
 ) -> None:
+    """Write an adapter on some linears of the last layers into a folder that is there."""
     tensors = []
-    for layer in range(shape.layers - LORA_LAYERS, shape.layers):
+    for layer in range(shape.layers - layers, shape.layers):
         for key in keys:
             rows, columns = shape.linear(key)
             prefix = f"model.layers.{layer}.{key}"
@@ -238,7 +246,7 @@ def _write_adapter(
         _write_safetensors(file, tensors, {})
     config = {
         "fine_tune_type": "lora",
-        "num_layers": LORA_LAYERS,
+        "num_layers": layers,
         "lora_parameters": {
             "rank": rank,
             "scale": LORA_SCALE,

@@ -24,46 +24,31 @@ compared with, but may do worse at the task themselves.
 
 import argparse
 import contextlib
-import gc
 import hashlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from preserve_results import BASE, PEER, TEACHER, Case, Cost, Measures, Row, report
+from contenders import Contender, fuse_apart, progress, remove, without_data
+from preserve_results import BASE, PEER, TEACHER, Case, Cost, Row, report
 from processes import program
+from yardsticks import measured, texts_of
 
 import mlx_fusekit
 from mlx_fusekit import convert_adapter, samples
-from mlx_fusekit.adapters.sources import NamedSources
 from mlx_fusekit.cli.output import print_blocks
-from mlx_fusekit.hub import LocalFolder
-from mlx_fusekit.running.adapted import run_adapted
-from mlx_fusekit.running.loading import run_model
 from mlx_fusekit.tables import Table
-from mlx_fusekit.texts.data import read_sequences
-from mlx_fusekit.texts.sequences import TokenSequence
-from mlx_fusekit.verifying.parity import (
-    Batch,
-    Model,
-    kl_divergence,
-    log_probabilities,
-    make_batches,
-    vocabulary_of,
-)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from fetch_smollm2 import MODEL_NAME, fetch
@@ -73,99 +58,6 @@ from train_adapter import Recipe, ensure_adapter
 CASES = ("sample", "sql", "style", "peft")
 #: Tasks that mlx-lm trains adapters of.
 TASKS = ("sql", "style")
-#: Tokens of plain prose to measure on.
-PROSE_TOKENS = 2048
-#: ``fuse`` ends with it where ``--max-kl`` was not reached; the model is there.
-BELOW_THRESHOLD = 3
-#: ru_maxrss is in bytes on macOS and in KiB elsewhere.
-_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
-#: Runs a command and notes what it took. On Linux a child's peak counts what its parent held before
-#: the exec, so the parent must not be this process, which holds models.
-_LAUNCHER = """
-import json, resource, subprocess, sys, time
-start = time.perf_counter()
-code = subprocess.call(sys.argv[2:])
-seconds = time.perf_counter() - start
-usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-with open(sys.argv[1], "w") as file:
-    json.dump([code, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss], file)
-"""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A way to fuse.
-
-    Attributes:
-        command: all but the model, the adapter and the target; none for the base itself.
-        data: whether it may use the adapter's training data.
-    """
-
-    name: str
-    command: tuple[str, ...] = ()
-    data: bool = False
-
-
-class Text:
-    """Token sequences, and base+adapter's log-probabilities of them, kept on disk."""
-
-    def __init__(self, sequences: Sequence[TokenSequence], teacher: Model, folder: Path) -> None:
-        folder.mkdir(parents=True)
-        self._folder = folder
-        self._batches = make_batches(sequences, vocabulary_of(teacher))
-        self.teacher = self._measure(teacher, store=True)
-
-    def measure(self, model: Model) -> Measures:
-        """Compare a model with base and adapter."""
-        return self._measure(model, store=False)
-
-    def _measure(self, model: Model, *, store: bool) -> Measures:
-        batches = [
-            self._measure_batch(model, batch, self._folder / str(number), store)
-            for number, batch in enumerate(self._batches)
-        ]
-        kl, agrees, likelihood = np.concatenate([tokens for tokens, _ in batches], axis=1)
-        exact = [hit for _, answers in batches for hit in answers]
-        with np.errstate(over="ignore"):
-            perplexity = float(np.exp(-likelihood.mean()))
-        return Measures(
-            kl_mean=float(kl.mean()),
-            kl_median=float(np.median(kl)),
-            kl_p99=float(np.percentile(kl, 99)),
-            top1_agreement=float(agrees.mean()),
-            perplexity=perplexity,
-            exact_match=sum(exact) / len(exact) if exact else None,
-            tokens=len(kl),
-        )
-
-    @staticmethod
-    def _measure_batch(
-        model: Model, batch: Batch, path: Path, store: bool
-    ) -> tuple[Any, list[bool]]:
-        """KL, agreement and log-likelihood ``[3, scored]``, and whether each answer is exact."""
-        tokens, hits = np.zeros((3, batch.scored)), np.zeros(batch.scored, np.bool_)
-        chunks = zip(batch.chunks, log_probabilities(model, batch), strict=True)
-        for number, (chunk, logarithms) in enumerate(chunks):
-            file = f"{path}-{number}.npy"
-            if store:
-                np.save(file, np.array(logarithms))
-            truth = logarithms if store else mx.array(np.load(file))
-            if not len(chunk.places):
-                continue
-            targets = mx.array(chunk.targets)
-            best = mx.argmax(logarithms, axis=-1)
-            chosen = mx.take_along_axis(logarithms, targets[:, None], axis=-1)[:, 0]
-            tokens[0, chunk.places] = np.array(kl_divergence(truth, logarithms))
-            tokens[1, chunk.places] = np.array(best == mx.argmax(truth, axis=-1))
-            tokens[2, chunk.places] = np.array(chosen)
-            hits[chunk.places] = np.array(best == targets)
-        ends = np.cumsum([len(s.tokens) - s.scored for s in batch.sequences])
-        answers = [
-            bool(part.all())
-            for sequence, part in zip(batch.sequences, np.split(hits, ends[:-1]), strict=True)
-            if sequence.is_answer
-        ]
-        return tokens, answers
 
 
 def _print(blocks: Iterable[Table | str], *, markdown: bool) -> None:
@@ -201,7 +93,7 @@ def main() -> None:
                 found = {"environment": environment, "cases": results}
                 options.json.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     if environment["source_sha256"] != _source_digest():
-        _progress("warning: the source of mlx_fusekit changed meanwhile; its rows may not agree")
+        progress("warning: the source of mlx_fusekit changed meanwhile; its rows may not agree")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -260,7 +152,7 @@ def _case(name: str, options: argparse.Namespace, work: Path) -> Case:
     if name == "peft":
         adapter = trained_by_peft(data)
         converted = work / "converted"
-        _remove(converted)
+        remove(converted)
         convert_adapter(base, adapter, converted, "mlx")
     return Case(
         name,
@@ -328,32 +220,29 @@ def _rows(case: Case, options: argparse.Namespace, work: Path) -> Iterator[Row]:
         if unknown := wanted - {contender.name for contender in contenders}:
             raise SystemExit(f"--only: no such row: {', '.join(sorted(unknown))}")
         contenders = [contender for contender in contenders if contender.name in wanted]
-    without_data = _without_data(case.adapter, work / "adapter-without-data")
+    dataless = without_data(case.adapter, work / "adapter-without-data")
     costs: dict[str, Cost | None] = {BASE: None}
     fused = {BASE: case.base}
     for place, contender in enumerate(contenders):
         if contender.command:
-            adapter = case.adapter if contender.data else without_data
+            adapter = case.adapter if contender.data else dataless
             if contender.name == PEER:
                 adapter = case.converted or adapter
             fused[contender.name] = work / f"fused-{place}"
-            costs[contender.name] = cost = _fuse(
+            costs[contender.name] = cost = fuse_apart(
                 contender, case.base, adapter, fused[contender.name]
             )
-            _progress(
+            progress(
                 f"{case.name}: {contender.name}: {cost.wall_seconds:.1f} s,"
                 f" {cost.peak_bytes / 1e6:.0f} MB, load {cost.load_average:.1f}"
             )
     with tempfile.TemporaryDirectory(prefix="teacher-", dir=work) as scratch:
-        texts = _texts(case, options, Path(scratch))
+        texts = texts_of(case, options.items, Path(scratch))
         yield Row(TEACHER, {name: text.teacher for name, text in texts.items()}, 1.0)
         for name, folder in fused.items():
             start = time.perf_counter()
-            running = run_model(LocalFolder(folder))
-            measures = {text: yardstick.measure(running.model) for text, yardstick in texts.items()}
-            del running
-            _free_memory()
-            _progress(f"{case.name}: {name}: measured in {time.perf_counter() - start:.1f} s")
+            measures = measured(folder, texts)
+            progress(f"{case.name}: {name}: measured in {time.perf_counter() - start:.1f} s")
             size = _weight_bytes(folder) / _weight_bytes(case.base)
             yield Row(name, measures, size, costs[name])
 
@@ -377,74 +266,8 @@ def _contenders(case: Case, options: argparse.Namespace) -> Iterator[Contender]:
         yield Contender(f"auto, KL {options.max_kl:g}", auto, data=True)
 
 
-def _without_data(adapter: Path, target: Path) -> Path:
-    """A copy of an adapter whose config names a data folder that does not exist."""
-    _remove(target)
-    shutil.copytree(adapter, target)
-    config = json.loads((target / "adapter_config.json").read_text("utf-8"))
-    config["data"] = "no-such-folder"
-    (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    return target
-
-
-def _fuse(contender: Contender, base: Path, adapter: Path, target: Path) -> Cost:
-    """Run a contender's command in a process of its own."""
-    _remove(target)
-    command = [*contender.command, "--model", str(base), "--adapter-path", str(adapter)]
-    command += ["--save-path", str(target)]
-    usage, output, log = (target.with_suffix(suffix) for suffix in (".usage", ".out", ".log"))
-    load = os.getloadavg()[0]
-    with open(output, "wb") as out, open(log, "wb") as errors:
-        subprocess.run(
-            [sys.executable, "-P", "-c", _LAUNCHER, str(usage), *command],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=errors,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-            check=True,
-        )
-    code, wall, cpu, peak = json.loads(usage.read_text("utf-8"))
-    printed = output.read_text("utf-8", "replace")
-    if code not in (0, BELOW_THRESHOLD) or not target.is_dir():
-        tail = (printed + log.read_text("utf-8", "replace"))[-4000:]
-        raise SystemExit(f"{' '.join(command)}\nended with {code}:\n{tail}")
-    report = json.loads(printed) if "--json" in contender.command else None
-    return Cost(wall, cpu, peak * _RSS_UNIT, code == 0, load, report)
-
-
-def _texts(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Text]:
-    """The texts to measure on, with what base and adapter make of them."""
-    sources = NamedSources.find(case.base, case.adapter).open()
-    running = run_adapted(sources.model, sources.adapter)
-    texts = {}
-    for name, path in {"task": case.test, **case.off_task}.items():
-        tokens = PROSE_TOKENS if path.suffix == ".txt" else None
-        sequences = read_sequences(path, running.tokenizer, tokens=tokens)
-        if path.suffix == ".jsonl":
-            sequences = sequences[: options.items]
-        texts[name] = Text(sequences, running.model, folder / name)
-    del running
-    _free_memory()
-    return texts
-
-
-def _free_memory() -> None:
-    """Give back what models that are gone have left behind; they contain reference cycles."""
-    gc.collect()
-    mx.clear_cache()
-
-
 def _weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-
-
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _environment(options: argparse.Namespace) -> dict[str, object]:
