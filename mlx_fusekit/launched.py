@@ -37,8 +37,12 @@ _PREFIXES = tuple(f"[{name}]" for name in _VARIABLES)
 GRACE_SECONDS = 10.0
 
 
+class FailedElsewhereError(FusekitError, RuntimeError):
+    """Another rank has failed, and says why: a command needs no second line."""
+
+
 class LostRankError(FusekitError, ConnectionError):
-    """Another rank has ended, and has said why."""
+    """Another rank has gone while this one waited for it."""
 
 
 def backend() -> str | None:
@@ -109,7 +113,7 @@ def together() -> Iterator[None]:
     """Let all ranks finish a block, or none: where one fails, all raise, once all are at its end.
 
     The first of those that failed raises its own error; the others raise a
-    :class:`LostRankError`. Inside the block no rank may wait for another.
+    :class:`FailedElsewhereError`. Inside the block no rank may wait for another.
     """
     own: BaseException | None = None
     try:
@@ -121,7 +125,7 @@ def together() -> Iterator[None]:
     if own is not None and failed and failed[0] == rank:
         raise own
     if failed:
-        raise LostRankError(f"rank {failed[0]} of {size} failed, and has said why") from own
+        raise FailedElsewhereError(f"rank {failed[0]} of {size} failed, and says why") from own
 
 
 def _failed(own: bool) -> list[int]:

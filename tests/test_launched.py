@@ -110,9 +110,9 @@ except FusekitError as error:
 """
     done = launch(script(tmp_path, code), cwd=tmp_path, ranks=3)
     assert sorted(done.stdout.splitlines()) == [
-        "0 LostRankError rank 1 of 3 failed, and has said why",
+        "0 FailedElsewhereError rank 1 of 3 failed, and says why",
         "1 FusekitError no such model here",
-        "2 LostRankError rank 1 of 3 failed, and has said why",
+        "2 FailedElsewhereError rank 1 of 3 failed, and says why",
     ], done.stderr
 
 
