@@ -137,7 +137,9 @@ def _failed(own: bool) -> list[int]:
 
     with in_contact():
         mine = mx.array([int(own)], mx.int32)
-        told = mx.distributed.all_gather(mine, group=everyone, stream=mx.cpu)
+        # NCCL has GPUs' streams only; to the others a small number on the CPU is least to wait for.
+        stream = mx.gpu if backend() == "nccl" else mx.cpu
+        told = mx.distributed.all_gather(mine, group=everyone, stream=stream)
         mx.eval(told)
     return [rank for rank in range(everyone.size()) if told[rank].item()]
 
