@@ -12,21 +12,20 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import load_adapters
-from mlx_lm.utils import sharded_load
 
+from mlx_fusekit import launched
 from mlx_fusekit.adapters.opening import open_adapter
 from mlx_fusekit.adapters.sources import open_model
 from mlx_fusekit.adapters.updates import AdapterFolder
+from mlx_fusekit.bench.sharding import run_shard
 from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME
-from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.mlx_lm import MLX_LM_ERRORS, one_line
-from mlx_fusekit.errors import AdapterError, CheckpointError
+from mlx_fusekit.errors import AdapterError
 from mlx_fusekit.formats.quantization import LEAVES
 from mlx_fusekit.hub import LocalFolder
 from mlx_fusekit.running.adapted import put_adapter
 from mlx_fusekit.running.loading import run_model
 from mlx_fusekit.running.model import RunningModel
-from mlx_fusekit.running.tokenizers import check_tokenizer_files
 from mlx_fusekit.writing import calls
 from mlx_fusekit.writing.files import write_new
 from mlx_fusekit.writing.staging import temporary_folder
@@ -109,15 +108,18 @@ class LoadedArm:
 def load_arm(source: ArmSource) -> LoadedArm:
     """Load an arm as mlx-lm does: weights in their stored formats, adapter layers around them.
 
-    Under ``mlx.launch`` each machine loads its shard.
+    Under ``mlx.launch`` each rank loads its shard, and waits for no other.
 
     Raises:
         AdapterError: when mlx-lm cannot run the adapter.
         CheckpointError: naming what is wrong with the model's folder.
     """
+    group = launched.group()
     start = time.perf_counter()
-    load = _load_shard if mx.distributed.init().size() > 1 else _load_whole
-    running = load(source)
+    if group is None:
+        running = run_model(source.local, memory_share=0.0)
+    else:
+        running = run_shard(source.local, source.public_name, group)
     loaded = time.perf_counter()
     adapter = source.opened_adapter()
     if adapter is None:
@@ -151,28 +153,6 @@ def _put_adapter(model: nn.Module, source: ArmSource, adapter: AdapterFolder) ->
         calls.make_link(folder / "adapters.safetensors", adapter.files[-1].resolve())
         load_adapters(model, str(folder))
         mx.eval(model.parameters())
-
-
-def _load_whole(source: ArmSource) -> RunningModel:
-    return run_model(source.local, memory_share=0.0)
-
-
-def _load_shard(source: ArmSource) -> RunningModel:
-    trust = source.trust_remote_code
-    Checkpoint.open(source.folder, trust_remote_code=trust)
-    check_tokenizer_files(source.folder)
-    try:
-        model, _, config = sharded_load(
-            str(source.folder),
-            tensor_group=mx.distributed.init(),
-            return_config=True,
-            tokenizer_config={"trust_remote_code": trust},
-            trust_remote_code=trust,
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{source.public_name}: mlx-lm cannot shard it ({error})") from error
-    model.eval()
-    return RunningModel(model, source.local, config, exact=False)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_fusekit import processes
+from mlx_fusekit import launched, processes
 from mlx_fusekit.checkpoint import recipe
 from mlx_fusekit.machine import memory_bytes
 
@@ -23,8 +23,9 @@ class Environment:
         chip: the processor's name.
         device: MLX's default device: ``gpu`` or ``cpu``.
         device_name: that device's name, where MLX knows it.
-        machines: how many run the model together, under ``mlx.launch``; what is counted in bytes is
-            then each one's share.
+        ranks: how many processes run the model together, under ``mlx.launch``; what is counted in
+            bytes is then the share of the first.
+        backend: that connects them: ``ring``, ``jaccl``, ``nccl`` or ``mpi``; None without one.
         power: where the system tells: ``ac``, ``battery``, and whether it saves power.
         load_average: processes that were running in the last minute, before the first trial.
     """
@@ -35,7 +36,8 @@ class Environment:
     os: str
     device: str
     device_name: str | None
-    machines: int
+    ranks: int
+    backend: str | None
     power: str | None
     load_average: float | None
     python: str
@@ -45,6 +47,7 @@ class Environment:
     def read(cls) -> "Environment":
         """This machine, now."""
         device = "gpu" if mx.default_device().type == mx.gpu else "cpu"
+        _, ranks = launched.ranks()
         try:
             load: float | None = os.getloadavg()[0]
         except OSError:
@@ -56,7 +59,8 @@ class Environment:
             os=_system(),
             device=device,
             device_name=str(name) if (name := mx.device_info().get("device_name")) else None,
-            machines=mx.distributed.init().size(),
+            ranks=ranks,
+            backend=launched.backend() if ranks > 1 else None,
             power=_power(),
             load_average=load,
             python=platform.python_version(),

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fusekit import figures, hub
+from mlx_fusekit import figures, hub, launched
 from mlx_fusekit.adapters.sources import NamedSources, open_model
 from mlx_fusekit.bench.arms import (
     ADAPTED,
@@ -24,7 +24,7 @@ from mlx_fusekit.bench.arms import (
 from mlx_fusekit.bench.bandwidth import memory_bandwidth
 from mlx_fusekit.bench.environment import Environment
 from mlx_fusekit.bench.equivalence import equivalence
-from mlx_fusekit.bench.isolated import measure_isolated
+from mlx_fusekit.bench.isolated import MEASURED_ALONE, measure_isolated
 from mlx_fusekit.bench.options import Workload
 from mlx_fusekit.bench.report import DRIFT_TO_WARN, ArmReport, BenchReport, Run, Trial
 from mlx_fusekit.bench.schedule import balanced_rounds
@@ -66,6 +66,8 @@ def benchmark(
 ) -> BenchReport:
     """Time base, base+adapter as mlx-lm runs them, and fused models on the same tokens.
 
+    Under ``mlx.launch`` every rank calls it, and each model is shared by all ranks.
+
     Interrupted (``KeyboardInterrupt``) after its first trial, it returns what was measured, marked
     as incomplete.
 
@@ -87,9 +89,11 @@ def benchmark(
         FusekitError: before anything is timed, when models and adapter do not belong together, the
             prompt is too long or the memory too small.
     """
-    sources = _sources(
-        model, adapter_path, fused, skip_base, scale, tuple(ignore), revision, trust_remote_code
-    )
+    ignored = tuple(ignore)
+    with launched.together():
+        sources = _sources(
+            model, adapter_path, fused, skip_base, scale, ignored, revision, trust_remote_code
+        )
     return benchmark_arms(
         sources, workload or Workload(), fuse_seconds=fuse_seconds, progress=progress
     )
@@ -114,7 +118,8 @@ def benchmark_arms(
     """
     names = [source.name for source in sources]
     chosen = reference or (ADAPTED if ADAPTED in names else names[0])
-    session = _Session(sources, workload, chosen, progress)
+    with launched.together():
+        session = _Session(sources, workload, chosen, progress)
     report = session.run()
     report.fuse_seconds = fuse_seconds
     return report
@@ -134,13 +139,13 @@ class _Session:
         self._workload = workload
         self._reference = reference
         self._progress = progress
-        self._distributed = mx.distributed.init().size() > 1
-        _check(sources, workload, self._distributed)
+        _check(sources, workload)
 
     def run(self) -> BenchReport:
-        environment = Environment.read()
-        loaded = {source.name: load_arm(source) for source in self._sources}
-        shapes = self._shapes(loaded)
+        with launched.together():
+            environment = Environment.read()
+            loaded = {source.name: load_arm(source) for source in self._sources}
+            shapes = self._shapes(loaded)
         report = BenchReport(
             arms={
                 source.name: _arm_report(source, loaded[source.name]) for source in self._sources
@@ -151,11 +156,12 @@ class _Session:
             seed=self._workload.seed,
         )
         try:
-            self._time(report, shapes, {name: arm.model for name, arm in loaded.items()})
+            with launched.in_contact():
+                self._time(report, shapes, {name: arm.model for name, arm in loaded.items()})
             loaded.clear()
             mx.clear_cache()
             report.bandwidth_bytes_per_second = memory_bandwidth()
-            if not self._distributed:
+            if launched.backend() in MEASURED_ALONE:
                 self._isolate(report, *next(iter(shapes.items())))
         except KeyboardInterrupt:
             report.runs = [run for run in report.runs if run.trials]
@@ -222,9 +228,10 @@ class _Session:
         done = 0
         for number, arms in enumerate(order):
             for source in (self._sources[place] for place in arms):
-                found = measure_isolated(
-                    source, prompts if number == 0 else (), shape.generation_tokens
-                )
+                with launched.together():
+                    found = measure_isolated(
+                        source, prompts if number == 0 else (), shape.generation_tokens
+                    )
                 arm = report.arms[source.name]
                 share = found.adapter_load_seconds
                 arm = replace(arm, load_seconds=(*arm.load_seconds, found.load_seconds))
@@ -380,22 +387,23 @@ def _check_vocabulary(base: Mapping[str, Any], fused: Mapping[str, Any], flag: s
         )
 
 
-def _check(sources: Sequence[ArmSource], workload: Workload, distributed: bool) -> None:
+def _check(sources: Sequence[ArmSource], workload: Workload) -> None:
     if workload.prompt is not None and not workload.prompt:
         raise ConfigurationError("--prompt: give a prompt that is not empty")
     adapted = [source.name for source in sources if source.adapter is not None]
-    if distributed and adapted:
+    _, ranks = launched.ranks()
+    if ranks > 1 and adapted:
         raise ConfigurationError(
             f"{adapted[0]}: mlx-lm cannot shard a model that has adapter layers; "
-            "under mlx.launch leave --adapter-path out, and compare base and fused"
+            "under mlx.launch leave --adapter-path out, and compare base and --fused"
         )
     limit = memory_bytes()
     with contextlib.suppress(KeyError):
         limit = min(limit, int(mx.device_info()["max_recommended_working_set_size"]))
-    needed = sum(source.disk_bytes for source in sources)
-    if needed > _MEMORY_SHARE * limit and not distributed:
+    needed = sum(source.disk_bytes for source in sources) // ranks
+    if needed > _MEMORY_SHARE * limit:
         raise ConfigurationError(
-            f"all arms together take {figures.size(needed)}, and this machine has "
+            f"all arms together take {figures.size(needed)} here, and this machine has "
             f"{figures.size(limit)} for them; leave some out (--skip-base, fewer --fused)"
         )
 

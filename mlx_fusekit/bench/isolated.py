@@ -7,6 +7,7 @@ stdout, both as JSON.
 import json
 import re
 import resource
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,10 +16,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_fusekit import processes
+from mlx_fusekit import launched, processes
 from mlx_fusekit.bench.arms import ArmSource, load_arm
 from mlx_fusekit.bench.timing import time_generation
 from mlx_fusekit.errors import FusekitError
+
+#: Backends under which a process and one that it starts can each be in a group: a ring's ports are
+#: free again once its ranks have met, while MPI lets no rank start another. None is without ranks.
+MEASURED_ALONE = (None, "ring")
+#: By when the processes of all ranks have met.
+_CONNECT_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Isolated:
 def measure_isolated(
     source: ArmSource, prompts: Sequence[Sequence[int]], generation_tokens: int
 ) -> Isolated:
-    """Load an arm, and generate with it, in a fresh process.
+    """Load an arm, and generate with it, in a fresh process; under ``mlx.launch``, one a rank.
 
     Args:
         source: the arm.
@@ -60,10 +67,26 @@ def measure_isolated(
     }
     command = processes.python_module("mlx_fusekit.bench.isolated")
     done = processes.run(command, text=json.dumps(request))
+    if done.returncode == -signal.SIGALRM:
+        raise FusekitError(
+            f"{source.name}: the ranks' own processes for it did not meet within "
+            f"{_CONNECT_SECONDS} s; try again with --load-trials 0"
+        )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise FusekitError(f"{source.name}: measuring it in its own process failed ({last})")
     return Isolated(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _connect() -> None:
+    """Meet the processes of the other ranks, where this one's parent is a rank, or be ended.
+
+    MLX waits for them without end.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(_CONNECT_SECONDS)
+    launched.group()
+    signal.alarm(0)
 
 
 def _answer(request: dict[str, Any]) -> Isolated:
@@ -71,6 +94,7 @@ def _answer(request: dict[str, Any]) -> Isolated:
     adapter = entry["adapter"] and Path(entry["adapter"])
     own = {"folder": Path(entry["folder"]), "adapter": adapter, "ignore": tuple(entry["ignore"])}
     source = ArmSource(**entry | own)
+    _connect()
     mx.reset_peak_memory()
     arm = load_arm(source)
     if not request["prompts"]:

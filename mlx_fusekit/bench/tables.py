@@ -215,8 +215,8 @@ def _machine(report: "BenchReport") -> Iterator[str]:
     versions = " ".join(f"{name} {version}" for name, version in found.versions.items())
     power = f", power: {found.power}" if found.power else ""
     yield f"{machine(found)}{power}"
-    if found.machines > 1:
-        yield f"one of {found.machines} machines, of which bytes are the share"
+    if found.ranks > 1:
+        yield f"one of {found.ranks} ranks ({found.backend}), of which bytes are the share"
     yield f"MLX on the {found.device}; {versions}; seed {report.seed}"
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from mlx_fusekit import launched
 from mlx_fusekit.bench.options import Workload
 from mlx_fusekit.cli import options, output
 from mlx_fusekit.cli.failures import INTERRUPTED
@@ -108,17 +109,22 @@ def command(context: click.Context, /, **options: Any) -> int | None:
     \b
     mlx-fusekit bench --model M --adapter-path A --fused S -p 512 -g 128 -n 10
     mlx-fusekit bench report mac.json linux.json
+    mlx.launch -n 2 -- mlx-fusekit bench --model M --fused S
     """  # noqa: D301 - click reads the backspace
     if context.invoked_subcommand is not None:
         _refuse_beside_a_command(context)
         return None
     if options["model"] is None:
         raise click.UsageError("Missing option '--model'.", context)
-    files = _Files(*(options.pop(f"{kind}_path") for kind in ("json", "csv", "plot")))
-    files.check(overwrite=options.pop("overwrite"), read=(options["prompt_file"],))
     if options["skip_base"] and options["adapter_path"] is None:
         raise click.UsageError("--skip-base goes with --adapter-path: nothing else is the base")
-    return _run(options, files)
+    files = _Files(*(options.pop(f"{kind}_path") for kind in ("json", "csv", "plot")))
+    overwrite, read = options.pop("overwrite"), (options["prompt_file"],)
+    with launched.together():
+        if launched.first():
+            files.check(overwrite=overwrite, read=read)
+        workload, fused = _workload(options), _named(options.pop("fused"))
+    return _run({"fused": fused, "workload": workload, **options}, files)
 
 
 def _refuse_beside_a_command(context: click.Context) -> None:
@@ -182,11 +188,12 @@ def _run(options: dict[str, Any], files: _Files) -> int:
     from mlx_fusekit.bench import tables
     from mlx_fusekit.bench.harness import benchmark
 
-    workload, fused = _workload(options), _named(options.pop("fused"))
-    with output.steps_bar(animated=False) as progress:
-        report = benchmark(fused=fused, workload=workload, progress=progress, **options)
-    if not _first_machine():
-        return 0
+    first = launched.first()
+    steps = output.steps_bar(animated=False) if first else contextlib.nullcontext()
+    with launched.bounded_end(), steps as progress:
+        report = benchmark(progress=progress, **options)
+    if not first:
+        return 0 if report.complete else INTERRUPTED
     for warning in report.warnings:
         output.warn(warning)
     with _tables_on_stderr() if files.json == "-" else contextlib.nullcontext():
@@ -212,13 +219,6 @@ def _tables_on_stderr() -> Iterator[None]:
     """For people who ask for JSON on stdout and watch the terminal."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
-
-
-def _first_machine() -> bool:
-    """Whether this process speaks for all, under ``mlx.launch``."""
-    import mlx.core as mx
-
-    return bool(mx.distributed.init().rank() == 0)
 
 
 def _prompt(options: dict[str, Any]) -> str | None:

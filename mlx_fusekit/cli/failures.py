@@ -15,6 +15,7 @@ import click
 from mlx_fusekit import __version__, signals
 from mlx_fusekit.cli.streams import StdoutError, give_up, guarded, one_line, styled
 from mlx_fusekit.errors import FusekitError
+from mlx_fusekit.launched import FailedElsewhereError, first
 
 FAILED = 1
 #: What a command returns when it has done its work, but the result is not as good as was asked for.
@@ -81,7 +82,11 @@ def _told(error: BaseException) -> int:
         notes = _notes(error) or ["nothing half-made was left behind"]
         say(f"{signal or 'interrupted'}; {notes[0]}", after_echo=True)
         return signal.status if signal else INTERRUPTED
+    if isinstance(error, FailedElsewhereError):
+        return FAILED
     if isinstance(error, click.ClickException):
+        if not first():  # all ranks have the same arguments
+            return error.exit_code
         error.show(shown := io.StringIO())
         usage, label, _ = shown.getvalue().partition("Error: ")
         sys.stderr.write(f"{usage}{label}{one_line(error.format_message())}\n")

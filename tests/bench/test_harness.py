@@ -12,8 +12,7 @@ from support.models import run_model
 from support.tiny import LLAMA, QWEN3_MOE, VOCABULARY, make_adapter, make_model
 
 from mlx_fusekit import BenchReport, Workload, benchmark, fuse, samples
-from mlx_fusekit.bench import arms, bandwidth, harness, plots
-from mlx_fusekit.bench.arms import ArmSource
+from mlx_fusekit.bench import bandwidth, harness, plots
 from mlx_fusekit.bench.harness import measure
 from mlx_fusekit.bench.report import Run, read_report
 from mlx_fusekit.bench.workload import Shape, random_prompts
@@ -329,11 +328,3 @@ def test_a_damaged_report_is_refused(report: BenchReport, damage: object) -> Non
     damage(value)  # type: ignore[operator]
     with pytest.raises(ConfigurationError, match=r"r\.json"):
         read_report(value, "r.json")
-
-
-def test_a_shard_is_loaded_with_the_same_care(tmp_path: Path) -> None:
-    """mlx-lm loads the tokenizer of a shard by itself."""
-    folder = make_model(tmp_path / "model")
-    (folder / "tokenizer_config.json").write_text('{"vocab": "/dev/zero"}')
-    with pytest.raises(CheckpointError, match="vocab names the file"):
-        arms._load_shard(ArmSource("base", "model", folder))
