@@ -106,6 +106,14 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Leave out vision, sound and further heads, which mlx-lm does not run.",
 )
+@click.option(
+    "--no-resume",
+    "resume",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Calibrate from the start; do not go on with what an interrupted run has done.",
+)
 @click.option("--again", is_flag=True, help="Fuse an adapter that the model holds already.")
 @options.revision()
 @options.overwrite("Replace an existing model folder.")

@@ -57,6 +57,7 @@ def fuse(
     max_kl: float | None = None,
     max_growth: float | None = None,
     memory: int | str | None = None,
+    resume: bool = True,
     seed: int = 0,
     scale: float | None = None,
     combine: str = "sum",
@@ -98,6 +99,8 @@ def fuse(
             default there is no cap where ``max_kl`` is given, and 0.1 otherwise.
         memory: what calibrating may take, in bytes or as "8GB"; 0.6 of the machine's by default.
             Where the whole model does not fit, one layer at a time is read from the disk.
+        resume: go on with what an interrupted run of the same call has calibrated; else that is
+            thrown away.
         seed: of calibration text that is chosen or generated.
         scale: of the adapter's update, taken instead of the one in ``adapter_config.json``.
         combine: how several adapters become one update: "sum" adds them up exactly; "ties", "dare"
@@ -139,6 +142,7 @@ def fuse(
         max_kl=max_kl,
         max_growth=max_growth,
         memory=memory,
+        resume=resume,
         seed=seed,
         scale=scale,
         combine=combine,

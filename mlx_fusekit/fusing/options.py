@@ -40,6 +40,7 @@ class FuseOptions:
     max_kl: float | None = None
     max_growth: float | None = None
     memory: int | str | None = None
+    resume: bool = True
     seed: int = 0
     combine: str = "sum"
     density: float | None = None

@@ -6,6 +6,7 @@ in the staging folder is checked.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +31,7 @@ from mlx_fusekit.fusing.report import (
     rounding_warnings,
     unmeasured_warnings,
 )
+from mlx_fusekit.fusing.resuming import deciding_inputs
 from mlx_fusekit.fusing.shared import Shared
 from mlx_fusekit.fusing.strategy import chosen_strategy
 from mlx_fusekit.machine import default_workers, free_disk_bytes
@@ -41,6 +43,7 @@ from mlx_fusekit.requantize.requantizer import Prepared, RequantizedWeight, Requ
 from mlx_fusekit.requantize.strategy import Strategy
 from mlx_fusekit.writing.staging import staged
 from mlx_fusekit.writing.targets import FolderTarget
+from mlx_fusekit.writing.work import Work, kept_work
 
 
 @dataclass(frozen=True)
@@ -143,9 +146,12 @@ class PreparedFuse:
         start = time.perf_counter()
         destinations.check_upload(self.options)
         files = self.adapter_files if shared else {"base": self.base_files, **self.adapter_files}
-        with staged(self.target) as staging, folder.Hashing(files) as hashing:
+        with ExitStack() as stack:
+            work = stack.enter_context(self._work()) if self.calibrates else None
+            staging = stack.enter_context(staged(self.target))
+            hashing = stack.enter_context(folder.Hashing(files))
             folder.check_disk((self.plan,), self.target.path, staging, clone=clone)
-            final, ready = self._made_ready(progress, shared)
+            final, ready = self._made_ready(progress, shared, work)
             if final is not self:
                 folder.check_disk((final.plan,), self.target.path, staging, clone=clone)
             cloned = execute(
@@ -193,14 +199,21 @@ class PreparedFuse:
             report, self.options, sources=sources, trusted=trusted, progress=progress
         )
 
+    def _work(self) -> AbstractContextManager[Work]:
+        """Where what calibrating does is kept, so that an interrupted run can go on."""
+        inputs = deciding_inputs(
+            self.plan, self.sources, self.options.calibrating, self.base_files, self.adapter_files
+        )
+        return kept_work(self.target.path, inputs, resume=self.options.resume)
+
     def _made_ready(
-        self, progress: StepProgress | None, shared: Shared | None
+        self, progress: StepProgress | None, shared: Shared | None, work: Work | None
     ) -> tuple[Self, Prepared | None]:
         """This fuse, with the widths and the strategy that came of it, and the strategy, ready."""
         if self.strategy is None:
             return self, None
         base = shared.base if shared and self.calibrates else None
-        request = Request(self.plan, self.sources, self.options.calibrating, progress, base)
+        request = Request(self.plan, self.sources, self.options.calibrating, progress, base, work)
         try:
             ready = self.strategy.prepare(request)
         except (CheckpointError, ConfigurationError) as error:

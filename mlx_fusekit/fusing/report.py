@@ -154,6 +154,11 @@ def calibration_warnings(calibration: CalibrationReport) -> Iterator[str]:
             f"{too_little(calibration.kl_tokens, calibration.kl_sequences)}; give more text "
             "(--calibration FILE, --calibration-tokens)"
         )
+    if calibration.resumed_modules:
+        yield (
+            f"resumed an interrupted run, which had re-quantized {calibration.resumed_modules} "
+            "modules"
+        )
     if calibration.streamed:
         yield from _streamed_warnings(calibration)
     if calibration.not_seen:

@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +18,7 @@ from mlx_fusekit.adapters.updates import AdapterFolder
 from mlx_fusekit.merging.plan import FusePlan, plan_fuse
 from mlx_fusekit.progress import StepProgress, of_step
 from mlx_fusekit.requantize.calibrated import Calibration
+from mlx_fusekit.requantize.journal import Journal, keep_text, kept_text
 from mlx_fusekit.requantize.needs import allowed_bytes, memory_needs, streams
 from mlx_fusekit.requantize.options import CalibrationOptions, CalibrationReport
 from mlx_fusekit.requantize.requantizer import Prepared, Request
@@ -61,7 +64,7 @@ def calibrate(request: Request) -> Prepared:
     base = request.base or RunningBase(request.sources.model)
     with base.adapted(request.sources.adapter) as teacher:
         text = _text(request, teacher, base.written)
-        return _Session(request.plan, teacher, text, request.options, request.progress).run()
+        return _Session(request, teacher, text).run()
 
 
 def _streamed(request: Request) -> Prepared:
@@ -70,9 +73,10 @@ def _streamed(request: Request) -> Prepared:
     Running it takes less memory than calibrating does.
     """
     sources, options = request.sources, request.options
-    streamed, text = StreamedModel(sources.model, sources.adapter), None
+    streamed = StreamedModel(sources.model, sources.adapter)
+    text = None if request.work is None else kept_text(request.work.folder)
     needs = memory_needs(request.plan, options.tokens)
-    if needs.running <= allowed_bytes(options):
+    if text is None and needs.running <= allowed_bytes(options):
         base = request.base or RunningBase(sources.model)
         with base.adapted(sources.adapter) as teacher:
             text = _text(request, teacher, base.written)
@@ -82,15 +86,17 @@ def _streamed(request: Request) -> Prepared:
         mx.clear_cache()
     if text is None:
         text = _text(request, streamed.running, {}, packaged=samples.general_data_path())
-    teacher, told = streamed.running, request.progress
-    return _Session(request.plan, teacher, text, options, told, streamed).run()
+    return _Session(request, streamed.running, text, streamed).run()
 
 
 def _text(
     request: Request, teacher: RunningModel, written: Written, packaged: Path | None = None
 ) -> CalibrationText:
-    sources, options = request.sources, request.options
-    return calibration_text(
+    sources, options, work = request.sources, request.options, request.work
+    kept = None if work is None else kept_text(work.folder)
+    if kept is not None:
+        return kept
+    text = calibration_text(
         teacher=lambda: contextlib.nullcontext(teacher.model),
         base=teacher.without_adapter,
         tokenizer=teacher.tokenizer,
@@ -103,6 +109,9 @@ def _text(
         packaged=packaged,
         progress=of_step(request.progress, "generating text"),
     )
+    if work is not None:
+        keep_text(work.folder, text)
+    return text
 
 
 @dataclass(frozen=True)
@@ -129,12 +138,22 @@ class _Attempt:
 
 @dataclass
 class _Session:
-    plan: FusePlan
+    request: Request
     teacher: RunningModel
     text: CalibrationText
-    options: CalibrationOptions
-    progress: StepProgress | None
     streamed: StreamedModel | None = None
+
+    @property
+    def plan(self) -> FusePlan:
+        return self.request.plan
+
+    @property
+    def options(self) -> CalibrationOptions:
+        return self.request.options
+
+    @property
+    def progress(self) -> StepProgress | None:
+        return self.request.progress
 
     def run(self) -> Prepared:
         first = self._attempt({}, "re-quantizing")
@@ -148,7 +167,7 @@ class _Session:
         plan = self.plan
         if widths:
             plan = plan_fuse(plan.base, plan.adapter, replace(plan.options, widths=widths))
-        calibration = self._calibrated(plan, label)
+        calibration = self._calibrated(plan, label, self._journal(widths))
         return _Attempt(plan, calibration, self._report(plan, calibration, widths))
 
     def _widened(self, narrow: "_Attempt") -> "_Attempt":
@@ -191,13 +210,21 @@ class _Session:
             aim = math.sqrt(too_little * enough) if enough else aim * _AIM * bound / measured
         return best
 
-    def _calibrated(self, plan: FusePlan, label: str) -> Calibration:
+    def _journal(self, widths: Mapping[str, int]) -> Journal | None:
+        work = self.request.work
+        if work is None:
+            return None
+        name = hashlib.sha256(json.dumps(sorted(widths.items())).encode()).hexdigest()[:16]
+        return Journal(work, f"walk-{name}")
+
+    def _calibrated(self, plan: FusePlan, label: str, journal: Journal | None) -> Calibration:
         calibration = Calibration(
             plan,
             self.teacher,
             self.text.sequences,
             streamed=self.streamed,
             measured=measured_batches(self._measured),
+            journal=journal,
         )
         calibration.run(of_step(self.progress, label))
         return calibration
@@ -240,6 +267,7 @@ class _Session:
             general_tokens=self.text.general_tokens,
             general_source=self.text.general_source,
             streamed=self.streamed is not None,
+            resumed_modules=calibration.resumed,
             kl_mean=fused.kl_mean,
             kl_mean_ci95=interval,
             kl_p99=fused.kl_p99,

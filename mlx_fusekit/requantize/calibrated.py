@@ -7,22 +7,20 @@ change least (:mod:`mlx_fusekit.requantize.solver`).
 """
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from functools import partial
 
 import mlx.nn as nn
 import numpy as np
 
 from mlx_fusekit.errors import CheckpointError
-from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.formats.quantization import QuantizedRows
-from mlx_fusekit.merging.arithmetic import RowRange
+from mlx_fusekit.formats.quantization import QuantizedRows, QuantSpec
 from mlx_fusekit.merging.merged import MergedRows, Weight
 from mlx_fusekit.merging.plan import FusePlan, WeightStep
 from mlx_fusekit.progress import Progress
+from mlx_fusekit.requantize.journal import Journal
 from mlx_fusekit.requantize.moments import (
     Drift,
     InputMoments,
@@ -31,6 +29,7 @@ from mlx_fusekit.requantize.moments import (
     noted_inputs,
 )
 from mlx_fusekit.requantize.parts import SolvedGroup, solve_group
+from mlx_fusekit.requantize.solved import ModuleResult, SolvedWeights
 from mlx_fusekit.requantize.solver import Moments
 from mlx_fusekit.requantize.taps import ModuleInput, inputs_noted
 from mlx_fusekit.requantize.walk import LayerChain, TokenBatch, replayed, token_batches
@@ -42,62 +41,11 @@ from mlx_fusekit.texts.sequences import TokenSequence
 #: Bytes that the second moments of experts may take, as many as are held at once.
 MOMENTS_BYTES = 2 << 30
 
+#: The step of a journal before the first layer, whose own step is its number.
+_BEFORE = -1
+
 #: Gives a module's calls in a batch, by the batch's index.
 Inputs = Callable[[int], list[ModuleInput]]
-
-
-@dataclass(frozen=True)
-class ModuleResult:
-    """What became of one module.
-
-    Attributes:
-        error: squared change of its outputs, over that of rounding to nearest; 1 where nothing
-            could be gained.
-        tokens: whose inputs were seen; 0 where the module was never called.
-        skipped: tokens left out because their inputs were not finite.
-    """
-
-    error: float
-    tokens: int
-    skipped: int
-
-
-@dataclass
-class SolvedWeights:
-    """Re-quantized weights of all merged modules; a :class:`Requantizer` that hands them out.
-
-    Attributes:
-        experts: by module path, of each expert; a plain matrix counts as one.
-        results: by module path.
-    """
-
-    experts: dict[str, list[QuantizedRows]] = field(default_factory=dict)
-    results: dict[str, ModuleResult] = field(default_factory=dict)
-
-    def __call__(self, step: WeightStep, _: object = None) -> "SolvedWeight":
-        """The solved weight of a step."""
-        return SolvedWeight(step, self.experts[step.module])
-
-
-@dataclass(frozen=True)
-class SolvedWeight:
-    """The solved rows of one module; nothing is read or merged again."""
-
-    step: WeightStep
-    experts: Sequence[QuantizedRows]
-
-    @property
-    def global_scales(self) -> Float32 | None:
-        """nvfp4's, of each expert, or the one of them all."""
-        output = self.step.outputs.get("global_scale")
-        if output is None:
-            return None
-        scales = [rows.global_scale for rows in self.experts[: math.prod(output.shape)]]
-        return np.array(scales, np.float32)
-
-    def rows(self, rows: RowRange) -> QuantizedRows:
-        """Some rows of an expert."""
-        return self.experts[rows.expert].part(rows.first, rows.last)
 
 
 class Calibration:
@@ -109,11 +57,13 @@ class Calibration:
         sequences: the calibration text.
         streamed: of the teacher, where it is in memory layer by layer only.
         measured: batches that go through the layers beside the text, to be measured on.
+        journal: takes what is done, and may hold what an earlier run of the same has done.
 
     Attributes:
         fused: the modules solved so far, to run the fused model with.
         finals: hidden states behind the last layer, where the layers are a chain.
         groups: paths of modules with the same inputs, in the order they were solved in.
+        resumed: modules that an earlier run had solved.
     """
 
     def __init__(
@@ -124,8 +74,10 @@ class Calibration:
         *,
         streamed: StreamedModel | None = None,
         measured: Sequence[TokenBatch] = (),
+        journal: Journal | None = None,
     ) -> None:
         self._teacher, self._streamed, self._measured = teacher, streamed, measured
+        self._journal = journal
         self.finals: LayerChain | None = None
         self._steps = {step.module: step for step in plan.merged if step.target_spec is not None}
         self._batches = token_batches(sequences)
@@ -134,6 +86,7 @@ class Calibration:
         self.fused = FusedModules(teacher)
         self.solved = SolvedWeights()
         self.groups: list[tuple[str, ...]] = []
+        self.resumed = self._noted = 0
 
     def run(self, progress: Progress | None = None) -> SolvedWeights:
         """Solve all modules.
@@ -152,6 +105,25 @@ class Calibration:
         """Solve the modules that the calibration text reaches."""
         # No layer may be held here, or it stays in memory when others take its place.
         of_layer = self._paths_in_layers()
+        inside = {path for paths in of_layer for path in paths}
+        chain = self._resumed(inside)
+        if chain is None and not self.solved.experts:
+            self._before(of_layer)
+            if self.solved.experts:
+                self._note(_BEFORE)
+        if chain is None:
+            touched = [index for index, paths in enumerate(of_layer) if paths]
+            # What lies before the first touched layer is the same in all models, or runs at once.
+            start = 0 if self._streamed else min(touched, default=len(of_layer) - 1)
+            chain = self._recorded(start) if of_layer else None
+        if chain is not None:
+            self._walk(chain, of_layer)
+        self.finals = chain
+        with self._trunk():
+            self._rest()
+
+    def _before(self, of_layer: Sequence[Sequence[str]]) -> None:
+        """Solve embeddings, which the layers come after."""
         if self._streamed is not None and any(map(self._is_head, self._embedding_paths())):
             self.finals = self._recorded(0)
             assert self.finals is not None, "it was refused"
@@ -160,15 +132,48 @@ class Calibration:
                     self.finals.run_teacher(layer, {})
         with self._trunk():
             self._embeddings()
-        touched = [index for index, paths in enumerate(of_layer) if paths]
-        # What lies before the first touched layer is the same in all models, or runs at once.
-        start = 0 if self._streamed else min(touched, default=len(of_layer) - 1)
-        self.finals, chain = None, self._recorded(start) if of_layer else None
-        if chain is not None:
-            self._walk(chain, of_layer)
-        self.finals = chain
+        self.finals = None
+
+    def _resumed(self, inside: Collection[str]) -> LayerChain | None:
+        """Take over what an earlier run has done; the layers behind it, None where none was.
+
+        Args:
+            inside: paths of modules in layers.
+        """
+        journal = self._journal
+        if journal is None or not journal.records:
+            return None
+        for record in journal.records:
+            for path, result in record.modules.items():
+                self.solved.experts[path] = journal.rows_of(record, path)
+                self.solved.results[path] = ModuleResult(**result)
+            self.groups.extend(tuple(group) for group in record.groups)
         with self._trunk():
-            self._rest()
+            for path, rows in self.solved.experts.items():
+                if path not in inside:
+                    self.fused.put(path, rows, self._target(path))
+        self._noted = len(self.groups)
+        self.resumed = len(self.solved.experts)
+        # Layers' modules have done their work, and were given back.
+        self.fused.ever = bool(self.solved.experts)
+        last = journal.records[-1]
+        if last.step == _BEFORE:
+            return None
+        states = {name: journal.states(last, name) for name in last.states}
+        with self._trunk():
+            return LayerChain.resumed(
+                self._teacher, self.fused, self._batches, last.step + 1, states, self._measured
+            )
+
+    def _note(self, step: int, chain: LayerChain | None = None) -> None:
+        """Make what was done up to a layer durable."""
+        if self._journal is None:
+            return
+        new = self.groups[self._noted :]
+        self._noted = len(self.groups)
+        modules = {path: asdict(self.solved.results[path]) for group in new for path in group}
+        states = {} if chain is None else chain.states(self.fused.ever)
+        self._journal.done(step, modules, new, states)
 
     def _walk(self, chain: LayerChain, of_layer: Sequence[Sequence[str]]) -> None:
         """Solve layer by layer; of each, all is forgotten but the hidden states behind it."""
@@ -178,6 +183,7 @@ class Calibration:
                 chain.run_student(layer)
                 chain.run_base(layer)
                 self.fused.give_back(of_layer[layer])
+            self._note(layer, chain)
 
     def _layer(self, index: int) -> AbstractContextManager[None]:
         return self._streamed.layer(index) if self._streamed else contextlib.nullcontext()
@@ -201,6 +207,11 @@ class Calibration:
                 "states, so it runs as a whole only; give it the memory with --memory"
             )
         return chain
+
+    def _target(self, path: str) -> QuantSpec:
+        spec = self._steps[path].target_spec
+        assert spec is not None, "a solved module is quantized"
+        return spec
 
     def _is_head(self, path: str) -> bool:
         """Whether an embedding is the output head too; nothing is computed."""
@@ -359,11 +370,13 @@ class Calibration:
         solutions: Sequence[SolvedGroup],
         moments: InputMoments,
     ) -> None:
-        assert step.target_spec is not None, "a solved module is quantized"
-        self.solved.experts[step.module] = experts
+        rows: Sequence[QuantizedRows] = experts
+        if self._journal is not None:
+            rows = self._journal.keep_rows(step.module, experts)
+        self.solved.experts[step.module] = rows
         nearest = sum(solution.nearest_error for solution in solutions)
         ratio = sum(solution.error for solution in solutions) / nearest if nearest > 0 else 1.0
         self.solved.results[step.module] = ModuleResult(ratio, moments.count, moments.skipped)
-        self.fused.put(step.module, experts, step.target_spec)
+        self.fused.put(step.module, experts, self._target(step.module))
         if self._progress is not None:
             self._progress(len(self.solved.experts), len(self._steps))

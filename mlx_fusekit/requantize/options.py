@@ -49,6 +49,7 @@ _MEASURED = frozenset(
         "output_error",
         "reached",
         "streamed",
+        "resumed_modules",
     )
 )
 
@@ -76,6 +77,7 @@ class CalibrationReport:
         added_bytes: what the wider bits cost.
         not_seen: modules that no calibration token reached; they have the least weight error.
         streamed: whether one layer at a time was in memory.
+        resumed_modules: how many modules an interrupted run had solved before this one.
         skipped_tokens: most tokens that were left out of a module's calibration, since its inputs
             were not finite.
     """
@@ -100,6 +102,7 @@ class CalibrationReport:
     skipped_tokens: int
     general_source: str = "written by the base"
     streamed: bool = False
+    resumed_modules: int = 0
 
     @property
     def recorded(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from mlx_fusekit.requantize.options import CalibrationOptions, CalibrationReport
 
 if TYPE_CHECKING:
     from mlx_fusekit.running.shared import RunningBase
+    from mlx_fusekit.writing.work import Work
 
 
 class RequantizedWeight(Protocol):
@@ -50,6 +51,7 @@ class Request:
         options: of calibrating.
         progress: told of each step that takes long.
         base: in memory, where several fuses have it.
+        work: where what is done is kept, and may be from an earlier run.
     """
 
     plan: FusePlan
@@ -57,6 +59,7 @@ class Request:
     options: CalibrationOptions
     progress: StepProgress | None = None
     base: "RunningBase | None" = None
+    work: "Work | None" = None
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,42 @@ class LayerChain:
                 base.append(_entering_the_base(teacher, layers, batch, start, noted[1]))
         return cls(teacher, fused, calls, start, states, student or list(states), base)
 
+    @classmethod
+    def resumed(
+        cls,
+        teacher: RunningModel,
+        fused: FusedModules,
+        batches: Sequence[TokenBatch],
+        start: int,
+        states: Mapping[str, list[mx.array]],
+        measured: Sequence[TokenBatch] = (),
+    ) -> Self | None:
+        """As :meth:`recorded`, with hidden states that are known; no layer is run.
+
+        Args:
+            teacher, fused, batches, start, measured: as there.
+            states: as :meth:`states` gave them.
+        """
+        layers = layers_of(teacher.model)
+        calls: list[list[_Call]] = []
+        for batch in (*batches, *measured):
+            noted = _chained_calls(teacher.model, layers, batch, start, known=True)
+            if noted is None:
+                return None
+            calls.append(noted[0])
+        own = list(states["teacher"])
+        student = list(states.get("student", own))
+        return cls(teacher, fused, calls, start, own, student, list(states["base"]))
+
+    def states(self, apart: bool) -> dict[str, list[mx.array]]:
+        """The hidden states where the walk is now, by whose they are.
+
+        Args:
+            apart: whether the fused model differs from the teacher by now.
+        """
+        own = {"teacher": self.teacher, "base": self.base}
+        return own | {"student": self.student} if apart else own
+
     def run(self, layer: int, batch: int, states: mx.array | None = None) -> mx.array:
         """A layer's output for a batch, lazily; for the teacher's hidden states or others."""
         states = self.teacher[batch] if states is None else states
@@ -258,9 +294,17 @@ def _passed_on(given: mx.array | None, _: Callable[..., Any], *args: Any, **__: 
 
 
 def _chained_calls(
-    model: nn.Module, layers: Sequence[nn.Module], batch: TokenBatch, start: int
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    batch: TokenBatch,
+    start: int,
+    *,
+    known: bool = False,
 ) -> tuple[list[_Call], mx.array] | None:
-    """The calls of the layers from ``start`` on, and the hidden states that enter there."""
+    """The calls of the layers from ``start`` on, and the hidden states that enter there.
+
+    Those are not computed where they are ``known``.
+    """
     order: list[int] = []
     calls: list[_Call] = []
     handed: list[Any] = []
@@ -289,5 +333,7 @@ def _chained_calls(
         model(batch.tokens)
     if not whole or order != list(range(len(layers))) or not isinstance(handed[0], mx.array):
         return None
+    if known:
+        return calls, handed[0]
     mx.eval(entering)
     return calls, entering[0]

@@ -39,8 +39,9 @@ from mlx_fusekit.merging.arithmetic import RowRange
 from mlx_fusekit.merging.merged import Weight
 from mlx_fusekit.merging.plan import WeightStep
 from mlx_fusekit.requantize import calibrated, parts
-from mlx_fusekit.requantize.calibrated import Calibration, SolvedWeights
+from mlx_fusekit.requantize.calibrated import Calibration
 from mlx_fusekit.requantize.nearest import nearest
+from mlx_fusekit.requantize.solved import SolvedWeights
 from mlx_fusekit.requantize.taps import calls_intercepted, evaluate, inputs_noted
 from mlx_fusekit.running.model import place
 from mlx_fusekit.running.swapped import FusedModules

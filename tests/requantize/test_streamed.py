@@ -16,12 +16,16 @@ from mlx_fusekit.adapters.sources import NamedSources
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.fusing.options import FuseOptions
 from mlx_fusekit.requantize import auto
-from mlx_fusekit.requantize.calibrated import Calibration, SolvedWeights
+from mlx_fusekit.requantize.calibrated import Calibration
 from mlx_fusekit.requantize.needs import memory_needs
 from mlx_fusekit.requantize.options import CalibrationOptions
+from mlx_fusekit.requantize.requantizer import Request
+from mlx_fusekit.requantize.solved import SolvedWeights
 from mlx_fusekit.requantize.walk import LayerChain
 from mlx_fusekit.running.streamed import StreamedModel
+from mlx_fusekit.running.swapped import FusedModules
 from mlx_fusekit.texts.calibration import CalibrationText
+from mlx_fusekit.verifying.parity import Variant, compare
 
 TEXT = random_text(10)
 
@@ -87,14 +91,24 @@ def test_it_measures_what_the_whole_models_would(name: str, tmp_path: Path) -> N
     held_out = random_text(12, seed=3)
     text = CalibrationText(tuple(TEXT), tuple(held_out), "somewhere", 1, 0)
     streamed = streamed_of(case.base, case.adapter)
-    options = CalibrationOptions()
-    whole = auto._Session(case.plan, case.teacher, text, options, None).run().report
-    parts = auto._Session(case.plan, streamed.running, text, options, None, streamed).run().report
-    assert whole is not None
+    sources = NamedSources.find(case.base, case.adapter).open()
+    request = Request(case.plan, sources, CalibrationOptions())
+    whole = auto._Session(request, case.teacher, text).run()
+    parts = auto._Session(request, streamed.running, text, streamed).run().report
+    assert whole.report is not None
     assert parts is not None
-    assert parts.streamed > whole.streamed
+    assert parts.streamed > whole.report.streamed
     for figure in ("kl_mean", "kl_p99", "kl_base_mean", "output_error"):
-        assert getattr(parts, figure) == pytest.approx(getattr(whole, figure), rel=1e-4), figure
+        assert getattr(parts, figure) == pytest.approx(getattr(whole.report, figure), rel=1e-4)
+    assert isinstance(whole.requantizer, SolvedWeights)
+    model, fused = case.teacher.model, FusedModules(case.teacher)
+    for step in case.plan.merged:
+        if step.target_spec is not None:
+            fused.put(step.module, whole.requantizer.experts[step.module], step.target_spec)
+    base = Variant(model, case.teacher.without_adapter)
+    measured = compare(model, {"fused": Variant(model, fused.active), "base": base}, held_out)
+    assert measured["fused"].kl_mean == pytest.approx(parts.kl_mean, rel=1e-4)
+    assert measured["base"].kl_mean == pytest.approx(parts.kl_base_mean, rel=1e-4)
 
 
 def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:

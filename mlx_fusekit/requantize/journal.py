@@ -1,0 +1,250 @@
+"""What calibrating has done so far, on disk: solved rows, hidden states, and a record of them.
+
+Solved rows are written when they are solved, and read again when the model is. After a layer, the
+hidden states behind it are written, and then a record that names both: a run that goes on begins
+behind the last record. Everything but the record is on the disk before it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlx_fusekit.formats.quantization import QuantizedRows
+from mlx_fusekit.reading import read_bytes
+from mlx_fusekit.texts.calibration import CalibrationText
+from mlx_fusekit.texts.sequences import TokenSequence
+from mlx_fusekit.writing import calls
+from mlx_fusekit.writing.files import remove, write_new
+from mlx_fusekit.writing.work import Work
+
+#: Of a record or text; both hold some bytes for each module or token.
+_LARGEST_JSON = 1 << 30
+#: MLX's types that NumPy lacks, by how their bits are kept.
+_BITS = {mx.bfloat16: mx.uint16}
+_TYPES = {str(t): t for t in (mx.float32, mx.float16, mx.bfloat16)}
+
+
+class StoredRows(Sequence[QuantizedRows]):
+    """Quantized matrices in a file, one an expert, mapped into memory while they are used."""
+
+    def __init__(self, path: Path, layout: Mapping[str, Any]) -> None:
+        self._path, self._layout = path, layout
+
+    def __len__(self) -> int:
+        return len(self._layout["global_scales"])
+
+    @overload
+    def __getitem__(self, index: int) -> QuantizedRows: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[QuantizedRows]: ...
+    def __getitem__(self, index: int | slice) -> QuantizedRows | list[QuantizedRows]:
+        places = range(len(self))[index]
+        return self._one(places) if isinstance(places, int) else [self._one(p) for p in places]
+
+    def _one(self, expert: int) -> QuantizedRows:
+        layout, arrays = self._layout, []
+        at = expert * sum(_nbytes(*own) for own in layout["arrays"])
+        for dtype, shape in layout["arrays"]:
+            arrays.append(np.memmap(self._path, dtype, "r", at, tuple(shape)))
+            at += _nbytes(dtype, shape)
+        biases = arrays[2] if len(arrays) > 2 else None
+        return QuantizedRows(
+            arrays[0], arrays[1], biases, layout["scale_dtype"], layout["global_scales"][expert]
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was done at one step of the walk.
+
+    Attributes:
+        step: its number.
+        modules: their results, as JSON, by path.
+        groups: paths of modules that were solved together.
+        states: of the hidden states behind it, type and shape of each batch, by whose they are.
+        rows: how each module's rows lie in its file.
+    """
+
+    step: int
+    modules: Mapping[str, Any]
+    groups: Sequence[Sequence[str]]
+    states: Mapping[str, Any]
+    rows: Mapping[str, Any]
+
+
+class Journal:
+    """The records of one walk, in a folder of its own.
+
+    Args:
+        work: that the walk is part of.
+        name: of the folder, which is made where it is missing.
+
+    Attributes:
+        records: of an earlier run, without gaps, those whose files are whole.
+    """
+
+    def __init__(self, work: Work, name: str) -> None:
+        self._work, self._folder = work, work.folder / name
+        if not self._folder.is_dir():
+            calls.make_folder(self._folder)
+        self._rows: dict[str, dict[str, Any]] = {}
+        self.records = list(self._found())
+        if not self._has_its_states():
+            self.records = []
+        self._next = sum(len(record.rows) for record in self.records)
+        self._clear()
+        self._tell()
+
+    def keep_rows(self, path: str, experts: Sequence[QuantizedRows]) -> StoredRows:
+        """Write a module's solved rows."""
+        name, self._next = f"rows-{self._next}", self._next + 1
+        parts = [[e.codes, e.scales, *([] if e.biases is None else [e.biases])] for e in experts]
+        arrays = [[part.dtype.str, list(part.shape)] for part in parts[0]]
+        _write(self._folder / name, [np.ascontiguousarray(p) for own in parts for p in own])
+        self._rows[path] = {
+            "file": name,
+            "arrays": arrays,
+            "scale_dtype": experts[0].scale_dtype,
+            "global_scales": [e.global_scale for e in experts],
+        }
+        return StoredRows(self._folder / name, self._rows[path])
+
+    def rows_of(self, record: Record, path: str) -> StoredRows:
+        """A module's rows, of an earlier run."""
+        return StoredRows(self._folder / record.rows[path]["file"], record.rows[path])
+
+    def done(
+        self,
+        step: int,
+        modules: Mapping[str, Any],
+        groups: Sequence[Sequence[str]],
+        states: Mapping[str, Sequence[mx.array]],
+    ) -> None:
+        """Make the work up to here durable; the states before are then removed."""
+        known: dict[str, Any] = {}
+        for name, batches in states.items():
+            for number, batch in enumerate(batches):
+                bits = batch.view(_BITS[batch.dtype]) if batch.dtype in _BITS else batch
+                _write(self._folder / f"states-{step}-{name}-{number}", [np.array(bits)])
+            known[name] = [[str(batch.dtype), list(batch.shape)] for batch in batches]
+        record = Record(step, modules, groups, known, self._rows)
+        self._rows = {}
+        new = self._folder / "new"
+        write_new(new, json.dumps(asdict(record)).encode())
+        calls.sync_folder(self._folder)
+        calls.rename(new, self._folder / f"record-{len(self.records)}")
+        calls.sync_folder(self._folder)
+        self.records.append(record)
+        self._tell()
+        for old in self._folder.glob("states-*"):
+            if states and not old.name.startswith(f"states-{step}-"):
+                remove(old)
+
+    def states(self, record: Record, name: str) -> list[mx.array]:
+        """Hidden states behind a step, of an earlier run."""
+        found = []
+        for number, (dtype, shape) in enumerate(record.states[name]):
+            kind = _TYPES[dtype]
+            bits = np.fromfile(self._folder / f"states-{record.step}-{name}-{number}", _bits(kind))
+            array = mx.array(bits.reshape(shape))
+            found.append(array.view(kind) if kind in _BITS else array)
+        return found
+
+    def _tell(self) -> None:
+        done = sum(len(record.modules) for record in self.records)
+        if done:
+            self._work.done = f"{done} re-quantized modules are"
+
+    def _found(self) -> Iterator[Record]:
+        number = 0
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            while True:
+                content = read_bytes(self._folder / f"record-{number}", _LARGEST_JSON)
+                record = Record(**json.loads(content))
+                for layout in record.rows.values():
+                    one = sum(_nbytes(*own) for own in layout["arrays"])
+                    self._check(layout["file"], one * len(layout["global_scales"]))
+                yield record
+                number += 1
+
+    def _has_its_states(self) -> bool:
+        """Whether the hidden states behind the last record are there, and whole."""
+        if not self.records:
+            return True
+        record = self.records[-1]
+        try:
+            for name, batches in record.states.items():
+                for number, (dtype, shape) in enumerate(batches):
+                    nbytes = _nbytes(np.dtype(_bits(_TYPES[dtype])).str, shape)
+                    self._check(f"states-{record.step}-{name}-{number}", nbytes)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return True
+
+    def _check(self, name: str, nbytes: int) -> None:
+        """Refuse a file that is not whole.
+
+        Raises:
+            ValueError: when it has another size.
+        """
+        if (self._folder / name).stat().st_size != nbytes:
+            raise ValueError(f"{name}: is not whole")
+
+    def _clear(self) -> None:
+        """Remove what a run that was cut off has written since its last record."""
+        known = {f"record-{number}" for number in range(len(self.records))}
+        known |= {layout["file"] for r in self.records for layout in r.rows.values()}
+        last = next((r.step for r in reversed(self.records) if r.states), None)
+        for path in self._folder.iterdir():
+            if path.name not in known and not path.name.startswith(f"states-{last}-"):
+                remove(path)
+
+
+def keep_text(folder: Path, text: CalibrationText) -> None:
+    """Write calibration text."""
+    new = folder / "new"
+    remove(new)
+    write_new(new, json.dumps(asdict(text)).encode())
+    calls.rename(new, folder / "text")
+    calls.sync_folder(folder)
+
+
+def kept_text(folder: Path) -> CalibrationText | None:
+    """Calibration text of an earlier run, None where there is none."""
+    try:
+        content = json.loads(read_bytes(folder / "text", _LARGEST_JSON))
+    except (OSError, ValueError):
+        return None
+    for name in ("sequences", "held_out"):
+        content[name] = tuple(
+            TokenSequence(tuple(own["tokens"]), own["scored"], own["is_answer"])
+            for own in content[name]
+        )
+    return CalibrationText(**content)
+
+
+def _bits(kind: mx.Dtype) -> npt.DTypeLike:
+    return {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}[kind]
+
+
+def _nbytes(dtype: str, shape: Sequence[int]) -> int:
+    return int(np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64))
+
+
+def _write(path: Path, arrays: Sequence[npt.NDArray[Any]]) -> None:
+    """Write arrays behind each other, and bring them to the disk."""
+    file, at = calls.create(path), 0
+    try:
+        for array in arrays:
+            calls.write(file, array.reshape(-1), at)
+            at += array.nbytes
+        calls.sync(file)
+    finally:
+        calls.close(file)
