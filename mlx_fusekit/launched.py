@@ -120,9 +120,9 @@ def together() -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:  # noqa: BLE001 - raised again, once all know
         own = error
-    failed = _failed(own is not None)
+    failed = _failed(own is not None and not isinstance(own, FailedElsewhereError))
     rank, size = ranks()
-    if own is not None and failed and failed[0] == rank:
+    if own is not None and (not failed or failed[0] == rank):
         raise own
     if failed:
         raise FailedElsewhereError(f"rank {failed[0]} of {size} failed, and says why") from own

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_fusekit import figures
+from mlx_fusekit import figures, launched
 from mlx_fusekit.cli import export_gguf, fuse_each, options, output, publish
 from mlx_fusekit.cli.failures import BELOW_THRESHOLD
 from mlx_fusekit.cli.options import PATH
+from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.requantize.options import CALIBRATION_TOKENS
 from mlx_fusekit.requantize.strategy import STRATEGIES, in_words, reported
 
@@ -130,15 +131,23 @@ def command(as_json: bool, dry_run: bool, each: bool, **asked: Any) -> int:
     """
     named = [asked.pop(name) for name in ("model", "adapter_path", "save_path")]
     if each:
+        if launched.ranks()[1] > 1:
+            raise ConfigurationError("--each: not under mlx.launch; run it without, on one machine")
         return fuse_each.run(named, asked, dry_run=dry_run, as_json=as_json)
     from mlx_fusekit.fusing.fuse import prepare_fuse
 
-    prepared = prepare_fuse(*named, **asked)
+    with launched.together():
+        prepared = prepare_fuse(*named, **asked)
+    if not launched.first():
+        if not dry_run:
+            with launched.bounded_end():
+                prepared.run()
+        return 0
     report = before = prepared.report()
     for warning in before.warnings:
         output.warn(warning)
     if not dry_run:
-        with output.steps_bar() as progress:
+        with launched.bounded_end(), output.steps_bar() as progress:
             report = prepared.run(progress=progress)
         for warning in report.warnings:
             if warning not in before.warnings:

@@ -6,11 +6,12 @@ in the staging folder is checked.
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from mlx_fusekit import launched
 from mlx_fusekit.adapters.sources import NamedSources, Sources
 from mlx_fusekit.checkpoint import recipe
 from mlx_fusekit.checkpoint.belongings import Companions, find_companions
@@ -144,10 +145,12 @@ class PreparedFuse:
                 export or upload failed, the fused model is there and the line says so.
         """
         start = time.perf_counter()
-        destinations.check_upload(self.options)
+        if not launched.first():
+            return self._helped(progress)
         files = self.adapter_files if shared else {"base": self.base_files, **self.adapter_files}
         with ExitStack() as stack:
-            work = stack.enter_context(self._work()) if self.calibrates else None
+            work = self._begun(stack) if self.calibrates else None
+            destinations.check_upload(self.options)
             staging = stack.enter_context(staged(self.target))
             hashing = stack.enter_context(folder.Hashing(files))
             folder.check_disk((self.plan,), self.target.path, staging, clone=clone)
@@ -199,12 +202,27 @@ class PreparedFuse:
             report, self.options, sources=sources, trusted=trusted, progress=progress
         )
 
-    def _work(self) -> AbstractContextManager[Work]:
-        """Where what calibrating does is kept, so that an interrupted run can go on."""
+    def _helped(self, progress: StepProgress | None) -> FuseReport:
+        """Do a further rank's share of calibrating; only the first one writes."""
+        if self.calibrates:
+            with ExitStack() as stack:
+                work = self._begun(stack)
+                self._made_ready(progress, None, work)
+        return self.report(dry_run=False)
+
+    def _begun(self, stack: ExitStack) -> Work:
+        """Where what calibrating does is kept, so that an interrupted run can go on.
+
+        The ranks of a launcher end together, so that none forgets its work before all is written.
+        """
         inputs = deciding_inputs(
             self.plan, self.sources, self.options.calibrating, self.base_files, self.adapter_files
         )
-        return kept_work(self.target.path, inputs, resume=self.options.resume)
+        with launched.together():
+            kept = kept_work(self.target.path, inputs, self.options.resume, launched.ranks()[0])
+            work = stack.enter_context(kept)
+        stack.enter_context(launched.together())
+        return work
 
     def _made_ready(
         self, progress: StepProgress | None, shared: Shared | None, work: Work | None
@@ -216,7 +234,7 @@ class PreparedFuse:
         request = Request(self.plan, self.sources, self.options.calibrating, progress, base, work)
         try:
             ready = self.strategy.prepare(request)
-        except (CheckpointError, ConfigurationError) as error:
+        except (CheckpointError, ConfigurationError, launched.FailedElsewhereError) as error:
             otherwise = self.strategy.otherwise
             if otherwise is None or not self.options.rounding_will_do:
                 raise

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mlx_fusekit import launched
 from mlx_fusekit.adapters.sources import Sources
 from mlx_fusekit.checkpoint import recipe
 from mlx_fusekit.merging.plan import FusePlan
@@ -29,6 +30,7 @@ def deciding_inputs(
     import mlx.core as mx
 
     return {
+        "number of ranks": launched.ranks(),
         "base": [_identity(path) for path in base_files],
         "adapter": [
             [opened.kind, choice.weight, opened.scale, sorted(opened.ignored.modules)]

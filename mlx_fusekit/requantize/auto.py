@@ -6,21 +6,23 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_fusekit import samples
 from mlx_fusekit.adapters.updates import AdapterFolder
-from mlx_fusekit.merging.plan import FusePlan, plan_fuse
+from mlx_fusekit.merging.plan import FusePlan, WeightStep, plan_fuse
 from mlx_fusekit.progress import StepProgress, of_step
 from mlx_fusekit.requantize.calibrated import Calibration
-from mlx_fusekit.requantize.journal import Journal, keep_text, kept_text
+from mlx_fusekit.requantize.journal import Journal, decided_text, keep_text, kept_text
 from mlx_fusekit.requantize.needs import allowed_bytes, memory_needs, streams
 from mlx_fusekit.requantize.options import CalibrationOptions, CalibrationReport
+from mlx_fusekit.requantize.ranks import Ranks
 from mlx_fusekit.requantize.requantizer import Prepared, Request
 from mlx_fusekit.requantize.walk import FinalStates, measured_batches
 from mlx_fusekit.requantize.widening import choose_widths, measured_costs
@@ -59,34 +61,38 @@ def calibrate(request: Request) -> Prepared:
     Raises:
         FusekitError: when there is no text to calibrate on, or the teacher cannot be loaded.
     """
-    if streams(request.plan, request.options):
-        return _streamed(request)
-    base = request.base or RunningBase(request.sources.model)
-    with base.adapted(request.sources.adapter) as teacher:
-        text = _text(request, teacher, base.written)
-        return _Session(request, teacher, text).run()
+    ranks = Ranks()
+    with ranks.telling():
+        if streams(request.plan, request.options):
+            return _streamed(request, ranks)
+        base = request.base or RunningBase(request.sources.model)
+        with base.adapted(request.sources.adapter) as teacher:
+            text = decided_text(ranks, lambda: _text(request, teacher, base.written))
+            return _Session(request, teacher, text, ranks=ranks).run()
 
 
-def _streamed(request: Request) -> Prepared:
-    """With one layer at a time in memory, but for the text, which the whole model writes if it can.
+def _streamed(request: Request, ranks: Ranks) -> Prepared:
+    """With one layer at a time in memory."""
+    streamed = StreamedModel(request.sources.model, request.sources.adapter)
+    text = decided_text(ranks, lambda: _text_for_streamed(request, streamed))
+    return _Session(request, streamed.running, text, streamed, ranks=ranks).run()
 
-    Running it takes less memory than calibrating does.
-    """
+
+def _text_for_streamed(request: Request, streamed: StreamedModel) -> CalibrationText:
+    """The whole model writes the text if it can: running it takes less than calibrating it."""
     sources, options = request.sources, request.options
-    streamed = StreamedModel(sources.model, sources.adapter)
-    text = None if request.work is None else kept_text(request.work.folder)
-    needs = memory_needs(request.plan, options.tokens)
-    if text is None and needs.running <= allowed_bytes(options):
-        base = request.base or RunningBase(sources.model)
-        with base.adapted(sources.adapter) as teacher:
-            text = _text(request, teacher, base.written)
-        del teacher
-        base.let_go()
-        gc.collect()
-        mx.clear_cache()
-    if text is None:
-        text = _text(request, streamed.running, {}, packaged=samples.general_data_path())
-    return _Session(request, streamed.running, text, streamed).run()
+    if request.work is not None and (text := kept_text(request.work.folder)) is not None:
+        return text
+    if memory_needs(request.plan, options.tokens).running > allowed_bytes(options):
+        return _text(request, streamed.running, {}, packaged=samples.general_data_path())
+    base = request.base or RunningBase(sources.model)
+    with base.adapted(sources.adapter) as teacher:
+        text = _text(request, teacher, base.written)
+    del teacher
+    base.let_go()
+    gc.collect()
+    mx.clear_cache()
+    return text
 
 
 def _text(
@@ -142,6 +148,7 @@ class _Session:
     teacher: RunningModel
     text: CalibrationText
     streamed: StreamedModel | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def plan(self) -> FusePlan:
@@ -168,7 +175,11 @@ class _Session:
         if widths:
             plan = plan_fuse(plan.base, plan.adapter, replace(plan.options, widths=widths))
         calibration = self._calibrated(plan, label, self._journal(widths))
-        return _Attempt(plan, calibration, self._report(plan, calibration, widths))
+        known = calibration.measured_states
+        found = self.ranks.decided(lambda: asdict(self._report(plan, calibration, known, widths)))
+        interval, not_seen = found["kl_mean_ci95"], tuple(found["not_seen"])
+        found |= {"kl_mean_ci95": interval and tuple(interval), "not_seen": not_seen}
+        return _Attempt(plan, calibration, CalibrationReport(**found))
 
     def _widened(self, narrow: "_Attempt") -> "_Attempt":
         """The smallest model found that keeps the bound, or else the closest to it.
@@ -179,21 +190,14 @@ class _Session:
         bound, kl = self.options.max_kl, narrow.report.kl_mean
         assert bound is not None
         steps = {s.module: s for s in self.plan.merged if s.target_spec is not None}
-        costs = measured_costs(
-            self.teacher,
-            steps,
-            narrow.calibration.groups,
-            {path: result.error for path, result in narrow.calibration.solved.results.items()},
-            list(up_to(self.text.held_out, _PROBE_TOKENS)),
-            of_step(self.progress, "looking for what to widen"),
-        )
+        costs = self._costs(narrow, steps) if self.ranks.first else {}
         growth = self.options.max_growth
         cap = None if growth is None else int(growth * self.plan.base_bytes)
         best, tried = narrow, [dict[str, int]()]
         # The bound is for the interval's upper end, and gains are estimated of the mean.
         too_little, enough, aim = kl, 0.0, _AIM * bound * kl / narrow.report.kl_upper
         for number in range(2, _MOST_ROUNDS + 2):
-            widths = choose_widths(costs, steps, kl, aim, cap).bits
+            widths = self.ranks.decided(partial(_bits, costs, steps, kl, aim, cap))
             if widths in tried:
                 break
             tried.append(dict(widths))
@@ -210,6 +214,19 @@ class _Session:
             aim = math.sqrt(too_little * enough) if enough else aim * _AIM * bound / measured
         return best
 
+    def _costs(
+        self, narrow: "_Attempt", steps: Mapping[str, WeightStep]
+    ) -> dict[tuple[str, ...], float]:
+        """What each group of modules adds to the KL divergence."""
+        return measured_costs(
+            self.teacher,
+            steps,
+            narrow.calibration.groups,
+            {path: result.error for path, result in narrow.calibration.solved.results.items()},
+            list(up_to(self.text.held_out, _PROBE_TOKENS)),
+            of_step(self.progress, "looking for what to widen"),
+        )
+
     def _journal(self, widths: Mapping[str, int]) -> Journal | None:
         work = self.request.work
         if work is None:
@@ -225,6 +242,7 @@ class _Session:
             streamed=self.streamed,
             measured=measured_batches(self._measured),
             journal=journal,
+            ranks=self.ranks,
         )
         calibration.run(of_step(self.progress, label))
         return calibration
@@ -233,31 +251,39 @@ class _Session:
     def _measured(self) -> list[Batch]:
         return make_batches(self.text.held_out, vocabulary_of(self.teacher.model))
 
-    def _compared(self, calibration: Calibration) -> dict[str, Parity]:
-        """The fused model and the base against the teacher, on text that was not calibrated on."""
+    def _compared(
+        self, calibration: Calibration, known: Mapping[str, Sequence[mx.array]] | None
+    ) -> dict[str, Parity]:
+        """The fused model and the base against the teacher, on text that was not calibrated on.
+
+        Args:
+            calibration: of the fused model.
+            known: hidden states behind the last layer, where its layers are a chain.
+        """
         model, told = self.teacher.model, of_step(self.progress, "measuring")
         fused, base = calibration.fused.active, self.teacher.without_adapter
         text = self.text.held_out
-        chain = calibration.finals
-        if chain is None:
-            candidates = {"fused": Variant(model, fused), "base": Variant(model, base)}
-            return compare(model, candidates, text, progress=told)
-        first, batches = chain.first_measured, [batch.sequences for batch in self._measured]
-        states = [
-            dict(zip(batches, found, strict=True))
-            for found in (chain.teacher[first:], chain.student[first:], chain.base)
-        ]
-        known = {
-            "fused": FinalStates(model, fused, states[1]),
-            "base": FinalStates(model, base, states[2]),
+        if known is None:
+            whole = {"fused": Variant(model, fused), "base": Variant(model, base)}
+            return compare(model, whole, text, progress=told)
+        batches = [batch.sequences for batch in self._measured]
+        states = {name: dict(zip(batches, own, strict=True)) for name, own in known.items()}
+        candidates = {
+            "fused": FinalStates(model, fused, states["student"]),
+            "base": FinalStates(model, base, states["base"]),
         }
         with self.streamed.trunk() if self.streamed else contextlib.nullcontext():
-            return compare(FinalStates(model, states=states[0]), known, text, progress=told)
+            teacher = FinalStates(model, states=states["teacher"])
+            return compare(teacher, candidates, text, progress=told)
 
     def _report(
-        self, plan: FusePlan, calibration: Calibration, widths: Mapping[str, int]
+        self,
+        plan: FusePlan,
+        calibration: Calibration,
+        known: Mapping[str, Sequence[mx.array]] | None,
+        widths: Mapping[str, int],
     ) -> CalibrationReport:
-        measured = self._compared(calibration)
+        measured = self._compared(calibration, known)
         fused, base = measured["fused"], measured["base"]
         results = calibration.solved.results
         bound, interval = self.options.max_kl, fused.kl_mean_ci95
@@ -284,6 +310,10 @@ class _Session:
             not_seen=tuple(path for path, result in results.items() if not result.tokens),
             skipped_tokens=max(result.skipped for result in results.values()),
         )
+
+
+def _bits(*chosen_from: Any) -> dict[str, int]:
+    return dict(choose_widths(*chosen_from).bits)
 
 
 def _training_data(adapters: Sequence[AdapterFolder]) -> list[TrainingData]:

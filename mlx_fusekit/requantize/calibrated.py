@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
@@ -28,9 +29,11 @@ from mlx_fusekit.requantize.moments import (
     input_groups,
     noted_inputs,
 )
-from mlx_fusekit.requantize.parts import SolvedGroup, solve_group
+from mlx_fusekit.requantize.packing import packed_states, unpacked_states
+from mlx_fusekit.requantize.parts import SolvedGroup, of_all_ranks, solve_group
+from mlx_fusekit.requantize.ranks import Ranks
 from mlx_fusekit.requantize.solved import ModuleResult, SolvedWeights
-from mlx_fusekit.requantize.solver import Moments
+from mlx_fusekit.requantize.solver import Moments, Solution
 from mlx_fusekit.requantize.taps import ModuleInput, inputs_noted
 from mlx_fusekit.requantize.walk import LayerChain, TokenBatch, replayed, token_batches
 from mlx_fusekit.running.model import RunningModel, place
@@ -57,6 +60,7 @@ class Calibration:
         sequences: the calibration text.
         streamed: of the teacher, where it is in memory layer by layer only.
         measured: batches that go through the layers beside the text, to be measured on.
+        ranks: which share the work; None where there is no launcher.
         journal: takes what is done, and may hold what an earlier run of the same has done.
 
     Attributes:
@@ -75,13 +79,17 @@ class Calibration:
         streamed: StreamedModel | None = None,
         measured: Sequence[TokenBatch] = (),
         journal: Journal | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self._teacher, self._streamed, self._measured = teacher, streamed, measured
+        self._teacher, self._streamed = teacher, streamed
         self._journal = journal
         self.finals: LayerChain | None = None
         self._steps = {step.module: step for step in plan.merged if step.target_spec is not None}
-        self._batches = token_batches(sequences)
-        self._tokens = sum(int(batch.valid.sum()) for batch in self._batches)
+        self._ranks = Ranks() if ranks is None else ranks
+        self._measured = measured[self._ranks.number :: self._ranks.count]
+        self._total = len(measured)
+        self._batches = self._ranks.share(token_batches(sequences), "batches of text")
+        self._tokens = sum(len(sequence.tokens) for sequence in sequences)
         self._progress: Progress | None = None
         self.fused = FusedModules(teacher)
         self.solved = SolvedWeights()
@@ -141,7 +149,14 @@ class Calibration:
             inside: paths of modules in layers.
         """
         journal = self._journal
-        if journal is None or not journal.records:
+        if journal is None:
+            return None
+        in_step = min(self._ranks.all_of(len(journal.records)))
+        if in_step < len(journal.records):
+            journal.go_back(in_step)
+        # One that has lost its states has lost all.
+        if not min(self._ranks.all_of(len(journal.records))):
+            journal.go_back(0)
             return None
         for record in journal.records:
             for path, result in record.modules.items():
@@ -164,6 +179,28 @@ class Calibration:
             return LayerChain.resumed(
                 self._teacher, self.fused, self._batches, last.step + 1, states, self._measured
             )
+
+    @property
+    def measured_states(self) -> dict[str, list[mx.array]] | None:
+        """Hidden states behind the last layer, of all ranks' measured batches, by whose they are.
+
+        None where the layers are no chain.
+        """
+        if self.finals is None:
+            return None
+        first = self.finals.first_measured
+        found = {"teacher": self.finals.teacher[first:], "student": self.finals.student[first:]}
+        found["base"] = self.finals.base
+        return {name: self._of_all(states) for name, states in found.items()}
+
+    def _of_all(self, own: Sequence[mx.array]) -> list[mx.array]:
+        """Batches of all ranks in their order, each rank having had its share."""
+        if self._ranks.count == 1:
+            return list(own)
+        by_rank = [list(unpacked_states(b)) for b in self._ranks.gathered(packed_states(own))]
+        return [
+            by_rank[place % len(by_rank)][place // len(by_rank)] for place in range(self._total)
+        ]
 
     def _note(self, step: int, chain: LayerChain | None = None) -> None:
         """Make what was done up to a layer durable."""
@@ -234,9 +271,7 @@ class Calibration:
         for path in self._embedding_paths():
             columns = self._steps[path].shape[2]
             moments = InputMoments.zero(columns)
-            for index, batch in enumerate(self._batches):
-                for call in self._whole(path, False, index):
-                    moments.add(call.rows(batch.valid), None)
+            self._gather(moments, partial(self._whole, path, False), None)
             if moments.count:
                 # As an embedding, each of its columns counts the same.
                 mean = float(np.trace(moments.fused)) / columns
@@ -299,13 +334,24 @@ class Calibration:
         if theirs is not None:
             drift = Drift.zero([matrix.values for matrix in matrices], self._tokens)
         moments = InputMoments.zero(self._steps[group[0]].shape[2], drift)
-        for index, batch in enumerate(self._batches):
-            calls = ours(index)
-            others = [None] * len(calls) if theirs is None else theirs(index)
-            for call, other in zip(calls, others, strict=True):
-                fused = None if other is None else other.rows(batch.valid)
-                moments.add(call.rows(batch.valid), fused)
+        self._gather(moments, ours, theirs)
         self._solve(group, moments, matrices)
+
+    def _gather(self, moments: InputMoments, ours: Inputs, theirs: Inputs | None) -> None:
+        """Sum over all batches, share by share, so that ranks change nothing in how it is rounded.
+
+        Args:
+            moments: of no tokens yet.
+            ours, theirs: as for :meth:`_solve_group`.
+        """
+        for turn in range(self._ranks.turns):
+            share = moments.emptied()
+            for index in self._ranks.places(turn, len(self._batches)):
+                valid, calls = self._batches[index].valid, ours(index)
+                others = [None] * len(calls) if theirs is None else theirs(index)
+                for call, other in zip(calls, others, strict=True):
+                    share.add(call.rows(valid), None if other is None else other.rows(valid))
+            moments.take_in(share, self._ranks)
 
     def _solve_unseen(self, path: str) -> None:
         """Solve a module of whose inputs nothing is known: its weights' own error counts."""
@@ -325,7 +371,8 @@ class Calibration:
         if moments is None:
             moments = InputMoments.zero(self._steps[group[0]].shape[2])
         prepared = Moments.prepared(moments.fused, tokens=moments.count)
-        solved = solve_group(matrices or self._merged(group), prepared, moments.drift)
+        matrices = matrices or self._merged(group)
+        solved = solve_group(matrices, prepared, moments.drift, self._ranks)
         for path, rows in zip(group, solved.matrices, strict=True):
             self._finish(self._steps[path], [rows], [solved], moments)
 
@@ -341,33 +388,37 @@ class Calibration:
         experts, _, columns = self._steps[group[0]].shape
         self.groups.append(tuple(group))
 
-        def calls() -> Iterator[ModuleInput]:
-            for index in range(len(self._batches)):
+        def calls(turn: int) -> Iterator[ModuleInput]:
+            for index in self._ranks.places(turn, len(self._batches)):
                 yield from inputs(index)
 
         weights = {path: Weight.open(self._steps[path]) for path in group}
-        at_once = max(1, MOMENTS_BYTES // (columns * columns * 4) - 1)
-        solved: dict[str, list[SolvedGroup]] = {path: [] for path in group}
-        rows: dict[str, list[QuantizedRows]] = {path: [] for path in group}
+        # Of each the sums, and those of a share.
+        at_once = max(1, MOMENTS_BYTES // (2 * columns * columns * 4) - 1)
+        solved: dict[str, list[Solution]] = {path: [] for path in group}
         seen = InputMoments.zero(1)
         for first in range(0, experts, at_once):
             chosen = range(first, min(first + at_once, experts))
-            of_experts, everyone = expert_moments(calls, chosen, columns)
+            of_experts, everyone = expert_moments(calls, chosen, columns, self._ranks)
             seen.count, seen.skipped = everyone.count, everyone.skipped
-            for expert, moments in zip(chosen, of_experts, strict=True):
-                prepared = Moments.prepared(moments.fused, tokens=everyone.count)
+            own: dict[str, list[Solution]] = {path: [] for path in group}
+            for mine in range(self._ranks.number, len(chosen), self._ranks.count):
+                prepared = Moments.prepared(of_experts[mine].fused, tokens=everyone.count)
                 for path in group:
-                    found = solve_group([weights[path].matrix(expert)], prepared)
-                    solved[path].append(found)
-                    rows[path].extend(found.matrices)
-        for path in group:
-            self._finish(self._steps[path], rows[path], solved[path], seen)
+                    found = solve_group([weights[path].matrix(chosen[mine])], prepared)
+                    rows = found.matrices[0]
+                    own[path].append(Solution(rows, found.error, found.nearest_error))
+            for path in group:
+                solved[path] += of_all_ranks(own[path], len(chosen), self._ranks)
+        for path, found_of in solved.items():
+            rows_of = [solution.quantized for solution in found_of]
+            self._finish(self._steps[path], rows_of, found_of, seen)
 
     def _finish(
         self,
         step: WeightStep,
         experts: list[QuantizedRows],
-        solutions: Sequence[SolvedGroup],
+        solutions: Sequence[Solution | SolvedGroup],
         moments: InputMoments,
     ) -> None:
         rows: Sequence[QuantizedRows] = experts

@@ -6,7 +6,7 @@ behind the last record. Everything but the record is on the disk before it.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ import numpy.typing as npt
 
 from mlx_fusekit.formats.quantization import QuantizedRows
 from mlx_fusekit.reading import read_bytes
+from mlx_fusekit.requantize.bits import array_of, bits_of, type_of_bits
+from mlx_fusekit.requantize.ranks import Ranks
 from mlx_fusekit.texts.calibration import CalibrationText
 from mlx_fusekit.texts.sequences import TokenSequence
 from mlx_fusekit.writing import calls
@@ -26,9 +28,6 @@ from mlx_fusekit.writing.work import Work
 
 #: Of a record or text; both hold some bytes for each module or token.
 _LARGEST_JSON = 1 << 30
-#: MLX's types that NumPy lacks, by how their bits are kept.
-_BITS = {mx.bfloat16: mx.uint16}
-_TYPES = {str(t): t for t in (mx.float32, mx.float16, mx.bfloat16)}
 
 
 class StoredRows(Sequence[QuantizedRows]):
@@ -127,12 +126,11 @@ class Journal:
         groups: Sequence[Sequence[str]],
         states: Mapping[str, Sequence[mx.array]],
     ) -> None:
-        """Make the work up to here durable; the states before are then removed."""
+        """Make the work up to here durable; of the states before, only the last stay."""
         known: dict[str, Any] = {}
         for name, batches in states.items():
             for number, batch in enumerate(batches):
-                bits = batch.view(_BITS[batch.dtype]) if batch.dtype in _BITS else batch
-                _write(self._folder / f"states-{step}-{name}-{number}", [np.array(bits)])
+                _write(self._folder / f"states-{step}-{name}-{number}", [bits_of(batch)])
             known[name] = [[str(batch.dtype), list(batch.shape)] for batch in batches]
         record = Record(step, modules, groups, known, self._rows)
         self._rows = {}
@@ -143,18 +141,24 @@ class Journal:
         calls.sync_folder(self._folder)
         self.records.append(record)
         self._tell()
-        for old in self._folder.glob("states-*"):
-            if states and not old.name.startswith(f"states-{step}-"):
-                remove(old)
+        self._remove_old_states()
+
+    def go_back(self, count: int) -> None:
+        """Forget all but the first records; at most one may be forgotten, or all."""
+        for number in range(count, len(self.records)):
+            remove(self._folder / f"record-{number}")
+        self.records = self.records[:count]
+        if not self._has_its_states():
+            self.records = []
+        self._clear()
 
     def states(self, record: Record, name: str) -> list[mx.array]:
         """Hidden states behind a step, of an earlier run."""
         found = []
-        for number, (dtype, shape) in enumerate(record.states[name]):
-            kind = _TYPES[dtype]
-            bits = np.fromfile(self._folder / f"states-{record.step}-{name}-{number}", _bits(kind))
-            array = mx.array(bits.reshape(shape))
-            found.append(array.view(kind) if kind in _BITS else array)
+        for number, (kind, shape) in enumerate(record.states[name]):
+            path = self._folder / f"states-{record.step}-{name}-{number}"
+            bits = np.fromfile(path, type_of_bits(kind)).reshape(shape)
+            found.append(array_of(bits, kind))
         return found
 
     def _tell(self) -> None:
@@ -181,8 +185,8 @@ class Journal:
         record = self.records[-1]
         try:
             for name, batches in record.states.items():
-                for number, (dtype, shape) in enumerate(batches):
-                    nbytes = _nbytes(np.dtype(_bits(_TYPES[dtype])).str, shape)
+                for number, (kind, shape) in enumerate(batches):
+                    nbytes = _nbytes(np.dtype(type_of_bits(kind)).str, shape)
                     self._check(f"states-{record.step}-{name}-{number}", nbytes)
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -201,9 +205,16 @@ class Journal:
         """Remove what a run that was cut off has written since its last record."""
         known = {f"record-{number}" for number in range(len(self.records))}
         known |= {layout["file"] for r in self.records for layout in r.rows.values()}
-        last = next((r.step for r in reversed(self.records) if r.states), None)
         for path in self._folder.iterdir():
-            if path.name not in known and not path.name.startswith(f"states-{last}-"):
+            if path.name not in known and not path.name.startswith("states-"):
+                remove(path)
+        self._remove_old_states()
+
+    def _remove_old_states(self) -> None:
+        # Those before the last ones are for a rank that is ahead of another when both go on.
+        kept = tuple(f"states-{record.step}-" for record in self.records[-2:])
+        for path in self._folder.glob("states-*"):
+            if not path.name.startswith(kept):
                 remove(path)
 
 
@@ -222,16 +233,23 @@ def kept_text(folder: Path) -> CalibrationText | None:
         content = json.loads(read_bytes(folder / "text", _LARGEST_JSON))
     except (OSError, ValueError):
         return None
+    return _text_of(content)
+
+
+def decided_text(ranks: Ranks, make: Callable[[], CalibrationText]) -> CalibrationText:
+    """The text of the first rank, on all of them."""
+    if ranks.count == 1:
+        return make()
+    return _text_of(ranks.decided(lambda: asdict(make())))
+
+
+def _text_of(content: dict[str, Any]) -> CalibrationText:
     for name in ("sequences", "held_out"):
         content[name] = tuple(
             TokenSequence(tuple(own["tokens"]), own["scored"], own["is_answer"])
             for own in content[name]
         )
     return CalibrationText(**content)
-
-
-def _bits(kind: mx.Dtype) -> npt.DTypeLike:
-    return {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}[kind]
 
 
 def _nbytes(dtype: str, shape: Sequence[int]) -> int:

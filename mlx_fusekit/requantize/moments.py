@@ -9,6 +9,7 @@ import numpy as np
 
 from mlx_fusekit.formats.floats import Float32
 from mlx_fusekit.requantize.cholesky import add_cross_products, add_products
+from mlx_fusekit.requantize.ranks import Ranks
 from mlx_fusekit.requantize.solver import Moments
 from mlx_fusekit.requantize.taps import ModuleInput, evaluate, inputs_noted
 
@@ -79,6 +80,21 @@ class InputMoments:
         """Of no tokens."""
         return cls(np.zeros((columns, columns), np.float32), drift)
 
+    def emptied(self) -> "InputMoments":
+        """The same kind of sums, of no tokens."""
+        drift = self.drift
+        if drift is not None:
+            drift = Drift(np.zeros_like(drift.sums), drift.weights)
+        return InputMoments.zero(len(self.fused), drift)
+
+    def take_in(self, share: "InputMoments", ranks: Ranks) -> None:
+        """Add every rank's sums of one share of its tokens, in the order of the ranks."""
+        ranks.add_in_order(self.fused, share.fused)
+        if self.drift is not None and share.drift is not None:
+            ranks.add_in_order(self.drift.sums, share.drift.sums)
+        count, skipped = ranks.total(share.count, share.skipped)
+        self.count, self.skipped = self.count + count, self.skipped + skipped
+
     def add(self, teacher: Float32, fused: Float32 | None) -> None:
         """Count some tokens' inputs ``[tokens, columns]``; None where the fused are the same."""
         # NaN is not below anything.
@@ -121,23 +137,33 @@ def noted_inputs(run: Callable[[], mx.array], path: str, module: nn.Module) -> l
 
 
 def expert_moments(
-    calls: Callable[[], Iterator[ModuleInput]], experts: Sequence[int], columns: int
+    calls: Callable[[int], Iterator[ModuleInput]],
+    experts: Sequence[int],
+    columns: int,
+    ranks: Ranks,
 ) -> tuple[list[InputMoments], InputMoments]:
     """Moments of some experts' inputs, and of all experts' together.
 
     Args:
-        calls: gives every call of the layer, batch after batch.
+        calls: gives the calls of the layer in each share of this rank's batches, by its number.
         experts: which experts' moments are wanted.
         columns: width of the inputs.
+        ranks: that have the other batches.
     """
     chosen = {expert: InputMoments.zero(columns) for expert in experts}
     everyone = InputMoments.zero(columns)
-    for call in calls():
-        rows, of = call.rows_of_experts()
-        everyone.add(rows, None)
-        for expert in np.unique(of):
-            if int(expert) in chosen:
-                chosen[int(expert)].add(rows[of == expert], None)
+    for turn in range(ranks.turns):
+        own = {expert: InputMoments.zero(columns) for expert in experts}
+        share = InputMoments.zero(columns)
+        for call in calls(turn):
+            rows, of = call.rows_of_experts()
+            share.add(rows, None)
+            for expert in np.unique(of):
+                if int(expert) in own:
+                    own[int(expert)].add(rows[of == expert], None)
+        everyone.take_in(share, ranks)
+        for expert, moments in chosen.items():
+            moments.take_in(own[expert], ranks)
     for moments in chosen.values():
         _lean_on(moments, everyone, columns)
     return [chosen[expert] for expert in experts], everyone

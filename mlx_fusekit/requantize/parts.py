@@ -13,10 +13,15 @@ from mlx_fusekit.formats.floats import Float32
 from mlx_fusekit.formats.quantization import QuantizedRows, TargetFormat, stacked
 from mlx_fusekit.merging.merged import MergedRows
 from mlx_fusekit.requantize.moments import Drift, compensated
+from mlx_fusekit.requantize.packing import packed, unpacked
+from mlx_fusekit.requantize.ranks import Ranks
 from mlx_fusekit.requantize.solver import Moments, Solution, solve
 
-#: Weights solved at once.
+#: Weights solved at once, at most; and at least, where there are as many, since a column is a step.
 _SOLVED_ELEMENTS = 1 << 24
+_LEAST_ELEMENTS = 1 << 20
+#: In so many parts larger ones are cut, for as many ranks.
+_SHARES = 4
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,10 @@ class SolvedGroup:
 
 
 def solve_group(
-    matrices: Sequence[MergedRows], moments: Moments, drift: Drift | None = None
+    matrices: Sequence[MergedRows],
+    moments: Moments,
+    drift: Drift | None = None,
+    ranks: Ranks | None = None,
 ) -> SolvedGroup:
     """Solve matrices ``[columns, rows]`` that have the same inputs.
 
@@ -53,11 +61,14 @@ def solve_group(
         matrices: merged.
         moments: of their inputs.
         drift: of their inputs; None where they are the teacher's.
+        ranks: that each solve some of the rows; None to solve all here.
     """
     found: list[list[QuantizedRows]] = [[] for _ in matrices]
     error = nearest_error = 0.0
-    for spans in _parts(matrices):
-        solution = _solve(matrices, spans, moments, drift)
+    parts = list(_parts(matrices))
+    mine, count = (0, 1) if ranks is None else (ranks.number, ranks.count)
+    own = [_solve(matrices, spans, moments, drift) for spans in parts[mine::count]]
+    for spans, solution in zip(parts, of_all_ranks(own, len(parts), ranks), strict=True):
         error, nearest_error = error + solution.error, nearest_error + solution.nearest_error
         done = 0
         for span in spans:
@@ -68,18 +79,38 @@ def solve_group(
     return SolvedGroup(finished, error, nearest_error)
 
 
+def of_all_ranks(own: Sequence[Solution], count: int, ranks: Ranks | None) -> list[Solution]:
+    """Solutions in their order, which the ranks have found in turn.
+
+    Args:
+        own: of this rank, its every ``ranks.count``-th.
+        count: how many there are in all.
+        ranks: None where this one has found all.
+    """
+    if ranks is None or ranks.count == 1:
+        return list(own)
+    blobs = ranks.gathered(packed([(s.quantized, s.error, s.nearest_error) for s in own]))
+    by_rank = [[Solution(*fields) for fields in unpacked(blob)] for blob in blobs]
+    turns = (divmod(place, ranks.count) for place in range(count))
+    return [by_rank[rank][turn] for turn, rank in turns]
+
+
 def _parts(matrices: Sequence[MergedRows]) -> Iterator[list[_Span]]:
-    """All rows, those of one format after each other, cut into parts."""
+    """All rows, those of one format after each other, cut into parts.
+
+    The same ones for any number of ranks: where a part ends decides how sums are rounded.
+    """
     by_format: dict[tuple[TargetFormat, bool], list[_Span]] = {}
     place = 0
     for number, matrix in enumerate(matrices):
         columns, rows = matrix.values.shape
-        size = max(1, _SOLVED_ELEMENTS // columns)
         members = by_format.setdefault((matrix.target, matrix.same_format), [])
         members.append(_Span(number, 0, rows, place))
         place += rows
     for members in by_format.values():
-        yield from _cut(members, size)
+        rows = sum(span.last - span.first for span in members)
+        share = max(-(-rows // _SHARES), _LEAST_ELEMENTS // columns)
+        yield from _cut(members, max(1, min(_SOLVED_ELEMENTS // columns, share)))
 
 
 def _cut(members: Sequence[_Span], size: int) -> Iterator[list[_Span]]:

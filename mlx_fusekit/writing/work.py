@@ -1,8 +1,8 @@
 """The folder in which long work on a target is kept, so that a run that was cut off can go on.
 
 It has a hidden name beside the target, and holds what the work was made from. A run that ends well,
-or with an error, removes it; after an interrupt it stays when there is work in it, and after a kill
-in any case.
+or with an error, removes it; after an interrupt it stays when there is work in it, as it does after
+an error of one of several ranks, and after a kill in any case.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fusekit.errors import OutputError
+from mlx_fusekit.launched import ranks
 from mlx_fusekit.reading import read_bytes
 from mlx_fusekit.signals import held_back
 from mlx_fusekit.writing import calls
@@ -37,26 +38,29 @@ class Work:
     done: str = ""
 
 
-def work_path(target: Path) -> Path:
-    """Where the work on a target is kept."""
-    path = target.absolute()
-    return path.parent / f".{path.name}.fusekit-work"
+def work_path(target: Path, rank: int = 0) -> Path:
+    """Where the work on a target is kept, of each rank its own."""
+    path, own = target.absolute(), f"-{rank}" if rank else ""
+    return path.parent / f".{path.name}.fusekit-work{own}"
 
 
 @contextlib.contextmanager
-def kept_work(target: Path, inputs: Mapping[str, Any], *, resume: bool) -> Iterator[Work]:
+def kept_work(
+    target: Path, inputs: Mapping[str, Any], resume: bool, rank: int = 0
+) -> Iterator[Work]:
     """The folder with the work on a target, and what an earlier run left in it.
 
     Args:
         target: what is being made.
         inputs: what decides the work, by what to call it; JSON.
         resume: whether earlier work is gone on with; else it is thrown away.
+        rank: of those that work on it together.
 
     Raises:
         OutputError: when it was made from other inputs, another run is at it, or it cannot be
             written.
     """
-    path = work_path(target)
+    path = work_path(target, rank)
     with told(target), common_folder(path.parent), _held(path, target):
         known = _inputs_of(path)
         content = json.loads(json.dumps(inputs))
@@ -70,17 +74,15 @@ def kept_work(target: Path, inputs: Mapping[str, Any], *, resume: bool) -> Itera
         work = Work(path)
         try:
             yield work
-        except KeyboardInterrupt as error:
-            if work.done:
+        except BaseException as error:
+            # Of several ranks, all have to go on from where they were.
+            if not work.done or not (isinstance(error, KeyboardInterrupt) or ranks()[1] > 1):
+                _discard(path)
+            elif isinstance(error, KeyboardInterrupt):
                 error.add_note(
                     f"{work.done} kept in {path}; the same command goes on from there, and with "
                     "--no-resume starts afresh"
                 )
-                raise
-            _discard(path)
-            raise
-        except BaseException:
-            _discard(path)
             raise
         _discard(path)
 

@@ -198,7 +198,7 @@ def test_text_that_was_changed_since_is_noticed(sources: tuple[Path, Path], tmp_
 
 def test_two_runs_do_not_work_on_one_target(sources: tuple[Path, Path], tmp_path: Path) -> None:
     target = tmp_path / "fused"
-    with kept_work(target, {}, resume=True), pytest.raises(OutputError, match="another run"):
+    with kept_work(target, {}, True), pytest.raises(OutputError, match="another run"):
         run(sources, target)
     run(sources, target)
 
