@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from preserve_results import Case
-from scale_work import shapes_of
 
 from mlx_fusekit import samples
 from mlx_fusekit.fusing.fuse import prepare_fuse
 from mlx_fusekit.inspecting import AdapterFacts, inspect
 from mlx_fusekit.merging.plan import FusePlan
+from mlx_fusekit.requantize.effort import shapes_of
 from mlx_fusekit.requantize.needs import memory_needs
 from mlx_fusekit.requantize.options import CALIBRATION_TOKENS
 

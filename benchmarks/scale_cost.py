@@ -1,6 +1,6 @@
 """A model of what calibrating costs: fitted to some rows, held against others, and used on a Mac.
 
-Work (:mod:`scale_work`) by a machine's rates gives ideal seconds of each kind, and
+Work by a machine's rates (:mod:`mlx_fusekit.requantize.effort`) gives ideal seconds, and
 
     seconds = a * running + b * solving + c * elementwise + d * reading + e * layers
 
@@ -13,21 +13,18 @@ least one. With fewer than five, kinds share a constant (``GROUPINGS``), and wit
 there is none for layers. All are non-negative, and the squares of relative errors are least.
 """
 
-import hashlib
 import itertools
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from scale_models import OURS
 from scale_rows import Facts
-from scale_work import Work, repeated, work_of
 
 from mlx_fusekit import figures
+from mlx_fusekit.requantize.effort import Rates, Work, work_of
 from mlx_fusekit.requantize.options import CALIBRATION_TOKENS
 from mlx_fusekit.tables import Table
 
@@ -40,54 +37,12 @@ GROUPINGS: tuple[tuple[tuple[int, ...], ...], ...] = (
     ((0, 3), (1,), (2,), (4,)),
     ((0,), (1,), (2,), (3,), (4,)),
 )
-#: Of an element that is looked at.
-_ELEMENT_BYTES = 8
 #: Rows whose ideal seconds differ by less than this share count as one.
 _ALIKE = 0.01
 #: Layers of the models that single layers are of.
 _WHOLE = {"8b": 32, "70b": 80}
 
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a machine does in a second.
-
-    Attributes:
-        name: of the machine.
-        running: float32 operations of a running model's products.
-        solving: float32 operations of NumPy's products.
-        memory: bytes copied in memory, read and written.
-        reading: bytes read of files, and hashed.
-    """
-
-    name: str
-    running: float
-    solving: float
-    memory: float
-    reading: float
-
-    @classmethod
-    def stated(cls, text: str) -> "Rates":
-        """Of a machine that somebody describes.
-
-        Args:
-            text: ``NAME,RUN,SOLVE,MEMORY,READ``: TFLOPS of float32 products where models run and
-                where NumPy runs, GB/s of memory, and GB/s of files.
-
-        Raises:
-            ValueError: for anything else.
-        """
-        name, *rates = text.split(",")
-        run, solve, memory, read = (float(rate) for rate in rates)
-        return cls(name, run * 1e12, solve * 1e12, memory * 1e9, read * 1e9)
-
-    def ideal(self, work: Work) -> Floats:
-        """Seconds of each kind, and layers."""
-        elements = _ELEMENT_BYTES * work.elements / self.memory
-        running, solving = work.running / self.running, work.solving / self.solving
-        return np.array([running, solving, elements, work.read_bytes / self.reading, work.layers])
 
 
 @dataclass(frozen=True)
@@ -133,30 +88,19 @@ class Fit:
         return float(ideal @ self.constants)
 
 
-def measured_rates() -> Rates:
-    """This machine's, with the threads that it gives to this process."""
-    left, right = np.ones((2048, 2048), np.float32), np.ones((2048, 2048), np.float32)
-    ours, theirs = mx.array(left), mx.array(right)
-    mx.eval(ours, theirs)
-    operations, source, block = 2 * 2048**3, np.ones(1 << 25, np.float32), bytes(1 << 26)
-    target = np.empty_like(source)
-    return Rates(
-        "this machine",
-        running=operations / _best(lambda: mx.eval(ours @ theirs)),
-        solving=operations / _best(lambda: left @ right),
-        memory=2 * source.nbytes / _best(lambda: np.copyto(target, source)),
-        reading=len(block) / _best(lambda: hashlib.sha256(block).digest()),
-    )
-
-
-def _best(work: Callable[[], Any], times: int = 5) -> float:
-    """The least seconds of some trials."""
-    found = []
-    for _ in range(times):
-        start = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - start)
-    return min(found)
+def repeated(shapes: dict[str, Any], layers: int) -> dict[str, Any]:
+    """Shapes of a model of so many layers like the last of this one, all of them solved."""
+    last = len(shapes["layers"]) - 1
+    one: Sequence[Any] = [group for group in shapes["solved"] if group[0] == last]
+    share = shapes["layers"][last] / (sum(shapes["layers"]) + shapes["trunk"])
+    count = len({layer for layer, _, _ in shapes["solved"]})
+    return {
+        "solved": [[layer, *group[1:]] for layer in range(layers) for group in one],
+        "layers": [shapes["layers"][last]] * layers,
+        "trunk": shapes["trunk"],
+        "bytes": round(shapes["bytes"] * (1 + share * (layers - last - 1))),
+        "merged_bytes": shapes["merged_bytes"] // count * layers,
+    }
 
 
 def points(rows: Iterable[Facts], fitted: Sequence[str]) -> list[Point]:

@@ -21,9 +21,9 @@ from processes import apart
 from scale_cases import planned, streaming_memory
 from scale_models import ours_command
 from scale_rows import Facts, Rows
-from scale_work import shapes_of
 
 from mlx_fusekit import samples
+from mlx_fusekit.requantize.effort import shapes_of
 from mlx_fusekit.requantize.needs import memory_needs
 from mlx_fusekit.requantize.options import CALIBRATION_TOKENS
 from mlx_fusekit.tables import Table

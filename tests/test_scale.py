@@ -12,14 +12,14 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from scale_cases import Subject, planned  # noqa: E402
-from scale_cost import KINDS, Fit, Point, Rates, fit  # noqa: E402
+from scale_cost import KINDS, Fit, Point, fit, repeated  # noqa: E402
 from scale_cost import points as points_of  # noqa: E402
 from scale_rows import Rows  # noqa: E402
 from scale_steps import picture  # noqa: E402
 from scale_steps import table as steps_table  # noqa: E402
-from scale_work import Work, repeated, shapes_of, work_of  # noqa: E402
 
 from mlx_fusekit import samples  # noqa: E402
+from mlx_fusekit.requantize.effort import Rates, Work, shapes_of, work_of  # noqa: E402
 
 RATES = Rates("a machine", running=1e9, solving=2e9, memory=1e9, reading=1e8)
 

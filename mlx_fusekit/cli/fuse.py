@@ -11,7 +11,7 @@ from mlx_fusekit.cli.failures import BELOW_THRESHOLD
 from mlx_fusekit.cli.options import PATH
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.requantize.options import CALIBRATION_TOKENS
-from mlx_fusekit.requantize.strategy import STRATEGIES, in_words, reported
+from mlx_fusekit.requantize.strategy import STRATEGIES, in_words
 
 if TYPE_CHECKING:
     from mlx_fusekit.fusing.report import FuseReport
@@ -143,7 +143,7 @@ def command(as_json: bool, dry_run: bool, each: bool, **asked: Any) -> int:
             with launched.bounded_end():
                 prepared.run()
         return 0
-    report = before = prepared.report()
+    report = before = prepared.with_needs() if dry_run else prepared.report()
     for warning in before.warnings:
         output.warn(warning)
     if not dry_run:
@@ -184,7 +184,8 @@ def _print(report: "FuseReport") -> None:
     if report.dry_run:
         facts += [
             ("disk free", figures.size(report.disk_free_bytes)),
-            ("working memory", _memory(report)),
+            ("working memory", f"about {figures.size(report.memory_bytes)}"),
+            *_needs(report),
             ("files", ", ".join(report.files)),
         ]
     else:
@@ -199,10 +200,15 @@ def _print(report: "FuseReport") -> None:
         publish.show(report.published)
 
 
-def _memory(report: "FuseReport") -> str:
-    strategy = reported(report.requantize)
-    running = ", and what running the base takes" if strategy and strategy.calibrates else ""
-    return f"about {figures.size(report.memory_bytes)}{running}"
+def _needs(report: "FuseReport") -> list[tuple[str, str]]:
+    needs = report.needs
+    if needs is None:
+        return []
+    layers = ", one layer at a time," if needs.streamed else ""
+    memory = f"about {figures.size(needs.peak_bytes)} of memory{layers}"
+    minutes = max(1, round(needs.seconds / 60))
+    time = f"about {minutes} min on this machine, if no text has to be written"
+    return [("calibrating", f"{memory} and {time}")]
 
 
 def _calibration(report: "FuseReport") -> list[tuple[str, str]]:

@@ -112,6 +112,15 @@ class PreparedFuse:
             calibration=calibration,
         )
 
+    def with_needs(self) -> FuseReport:
+        """The report of the plan, and what calibrating will take, for which this is timed."""
+        if not self.calibrates:
+            return self.report()
+        from mlx_fusekit.requantize.needs import calibration_needs
+
+        needs = calibration_needs(self.plan, self.options.calibrating)
+        return replace(self.report(), needs=needs)
+
     def _warnings(self, calibration: CalibrationReport | None) -> tuple[str, ...]:
         rounds = self.strategy is not None and not self.strategy.calibrates
         return (

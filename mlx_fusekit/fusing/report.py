@@ -10,7 +10,7 @@ from mlx_fusekit.checkpoint.beside_text import in_words
 from mlx_fusekit.figures import nats, setting
 from mlx_fusekit.formats.floats import DTYPE_NAMES
 from mlx_fusekit.merging.plan import FusePlan
-from mlx_fusekit.requantize.options import CalibrationReport
+from mlx_fusekit.requantize.options import CalibrationNeeds, CalibrationReport
 from mlx_fusekit.texts.calibration import PACKAGED
 from mlx_fusekit.verifying.verdict import interval_in_words, too_little
 
@@ -40,6 +40,7 @@ class FuseReport:
         ignored: modules that the user left out of the adapters, as their files name them.
         max_kl: the bound the user set, None for none.
         calibration: what calibrating did, None where there was none.
+        needs: what calibrating will take, where it was asked for.
         gguf: of the GGUF file, where one was asked for; in JSON only then.
         published: of the upload, where one was asked for; in JSON only then.
     """
@@ -69,6 +70,7 @@ class FuseReport:
     ignored: tuple[str, ...]
     max_kl: float | None = None
     calibration: CalibrationReport | None = None
+    needs: CalibrationNeeds | None = None
     gguf: "ExportReport | None" = None
     published: "PublishReport | None" = None
 

@@ -11,27 +11,30 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_fusekit.adapters.fitting import vocabulary_size
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.figures import size
 from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.merging.plan import FusePlan, WeightStep
-from mlx_fusekit.requantize.options import CalibrationOptions
+from mlx_fusekit.requantize.effort import estimated_seconds, shapes_of
+from mlx_fusekit.requantize.options import CalibrationNeeds, CalibrationOptions
+from mlx_fusekit.requantize.parts import LEAST_ELEMENTS, SHARES, SOLVED_ELEMENTS
 from mlx_fusekit.texts.sequences import most_held_out
 from mlx_fusekit.verifying.parity import LOGIT_BYTES
 
 #: Share of the machine's memory that calibrating may take, where nothing else is said.
 MEMORY_SHARE = 0.6
-#: Arrays of logits that live at once while models are compared.
-_LOGITS = 5
+#: Arrays of logits that live at once while models are compared, and what measuring needs beside.
+_LOGITS = 9
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-#: Bytes a square of columns, of all copies of the moments that live at once: the damped ones, their
-#: factor, and the drift or what prepares a factor.
-_MOMENT_BYTES = 12
-#: Weights that are solved at once at most, and bytes of each in all its copies.
-_SOLVED_AT_ONCE, _SOLVED_BYTES = 1 << 24, 24
-#: Python, MLX and what they have loaded.
-_PROGRAM_BYTES = 300 << 20
+#: Square matrices of a module's columns that live at once: sums, those of a share of the text, or
+#: damped moments and their factor; and what the inputs drifted by.
+_MATRICES = 4
+#: Bytes of a weight that is being solved, in all its copies.
+_SOLVED_BYTES = 32
+#: Python, MLX, what they have loaded, and what the allocators keep.
+_PROGRAM_BYTES = 400 << 20
 
 
 @dataclass(frozen=True)
@@ -59,22 +62,29 @@ def memory_needs(plan: FusePlan, tokens: int) -> MemoryNeeds:
     layers, trunk = _sizes(plan.base)
     steps = [step for step in plan.merged if step.target_spec is not None]
     merged: dict[str, int] = defaultdict(int)
-    inputs: dict[str, set[int]] = defaultdict(set)
+    inputs: dict[str, int] = defaultdict(int)
     for step in steps:
         merged[_layer_of(step.module)] += int(math.prod(step.shape) * _run_bytes(step))
-        inputs[_layer_of(step.module)].add(step.shape[2])
+    shapes = shapes_of(plan)
+    for layer, columns, _ in shapes["solved"]:
+        inputs[str(layer)] += columns
     columns = max((step.shape[2] for step in steps), default=0)
-    # What a layer's groups of modules are called with, about twice each width.
-    widths = 2 * max((sum(widths) for widths in inputs.values()), default=0)
+    hidden = min((step.shape[2] for step in steps), default=0)
+    # The teacher's inputs of a layer's groups, the fused model's of one of them, and hidden states.
+    widths = max(inputs.values(), default=0) + columns + 6 * hidden
     states = 4 * (tokens + most_held_out(tokens)) * widths
-    largest = max((step.shape[1] * step.shape[2] for step in steps), default=0)
-    solving = _MOMENT_BYTES * columns**2 + _SOLVED_BYTES * min(largest, _SOLVED_AT_ONCE)
-    fixed = solving + states + plan.computed_bytes + _PROGRAM_BYTES
+    largest = max((width * rows for _, width, rows in shapes["solved"]), default=0)
+    at_once = min(max(largest // SHARES, LEAST_ELEMENTS), SOLVED_ELEMENTS)
+    solving = 4 * _MATRICES * columns**2 + 4 * largest + _SOLVED_BYTES * at_once
     one = max(layers.values(), default=0) * 2 + max(merged.values(), default=0)
     whole = sum(layers.values()) + sum(trunk)
+    logits = 4 * (vocabulary_size(plan.base) or 0) * most_held_out(tokens)
+    measuring = _LOGITS * min(LOGIT_BYTES, logits)
     return MemoryNeeds(
-        resident=whole + sum(merged.values()) + _LOGITS * LOGIT_BYTES + fixed,
-        streamed=max(one, sum(trunk) + _LOGITS * LOGIT_BYTES) + fixed,
+        resident=whole + sum(merged.values()) + max(measuring, solving + states) + _PROGRAM_BYTES,
+        streamed=max(one + solving + states, _at_once(trunk) + measuring + states // 4)
+        + plan.computed_bytes // max(len(layers), 1)
+        + _PROGRAM_BYTES,
         running=whole + _PROGRAM_BYTES,
     )
 
@@ -95,6 +105,20 @@ def streams(plan: FusePlan, options: CalibrationOptions) -> bool:
             "layer at a time; allow that, or say --requantize nearest"
         )
     return True
+
+
+def calibration_needs(plan: FusePlan, options: CalibrationOptions) -> CalibrationNeeds:
+    """What calibrating takes; measures for a second or two how fast this machine is.
+
+    Raises:
+        ConfigurationError: as :func:`streams`.
+    """
+    needs, streamed = memory_needs(plan, options.tokens), streams(plan, options)
+    peak = needs.streamed if streamed else needs.resident
+    if streamed and needs.running <= allowed_bytes(options):
+        # The whole model writes the text.
+        peak = max(peak, needs.running)
+    return CalibrationNeeds(peak, streamed, estimated_seconds(plan, options.tokens))
 
 
 def allowed_bytes(options: CalibrationOptions) -> int:
@@ -121,6 +145,12 @@ def _sizes(base: BaseModel) -> tuple[dict[str, int], list[int]]:
         else:
             trunk.append(nbytes)
     return layers, trunk
+
+
+def _at_once(trunk: list[int]) -> int:
+    """Bytes outside of layers that are in memory together: embeddings or a head, not both."""
+    largest, second = sorted((*trunk, 0), reverse=True)[:2]
+    return sum(trunk) - (second if second == largest else 0)
 
 
 def _layer_of(name: str) -> str:

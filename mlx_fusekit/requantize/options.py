@@ -38,6 +38,21 @@ class CalibrationOptions:
     memory: int | None = None
 
 
+@dataclass(frozen=True)
+class CalibrationNeeds:
+    """What calibrating will take; estimates.
+
+    Attributes:
+        peak_bytes: of memory.
+        streamed: whether one layer at a time will be in memory.
+        seconds: on this machine, text that models write not counted.
+    """
+
+    peak_bytes: int
+    streamed: bool
+    seconds: float
+
+
 #: Of a report, what was measured and what follows from that.
 _MEASURED = frozenset(
     (

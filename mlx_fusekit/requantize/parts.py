@@ -18,10 +18,10 @@ from mlx_fusekit.requantize.ranks import Ranks
 from mlx_fusekit.requantize.solver import Moments, Solution, solve
 
 #: Weights solved at once, at most; and at least, where there are as many, since a column is a step.
-_SOLVED_ELEMENTS = 1 << 24
-_LEAST_ELEMENTS = 1 << 20
+SOLVED_ELEMENTS = 1 << 24
+LEAST_ELEMENTS = 1 << 20
 #: In so many parts larger ones are cut, for as many ranks.
-_SHARES = 4
+SHARES = 4
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def _parts(matrices: Sequence[MergedRows]) -> Iterator[list[_Span]]:
         place += rows
     for members in by_format.values():
         rows = sum(span.last - span.first for span in members)
-        share = max(-(-rows // _SHARES), _LEAST_ELEMENTS // columns)
-        yield from _cut(members, max(1, min(_SOLVED_ELEMENTS // columns, share)))
+        share = max(-(-rows // SHARES), LEAST_ELEMENTS // columns)
+        yield from _cut(members, max(1, min(SOLVED_ELEMENTS // columns, share)))
 
 
 def _cut(members: Sequence[_Span], size: int) -> Iterator[list[_Span]]:

@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,14 +88,23 @@ def test_a_dry_run_shows_the_plan(folder: Path, tmp_path: Path) -> None:
     assert "nothing was written" in result.stdout
     assert "adapters (weight 0.25) (lora)" in result.stdout
     assert "disk free" in result.stdout
-    assert "what running the base takes" not in result.stdout
+    assert "calibrating" not in result.stdout
     assert not (tmp_path / "new").exists()
 
 
-def test_the_plan_of_a_calibration_says_that_the_base_is_run(tmp_path: Path) -> None:
+def test_the_plan_of_a_calibration_says_what_it_takes(tmp_path: Path) -> None:
     paths = ["--model", str(samples.model_path()), "--adapter-path", str(samples.adapter_path())]
-    result = run("fuse", *paths, "--save-path", str(tmp_path / "new"), "--dry-run")
-    assert "and what running the base takes" in result.stdout
+    plan = ["fuse", *paths, "--save-path", str(tmp_path / "new"), "--dry-run"]
+    shown = " ".join(run(*plan).stdout.split())
+    assert re.search(r"calibrating about [\d.]+ MB of memory and about \d+ min on this", shown)
+    whole = json.loads(run(*plan, "--json").stdout)["needs"]
+    assert not whole["streamed"]
+    assert 1e8 < whole["peak_bytes"] < 2e9
+    assert 0 < whole["seconds"] < 600
+    least = str(whole["peak_bytes"] - 1)
+    layers = json.loads(run(*plan, "--json", "--memory", least).stdout)["needs"]
+    assert layers["streamed"]
+    assert layers["peak_bytes"] < whole["peak_bytes"]
 
 
 @pytest.mark.parametrize(

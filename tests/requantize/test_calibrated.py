@@ -495,7 +495,7 @@ def test_rows_solved_in_parts_are_the_same(tmp_path: Path, monkeypatch: pytest.M
     case = made("lora", tmp_path)
     calibration = Calibration(case.plan, case.teacher, TEXT[:4])
     whole = calibration.run()
-    monkeypatch.setattr(parts, "_SOLVED_ELEMENTS", 50 * 64)
+    monkeypatch.setattr(parts, "SOLVED_ELEMENTS", 50 * 64)
     in_parts = Calibration(case.plan, case.teacher, TEXT[:4]).run()
     # Matrix products of other shapes round otherwise, and the next layers' inputs with them.
     for path in calibration.groups[0]:
