@@ -21,6 +21,8 @@ OTHERS = (
     "checkpoint/writer.py",  # the file that it writes
     "gguf/file/writer.py",
     "gguf/lora.py",
+    "writing/work.py",  # the folder that it holds
+    "launched.py",  # a pipe
     "cli/streams.py",
     "cli/failures.py",
     "machine.py",

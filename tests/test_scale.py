@@ -130,6 +130,7 @@ def test_seconds_of_a_fit_add_up() -> None:
     assert fitted.seconds(np.ones(len(KINDS))) == 15
 
 
+@pytest.mark.real
 def test_parts_run_on_tiny_models(tmp_path: Path) -> None:
     small = ["--calibration-tokens", "200"]
     ways = ["--contender", "mlx_lm.fuse", "--contender", "calibrated"]

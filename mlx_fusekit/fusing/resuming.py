@@ -1,6 +1,5 @@
 """What decides the bytes of a calibrated fuse, so that work is gone on with only where it fits."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -66,5 +65,5 @@ def _text(sources: Sources, options: CalibrationOptions) -> list[str]:
     for file in files:
         # What cannot be read is told when it is.
         with suppress(OSError):
-            digests.append(hashlib.sha256(data_file(file).read_bytes()).hexdigest())
+            digests.append(recipe.sha256(data_file(file)))
     return digests

@@ -39,6 +39,8 @@ from mlx_fusekit.texts.sequences import most_held_out
 #: How many times its ideal time calibrating takes: 3.6 with a model of 135M, 2.8 with one of 0.5B,
 #: on two virtual x86-64 cores.
 _OVER_IDEAL = 3.2
+#: Of the matrices that this machine is timed with.
+_SIDE = 1024
 #: Of an element that is looked at.
 _ELEMENT_BYTES = 8
 #: Passes of coordinate descent over a matrix.
@@ -177,10 +179,10 @@ def estimated_seconds(plan: FusePlan, tokens: int) -> float:
 
 def measured_rates() -> Rates:
     """This machine's, with the threads that it gives to this process."""
-    left, right = np.ones((2048, 2048), np.float32), np.ones((2048, 2048), np.float32)
+    left, right = np.ones((_SIDE, _SIDE), np.float32), np.ones((_SIDE, _SIDE), np.float32)
     ours, theirs = mx.array(left), mx.array(right)
     mx.eval(ours, theirs)
-    operations, source, block = 2 * 2048**3, np.ones(1 << 25, np.float32), bytes(1 << 26)
+    operations, source, block = 2 * _SIDE**3, np.ones(1 << 24, np.float32), bytes(1 << 24)
     target = np.empty_like(source)
     return Rates(
         "this machine",

@@ -1,14 +1,17 @@
 """What calibrating has done so far, on disk: solved rows, hidden states, and a record of them.
 
 Solved rows are written when they are solved, and read again when the model is. After a layer, the
-hidden states behind it are written, and then a record that names both: a run that goes on begins
-behind the last record. Everything but the record is on the disk before it.
+hidden states behind it are written, and then a record that names both, with checksums: a run that
+goes on begins behind the last record whose files are what it says. So nothing has to wait for the
+disk, which a killed process leaves to the system; what a power failure takes is done again.
 """
 
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,15 +20,16 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_fusekit.formats.quantization import QuantizedRows
-from mlx_fusekit.reading import read_bytes
+from mlx_fusekit.reading import open_file, read_bytes
 from mlx_fusekit.requantize.bits import array_of, bits_of, type_of_bits
 from mlx_fusekit.requantize.ranks import Ranks
 from mlx_fusekit.texts.calibration import CalibrationText
 from mlx_fusekit.texts.sequences import TokenSequence
 from mlx_fusekit.writing import calls
-from mlx_fusekit.writing.files import remove, write_new
+from mlx_fusekit.writing.files import remove
 from mlx_fusekit.writing.work import Work
 
+_READ = 1 << 24
 #: Of a record or text; both hold some bytes for each module or token.
 _LARGEST_JSON = 1 << 30
 
@@ -106,9 +110,10 @@ class Journal:
         name, self._next = f"rows-{self._next}", self._next + 1
         parts = [[e.codes, e.scales, *([] if e.biases is None else [e.biases])] for e in experts]
         arrays = [[part.dtype.str, list(part.shape)] for part in parts[0]]
-        _write(self._folder / name, [np.ascontiguousarray(p) for own in parts for p in own])
+        arrays_of = [np.ascontiguousarray(array) for own in parts for array in own]
         self._rows[path] = {
             "file": name,
+            "checksum": _write(self._folder / name, arrays_of),
             "arrays": arrays,
             "scale_dtype": experts[0].scale_dtype,
             "global_scales": [e.global_scale for e in experts],
@@ -129,16 +134,13 @@ class Journal:
         """Make the work up to here durable; of the states before, only the last stay."""
         known: dict[str, Any] = {}
         for name, batches in states.items():
-            for number, batch in enumerate(batches):
-                _write(self._folder / f"states-{step}-{name}-{number}", [bits_of(batch)])
-            known[name] = [[str(batch.dtype), list(batch.shape)] for batch in batches]
+            known[name] = [
+                [str(batch.dtype), list(batch.shape), _write(path, [bits_of(batch)])]
+                for path, batch in zip(self._state_files(step, name), batches, strict=False)
+            ]
         record = Record(step, modules, groups, known, self._rows)
         self._rows = {}
-        new = self._folder / "new"
-        write_new(new, json.dumps(asdict(record)).encode())
-        calls.sync_folder(self._folder)
-        calls.rename(new, self._folder / f"record-{len(self.records)}")
-        calls.sync_folder(self._folder)
+        _put(self._folder / f"record-{len(self.records)}", asdict(record))
         self.records.append(record)
         self._tell()
         self._remove_old_states()
@@ -154,12 +156,14 @@ class Journal:
 
     def states(self, record: Record, name: str) -> list[mx.array]:
         """Hidden states behind a step, of an earlier run."""
-        found = []
-        for number, (kind, shape) in enumerate(record.states[name]):
-            path = self._folder / f"states-{record.step}-{name}-{number}"
-            bits = np.fromfile(path, type_of_bits(kind)).reshape(shape)
-            found.append(array_of(bits, kind))
-        return found
+        files = self._state_files(record.step, name)
+        return [
+            array_of(np.fromfile(path, type_of_bits(kind)).reshape(shape), kind)
+            for path, (kind, shape, _) in zip(files, record.states[name], strict=False)
+        ]
+
+    def _state_files(self, step: int, name: str) -> Iterator[Path]:
+        return (self._folder / f"states-{step}-{name}-{number}" for number in count())
 
     def _tell(self) -> None:
         done = sum(len(record.modules) for record in self.records)
@@ -173,8 +177,7 @@ class Journal:
                 content = read_bytes(self._folder / f"record-{number}", _LARGEST_JSON)
                 record = Record(**json.loads(content))
                 for layout in record.rows.values():
-                    one = sum(_nbytes(*own) for own in layout["arrays"])
-                    self._check(layout["file"], one * len(layout["global_scales"]))
+                    _check(self._folder / layout["file"], layout["checksum"])
                 yield record
                 number += 1
 
@@ -185,21 +188,12 @@ class Journal:
         record = self.records[-1]
         try:
             for name, batches in record.states.items():
-                for number, (kind, shape) in enumerate(batches):
-                    nbytes = _nbytes(np.dtype(type_of_bits(kind)).str, shape)
-                    self._check(f"states-{record.step}-{name}-{number}", nbytes)
-        except (OSError, ValueError, KeyError, TypeError):
+                files = self._state_files(record.step, name)
+                for path, (_, _, checksum) in zip(files, batches, strict=False):
+                    _check(path, checksum)
+        except (OSError, ValueError, TypeError):
             return False
         return True
-
-    def _check(self, name: str, nbytes: int) -> None:
-        """Refuse a file that is not whole.
-
-        Raises:
-            ValueError: when it has another size.
-        """
-        if (self._folder / name).stat().st_size != nbytes:
-            raise ValueError(f"{name}: is not whole")
 
     def _clear(self) -> None:
         """Remove what a run that was cut off has written since its last record."""
@@ -220,11 +214,7 @@ class Journal:
 
 def keep_text(folder: Path, text: CalibrationText) -> None:
     """Write calibration text."""
-    new = folder / "new"
-    remove(new)
-    write_new(new, json.dumps(asdict(text)).encode())
-    calls.rename(new, folder / "text")
-    calls.sync_folder(folder)
+    _put(folder / "text", asdict(text))
 
 
 def kept_text(folder: Path) -> CalibrationText | None:
@@ -256,13 +246,36 @@ def _nbytes(dtype: str, shape: Sequence[int]) -> int:
     return int(np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64))
 
 
-def _write(path: Path, arrays: Sequence[npt.NDArray[Any]]) -> None:
-    """Write arrays behind each other, and bring them to the disk."""
-    file, at = calls.create(path), 0
+def _put(path: Path, content: Any) -> None:
+    """Write JSON that is there as a whole or not at all."""
+    new = path.with_name("new")
+    remove(new)
+    _write(new, [np.frombuffer(json.dumps(content).encode(), np.uint8)])
+    calls.rename(new, path)
+
+
+def _write(path: Path, arrays: Sequence[npt.NDArray[Any]]) -> int:
+    """Write arrays behind each other; their checksum."""
+    file, at, checksum = calls.create(path), 0, 0
     try:
         for array in arrays:
-            calls.write(file, array.reshape(-1), at)
-            at += array.nbytes
-        calls.sync(file)
+            flat: Any = array.reshape(-1).view(np.uint8)
+            calls.write(file, flat, at)
+            checksum, at = zlib.crc32(memoryview(flat), checksum), at + flat.nbytes
     finally:
         calls.close(file)
+    return checksum
+
+
+def _check(path: Path, checksum: int) -> None:
+    """Refuse a file that is not what was written.
+
+    Raises:
+        ValueError: when it has another content.
+    """
+    found = 0
+    with open_file(path) as file:
+        while data := file.read(_READ):
+            found = zlib.crc32(data, found)
+    if found != checksum:
+        raise ValueError(f"{path.name}: is not what was written")

@@ -108,7 +108,7 @@ def streams(plan: FusePlan, options: CalibrationOptions) -> bool:
 
 
 def calibration_needs(plan: FusePlan, options: CalibrationOptions) -> CalibrationNeeds:
-    """What calibrating takes; measures for a second or two how fast this machine is.
+    """What calibrating takes; times this machine for that, for less than a second.
 
     Raises:
         ConfigurationError: as :func:`streams`.

@@ -46,6 +46,7 @@ def errors(text: str) -> list[str]:
     return [line for line in text.splitlines() if "error:" in line.lower()]
 
 
+@pytest.mark.real
 def test_two_ranks_share_what_one_has(folder: Path) -> None:
     files = ("--json", "run.json", "--load-trials", "1")
     done = launch(*BENCH, "--fused", "fused", *SMALL, *files, cwd=folder)
@@ -68,6 +69,7 @@ def test_two_ranks_share_what_one_has(folder: Path) -> None:
         assert shared.kl_mean == pytest.approx(own.kl_mean, rel=0.05, abs=1e-6)
 
 
+@pytest.mark.real
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -89,6 +91,7 @@ def test_a_mistake_gets_one_line_of_all_ranks(
     assert done.stdout.strip() == ""
 
 
+@pytest.mark.real
 def test_what_only_one_rank_finds_ends_all(folder: Path) -> None:
     """As where a model lies on one machine only."""
     (folder / "one.py").write_text(
@@ -103,6 +106,7 @@ def test_what_only_one_rank_finds_ends_all(folder: Path) -> None:
         assert f"Node with rank {rank} exited with code 1" in done.stderr
 
 
+@pytest.mark.real
 def test_a_rank_that_is_killed_ends_the_other(folder: Path) -> None:
     (folder / "killed.py").write_text(_KILLED)
     started = time.monotonic()
