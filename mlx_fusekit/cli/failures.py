@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 import tempfile
+import time
 import traceback
 from typing import NoReturn
 
@@ -39,6 +40,8 @@ _OF_THE_SYSTEM = {
 }
 _SECRETS = re.compile(r"hf_\w+|(?<=\?)[^\s'\"]+|(?i:(?<=bearer )\S+)")
 _LONGEST = 200
+#: How long a further rank lets the first one speak.
+_LISTEN_SECONDS = 2.0
 
 
 def run(command: click.Command) -> NoReturn:
@@ -79,13 +82,18 @@ def _told(error: BaseException) -> int:
     signal = signals.received()
     if signal is not None or isinstance(error, click.exceptions.Abort | KeyboardInterrupt):
         # What was left behind on purpose is noted on the way.
-        notes = _notes(error) or ["nothing half-made was left behind"]
-        say(f"{signal or 'interrupted'}; {notes[0]}", after_echo=True)
+        notes = _notes(error)
+        if notes or first():  # the first speaks for others that leave nothing
+            note = notes[0] if notes else "nothing half-made was left behind"
+            say(f"{signal or 'interrupted'}; {note}", after_echo=True)
         return signal.status if signal else INTERRUPTED
     if isinstance(error, FailedElsewhereError):
         return FAILED
     if isinstance(error, click.ClickException):
         if not first():  # all ranks have the same arguments
+            # The launcher ends the others with the first that ends, and that one has to speak.
+            signals.ignore()
+            time.sleep(_LISTEN_SECONDS)
             return error.exit_code
         error.show(shown := io.StringIO())
         usage, label, _ = shown.getvalue().partition("Error: ")

@@ -83,7 +83,8 @@ def test_a_mistake_gets_one_line_of_all_ranks(
     folder: Path, arguments: tuple[str, ...], words: str
 ) -> None:
     done = launch(*BENCH, *arguments, *SMALL, cwd=folder)
-    [line] = errors(done.stderr)
+    # The launcher may end a rank that is only starting, which says so.
+    [line] = [line for line in errors(done.stderr) if "terminated" not in line]
     assert words in line
     status = 2 if arguments == ("--bogus",) else 1
     for rank in range(2):
