@@ -153,6 +153,7 @@ if rank == 0:
 if "stuck" in {waiting!r}:
     launched.group()
     if os.fork():  # the child keeps the connection
+        time.sleep(2)  # by then the other waits
         os._exit(5)
     os.setsid()
     for number in (0, 1, 2):
