@@ -5,7 +5,7 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -67,22 +67,35 @@ def calibrate(request: Request) -> Prepared:
             return _streamed(request, ranks)
         base = request.base or RunningBase(request.sources.model)
         with base.adapted(request.sources.adapter) as teacher:
-            text = decided_text(ranks, lambda: _text(request, teacher, base.written))
+            text = decided_text(
+                ranks, lambda: _kept(request, lambda: _text(request, teacher, base.written))
+            )
             return _Session(request, teacher, text, ranks=ranks).run()
 
 
 def _streamed(request: Request, ranks: Ranks) -> Prepared:
     """With one layer at a time in memory."""
     streamed = StreamedModel(request.sources.model, request.sources.adapter)
-    text = decided_text(ranks, lambda: _text_for_streamed(request, streamed))
+    text = decided_text(
+        ranks, lambda: _kept(request, lambda: _text_for_streamed(request, streamed))
+    )
     return _Session(request, streamed.running, text, streamed, ranks=ranks).run()
+
+
+def _kept(request: Request, make: Callable[[], CalibrationText]) -> CalibrationText:
+    """The text of an interrupted run, or one that is made and kept."""
+    if request.work is None:
+        return make()
+    text = kept_text(request.work.folder)
+    if text is None:
+        text = make()
+        keep_text(request.work.folder, text)
+    return text
 
 
 def _text_for_streamed(request: Request, streamed: StreamedModel) -> CalibrationText:
     """The whole model writes the text if it can: running it takes less than calibrating it."""
     sources, options = request.sources, request.options
-    if request.work is not None and (text := kept_text(request.work.folder)) is not None:
-        return text
     if memory_needs(request.plan, options.tokens).running > allowed_bytes(options):
         return _text(request, streamed.running, {}, packaged=samples.general_data_path())
     base = request.base or RunningBase(sources.model)
@@ -98,11 +111,8 @@ def _text_for_streamed(request: Request, streamed: StreamedModel) -> Calibration
 def _text(
     request: Request, teacher: RunningModel, written: Written, packaged: Path | None = None
 ) -> CalibrationText:
-    sources, options, work = request.sources, request.options, request.work
-    kept = None if work is None else kept_text(work.folder)
-    if kept is not None:
-        return kept
-    text = calibration_text(
+    sources, options = request.sources, request.options
+    return calibration_text(
         teacher=lambda: contextlib.nullcontext(teacher.model),
         base=teacher.without_adapter,
         tokenizer=teacher.tokenizer,
@@ -115,9 +125,6 @@ def _text(
         packaged=packaged,
         progress=of_step(request.progress, "generating text"),
     )
-    if work is not None:
-        keep_text(work.folder, text)
-    return text
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,6 @@ class Calibration:
         self._steps = {step.module: step for step in plan.merged if step.target_spec is not None}
         self._ranks = Ranks() if ranks is None else ranks
         self._measured = measured[self._ranks.number :: self._ranks.count]
-        self._total = len(measured)
         self._batches = self._ranks.share(token_batches(sequences), "batches of text")
         self._tokens = sum(len(sequence.tokens) for sequence in sequences)
         self._progress: Progress | None = None
@@ -198,9 +197,7 @@ class Calibration:
         if self._ranks.count == 1:
             return list(own)
         by_rank = [list(unpacked_states(b)) for b in self._ranks.gathered(packed_states(own))]
-        return [
-            by_rank[place % len(by_rank)][place // len(by_rank)] for place in range(self._total)
-        ]
+        return self._ranks.in_order(by_rank)
 
     def _note(self, step: int, chain: LayerChain | None = None) -> None:
         """Make what was done up to a layer durable."""
@@ -409,7 +406,7 @@ class Calibration:
                     rows = found.matrices[0]
                     own[path].append(Solution(rows, found.error, found.nearest_error))
             for path in group:
-                solved[path] += of_all_ranks(own[path], len(chosen), self._ranks)
+                solved[path] += of_all_ranks(own[path], self._ranks)
         for path, found_of in solved.items():
             rows_of = [solution.quantized for solution in found_of]
             self._finish(self._steps[path], rows_of, found_of, seen)

@@ -167,7 +167,7 @@ def work_of(shapes: dict[str, Any], tokens: int, passes: float = PASSES) -> Work
 
 
 def estimated_seconds(plan: FusePlan, tokens: int) -> float:
-    """About how long calibrating takes on this machine, which is measured for a second or two.
+    """About how long calibrating takes on this machine, which is timed for that.
 
     Args:
         plan: the fuse.

@@ -68,7 +68,7 @@ def solve_group(
     parts = list(_parts(matrices))
     mine, count = (0, 1) if ranks is None else (ranks.number, ranks.count)
     own = [_solve(matrices, spans, moments, drift) for spans in parts[mine::count]]
-    for spans, solution in zip(parts, of_all_ranks(own, len(parts), ranks), strict=True):
+    for spans, solution in zip(parts, of_all_ranks(own, ranks), strict=True):
         error, nearest_error = error + solution.error, nearest_error + solution.nearest_error
         done = 0
         for span in spans:
@@ -79,20 +79,18 @@ def solve_group(
     return SolvedGroup(finished, error, nearest_error)
 
 
-def of_all_ranks(own: Sequence[Solution], count: int, ranks: Ranks | None) -> list[Solution]:
+def of_all_ranks(own: Sequence[Solution], ranks: Ranks | None) -> list[Solution]:
     """Solutions in their order, which the ranks have found in turn.
 
     Args:
         own: of this rank, its every ``ranks.count``-th.
-        count: how many there are in all.
         ranks: None where this one has found all.
     """
     if ranks is None or ranks.count == 1:
         return list(own)
     blobs = ranks.gathered(packed([(s.quantized, s.error, s.nearest_error) for s in own]))
     by_rank = [[Solution(*fields) for fields in unpacked(blob)] for blob in blobs]
-    turns = (divmod(place, ranks.count) for place in range(count))
-    return [by_rank[rank][turn] for turn, rank in turns]
+    return ranks.in_order(by_rank)
 
 
 def _parts(matrices: Sequence[MergedRows]) -> Iterator[list[_Span]]:

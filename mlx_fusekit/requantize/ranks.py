@@ -59,6 +59,12 @@ class Ranks:
             )
         return items[self.number :: self.count]
 
+    def in_order(self, by_rank: Sequence[Sequence[T]]) -> list[T]:
+        """What :meth:`share` dealt out, in its order again."""
+        count = sum(map(len, by_rank))
+        turns = (divmod(place, self.count) for place in range(count))
+        return [by_rank[rank][turn] for turn, rank in turns]
+
     @property
     def turns(self) -> int:
         """In how many shares each rank sums its part of the text, one after the other."""
