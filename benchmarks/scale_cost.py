@@ -24,7 +24,7 @@ from scale_models import OURS
 from scale_rows import Facts
 
 from mlx_fusekit import figures
-from mlx_fusekit.requantize.effort import Rates, Work, work_of
+from mlx_fusekit.requantize.effort import Effort, Rates, work_of
 from mlx_fusekit.requantize.options import CALIBRATION_TOKENS
 from mlx_fusekit.tables import Table
 
@@ -57,7 +57,7 @@ class Point:
     """
 
     name: str
-    work: Work
+    work: Effort
     seconds: float
     fitted: bool
 

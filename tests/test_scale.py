@@ -19,7 +19,7 @@ from scale_steps import picture  # noqa: E402
 from scale_steps import table as steps_table  # noqa: E402
 
 from mlx_fusekit import samples  # noqa: E402
-from mlx_fusekit.requantize.effort import Rates, Work, shapes_of, work_of  # noqa: E402
+from mlx_fusekit.requantize.effort import Effort, Rates, shapes_of, work_of  # noqa: E402
 
 RATES = Rates("a machine", running=1e9, solving=2e9, memory=1e9, reading=1e8)
 
@@ -92,7 +92,7 @@ def points(constants: list[float], count: int) -> list[Point]:
     rng = np.random.default_rng(0)
     found = []
     for number in range(count):
-        work = Work(*(rng.uniform(1, 10, 5) * [1e9, 1e9, 1e8, 1e8, 1]))
+        work = Effort(*(rng.uniform(1, 10, 5) * [1e9, 1e9, 1e8, 1e8, 1]))
         seconds = float(RATES.ideal(work) @ constants)
         found.append(Point(str(number), work, seconds, fitted=True))
     return found

@@ -53,7 +53,7 @@ _TOGETHER = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "up
 
 
 @dataclass(frozen=True)
-class Work:
+class Effort:
     """What a calibrated fuse has to do.
 
     Attributes:
@@ -74,9 +74,9 @@ class Work:
         """In the order of the attributes."""
         return list(astuple(self))
 
-    def __sub__(self, other: "Work") -> "Work":
+    def __sub__(self, other: "Effort") -> "Effort":
         pairs = zip(self.as_list(), other.as_list(), strict=True)
-        return Work(*(own - taken for own, taken in pairs))
+        return Effort(*(own - taken for own, taken in pairs))
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Rates:
         run, solve, memory, read = (float(rate) for rate in rates)
         return cls(name, run * 1e12, solve * 1e12, memory * 1e9, read * 1e9)
 
-    def ideal(self, work: Work) -> npt.NDArray[np.float64]:
+    def ideal(self, work: Effort) -> npt.NDArray[np.float64]:
         """Seconds of each kind, and layers."""
         elements = _ELEMENT_BYTES * work.elements / self.memory
         running, solving = work.running / self.running, work.solving / self.solving
@@ -135,7 +135,7 @@ def shapes_of(plan: FusePlan) -> dict[str, Any]:
         parent, _, leaf = step.module.rpartition(".")
         experts, rows, columns = step.shape
         name = f"{parent}.{_TOGETHER.get(leaf, leaf)}"
-        groups[_layer_of(f"{step.module}."), columns, name] += experts * rows
+        groups[layer_of(f"{step.module}."), columns, name] += experts * rows
         merged += sum(source.nbytes for source in step.sources.values())
     layers, trunk = _weights(plan.base)
     return {
@@ -147,7 +147,7 @@ def shapes_of(plan: FusePlan) -> dict[str, Any]:
     }
 
 
-def work_of(shapes: dict[str, Any], tokens: int, passes: float = PASSES) -> Work:
+def work_of(shapes: dict[str, Any], tokens: int, passes: float = PASSES) -> Effort:
     """The work of calibrating on so many tokens."""
     held_out = most_held_out(tokens)
     solved = [(columns, rows) for _, columns, rows in shapes["solved"]]
@@ -157,7 +157,7 @@ def work_of(shapes: dict[str, Any], tokens: int, passes: float = PASSES) -> Work
     for layer, weights in enumerate(shapes["layers"]):
         running += 2.0 * weights * tokens * (2 if layer >= first else 1)
     elements = sum(columns * rows for columns, rows in solved)
-    return Work(
+    return Effort(
         running=running,
         solving=sum(_solving(columns, rows, tokens, passes) for columns, rows in solved),
         elements=elements * (passes + _LOOKS),
@@ -223,7 +223,7 @@ def _weights(base: BaseModel) -> tuple[list[int], int]:
             spec = base.quantization(module)
             assert spec is not None, "a quantized module"
             size = size // tensor.shape[-1] * spec.columns(tensor.shape[-1])
-        layer = _layer_of(name)
+        layer = layer_of(name)
         if layer is None:
             trunk += size
         else:
@@ -231,6 +231,7 @@ def _weights(base: BaseModel) -> tuple[list[int], int]:
     return [layers[index] for index in range(max(layers, default=-1) + 1)], trunk
 
 
-def _layer_of(name: str) -> int | None:
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor or module is in, by its name; None outside of layers."""
     found = _LAYER.search(name)
     return int(found[1]) if found else None

@@ -5,7 +5,6 @@ second moments of inputs are square matrices of a module's columns.
 """
 
 import math
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.figures import size
 from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.merging.plan import FusePlan, WeightStep
-from mlx_fusekit.requantize.effort import estimated_seconds, shapes_of
+from mlx_fusekit.requantize.effort import estimated_seconds, layer_of, shapes_of
 from mlx_fusekit.requantize.options import CalibrationNeeds, CalibrationOptions
 from mlx_fusekit.requantize.parts import LEAST_ELEMENTS, SHARES, SOLVED_ELEMENTS
 from mlx_fusekit.texts.sequences import most_held_out
@@ -27,7 +26,6 @@ from mlx_fusekit.verifying.parity import LOGIT_BYTES
 MEMORY_SHARE = 0.6
 #: Arrays of logits that live at once while models are compared, and what measuring needs beside.
 _LOGITS = 9
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 #: Square matrices of a module's columns that live at once: sums, those of a share of the text, or
 #: damped moments and their factor; and what the inputs drifted by.
 _MATRICES = 4
@@ -61,13 +59,13 @@ def memory_needs(plan: FusePlan, tokens: int) -> MemoryNeeds:
     """
     layers, trunk = _sizes(plan.base)
     steps = [step for step in plan.merged if step.target_spec is not None]
-    merged: dict[str, int] = defaultdict(int)
-    inputs: dict[str, int] = defaultdict(int)
+    merged: dict[int | None, int] = defaultdict(int)
+    inputs: dict[int | None, int] = defaultdict(int)
     for step in steps:
-        merged[_layer_of(step.module)] += int(math.prod(step.shape) * _run_bytes(step))
+        merged[layer_of(step.module)] += int(math.prod(step.shape) * _run_bytes(step))
     shapes = shapes_of(plan)
     for layer, columns, _ in shapes["solved"]:
-        inputs[str(layer)] += columns
+        inputs[layer] += columns
     columns = max((step.shape[2] for step in steps), default=0)
     hidden = min((step.shape[2] for step in steps), default=0)
     # The teacher's inputs of a layer's groups, the fused model's of one of them, and hidden states.
@@ -126,9 +124,9 @@ def allowed_bytes(options: CalibrationOptions) -> int:
     return int(MEMORY_SHARE * memory_bytes()) if options.memory is None else options.memory
 
 
-def _sizes(base: BaseModel) -> tuple[dict[str, int], list[int]]:
+def _sizes(base: BaseModel) -> tuple[dict[int | None, int], list[int]]:
     """Bytes of each layer's weights as they run, and of each tensor outside of layers."""
-    layers: dict[str, int] = defaultdict(int)
+    layers: dict[int | None, int] = defaultdict(int)
     trunk = [0]
     quantized = set(base.quantized_modules)
     in_float32 = mx.default_device().type == mx.cpu
@@ -140,10 +138,11 @@ def _sizes(base: BaseModel) -> tuple[dict[str, int], list[int]]:
             if module in quantized:
                 spec = base.quantization(module)
                 nbytes = nbytes * 32 // spec.bits if spec and leaf == "weight" else 0
-        if layer := _layer_of(name):
-            layers[layer] += nbytes
-        else:
+        layer = layer_of(name)
+        if layer is None:
             trunk.append(nbytes)
+        else:
+            layers[layer] += nbytes
     return layers, trunk
 
 
@@ -151,11 +150,6 @@ def _at_once(trunk: list[int]) -> int:
     """Bytes outside of layers that are in memory together: embeddings or a head, not both."""
     largest, second = sorted((*trunk, 0), reverse=True)[:2]
     return sum(trunk) - (second if second == largest else 0)
-
-
-def _layer_of(name: str) -> str:
-    found = _LAYER.search(name)
-    return found[1] if found else ""
 
 
 def _run_bytes(step: WeightStep) -> float:
