@@ -115,12 +115,15 @@ def _lay_out(base: BaseModel, family: Family, settings: Settings) -> Layout:
     names = Names(family.gguf, settings.layers)
     notes = [note for check in family.checks if (note := check(settings)) is not None]
     _check(family, settings)
+    plain = evaluate(family.keys, settings)
+    tensors = _Tensors(base, family, settings, names)
+    # Before anything is made of a size that the configuration declares.
+    tensors.check_complete()
     rope = rope_of(settings, family.rope, family.rope_dims(settings))
     if settings.get("max_position_embeddings") is None:
         notes.append(f"config.json has no max_position_embeddings; the file says {DEFAULT_CONTEXT}")
     architecture = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[family.gguf]]
-    hyperparameters = {**evaluate(family.keys, settings), **rope.keys}
-    tensors = _Tensors(base, family, settings, names)
+    hyperparameters = {**plain, **rope.keys}
     if tensors.left_out:
         notes.append(f"a text model is exported, without {in_words(tensors.left_out)}")
     return Layout(
@@ -168,7 +171,6 @@ class _Tensors:
         """Every tensor, in the order of the file."""
         stored = self._base.tensors
         beside = parts_of(stored, self._base.quantized_modules)
-        self._check_complete()
         beside |= self.left_out
         made = [t for name in stored if name not in beside for t in self._made_from(name)]
         tensors = {tensor.name: tensor for tensor in [*made, *rope.tensors]}
@@ -198,7 +200,7 @@ class _Tensors:
         except CheckpointError:  # what llama.cpp does not know either will be said by name
             return frozenset()
 
-    def _check_complete(self) -> None:
+    def check_complete(self) -> None:
         """Check that the stored tensors are those of mlx-lm's class, in name and shape."""
         for name, shape in self._parameters.items():
             if name not in self._base.tensors:

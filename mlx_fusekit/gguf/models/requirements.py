@@ -36,6 +36,11 @@ def no_sliding(settings: Settings) -> None:
 def partial_rotation(settings: Settings) -> int:
     """Rotated dimensions of a head of which only a part is rotated."""
     part = float(settings["partial_rotary_factor"])
+    if not 0 < part <= 1:
+        raise settings.refuse(
+            f"partial_rotary_factor is {part:g}; it is the part of a head that is rotated, more "
+            "than 0 and at most 1; correct it"
+        )
     nested = (settings.declared.get("rope_parameters") or {}).get("partial_rotary_factor", part)
     if float(nested) != part:
         raise settings.refuse(

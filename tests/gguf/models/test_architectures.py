@@ -263,10 +263,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("changes", "said"),
         [
-            ({"hidden_size": [128]}, "makes no sense"),
-            ({"num_attention_heads": {"a": 1}}, "makes no sense"),
+            ({"hidden_size": [128]}, "hidden_size must be a number"),
+            ({"num_attention_heads": {"a": 1}}, "num_attention_heads must be a number"),
             ({"num_key_value_heads": "\x1b"}, "makes no sense"),
-            ({"rope_scaling": 3}, "makes no sense"),
+            ({"rope_scaling": 3}, "mlx-lm makes no model of it"),
             ({"hidden_size": 0}, "mlx-lm makes no model of it"),
             ({"num_attention_heads": 0}, "makes no sense"),
             ({"num_hidden_layers": math.inf}, "mlx-lm cannot use it"),
@@ -275,6 +275,11 @@ class TestRefusals:
             ({"rms_norm_eps": 1e300}, r"rms_norm_eps cannot be 1e\+300"),
             ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a number"),
             ({"model_type": ["llama"]}, r"type \['llama'\]"),
+            # As many factors as half a head is wide would be made of it.
+            (
+                {"hidden_size": 2**30, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+                "but config.json makes it",
+            ),
         ],
     )
     def test_settings_of_any_type_and_size(
@@ -285,6 +290,13 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match=said) as error:
             lay_out(broken)
         assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("part", [0, -0.5, 1.5, 1e9])
+    def test_part_of_a_head_that_is_none(self, tmp_path: Path, part: float) -> None:
+        base = open_base(make_model(tmp_path, "phi"))
+        broken = replace(base, config={**base.config, "partial_rotary_factor": part})
+        with pytest.raises(CheckpointError, match=r"partial_rotary_factor is .*; correct it"):
+            lay_out(broken)
 
     def test_gguf_package_that_is_too_old(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
