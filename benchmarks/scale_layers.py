@@ -87,7 +87,7 @@ def _random_text(tokens: int) -> str:
     tokenizer = Tokenizer.from_file(str(samples.model_path() / "tokenizer.json"))
     drawn = np.random.default_rng(0).integers(0, tokenizer.get_vocab_size(), 2 * tokens)
     text: str = tokenizer.decode([int(token) for token in drawn], skip_special_tokens=True)
-    return text
+    return text.replace("\0", " ")  # the byte is in the vocabulary, and in no text
 
 
 def table(rows: Iterable[Facts]) -> Table:

@@ -25,6 +25,8 @@ from mlx_fusekit.requantize.journal import Journal
 from mlx_fusekit.requantize.moments import (
     Drift,
     InputMoments,
+    Inputs,
+    add_batches,
     expert_moments,
     input_groups,
     noted_inputs,
@@ -46,9 +48,6 @@ MOMENTS_BYTES = 2 << 30
 
 #: The step of a journal before the first layer, whose own step is its number.
 _BEFORE = -1
-
-#: Gives a module's calls in a batch, by the batch's index.
-Inputs = Callable[[int], list[ModuleInput]]
 
 
 class Calibration:
@@ -213,14 +212,23 @@ class Calibration:
         """Solve layer by layer; of each, all is forgotten but the hidden states behind it."""
         for layer in range(chain.start, len(of_layer)):
             with self._layer(layer):
-                self._solve_layer(chain, layer, of_layer[layer])
-                chain.run_student(layer)
+                inputs = self._teacher_inputs(chain, layer, of_layer[layer])
                 chain.run_base(layer)
+            # Anew: what the fused model has of its own is not needed of the teacher any more.
+            with self._layer(layer, computed=False):
+                while inputs:
+                    group, ours = inputs.pop(0)
+                    theirs = partial(chain.student_inputs, layer, group)
+                    own = theirs if self.fused.ever else None
+                    self._solve_group(group, ours.__getitem__, own, ours.clear)
+                chain.run_student(layer)
                 self.fused.give_back(of_layer[layer])
             self._note(layer, chain)
 
-    def _layer(self, index: int) -> AbstractContextManager[None]:
-        return self._streamed.layer(index) if self._streamed else contextlib.nullcontext()
+    def _layer(self, index: int, *, computed: bool = True) -> AbstractContextManager[None]:
+        if self._streamed is None:
+            return contextlib.nullcontext()
+        return self._streamed.layer(index, computed=computed)
 
     def _trunk(self) -> AbstractContextManager[None]:
         return self._streamed.trunk() if self._streamed else contextlib.nullcontext()
@@ -278,17 +286,19 @@ class Calibration:
     def _embedding_paths(self) -> list[str]:
         return [p for p in self._steps if hasattr(self._teacher.bare(p), "as_linear")]
 
-    def _solve_layer(self, chain: LayerChain, layer: int, paths: Sequence[str]) -> None:
-        """Solve a layer's modules; the teacher's states are then those behind it."""
+    def _teacher_inputs(
+        self, chain: LayerChain, layer: int, paths: Sequence[str]
+    ) -> list[tuple[list[str], list[list[ModuleInput]]]]:
+        """The groups of a layer's modules, and the calls of the first of each, one list a batch.
+
+        The teacher's states are then those behind the layer.
+        """
         groups = []
         if paths:
             run = partial(chain.run, layer, 0)
             groups = input_groups(run, self._current(paths))
         calls = chain.run_teacher(layer, self._current([group[0] for group in groups]))
-        for group in groups:
-            ours = [[call for call in batch if call.path == group[0]] for batch in calls]
-            theirs = partial(chain.student_inputs, layer, group) if self.fused.ever else None
-            self._solve_group(group, ours.__getitem__, theirs)
+        return [(g, [[c for c in batch if c.path == g[0]] for batch in calls]) for g in groups]
 
     def _whole(self, path: str, fused: bool, batch: int) -> list[ModuleInput]:
         """A module's inputs when the whole model runs."""
@@ -311,13 +321,20 @@ class Calibration:
             theirs = partial(self._whole, group[0], True)
             self._solve_group(group, ours, theirs if self.fused.ever else None)
 
-    def _solve_group(self, group: Sequence[str], ours: Inputs, theirs: Inputs | None) -> None:
+    def _solve_group(
+        self,
+        group: Sequence[str],
+        ours: Inputs,
+        theirs: Inputs | None,
+        forget: Callable[[], None] | None = None,
+    ) -> None:
         """Solve modules that have the same inputs.
 
         Args:
             group: their paths.
             ours: gives the calls of the first of them in a batch, by its index, in the teacher.
             theirs: the same in the fused model; None where it does not differ yet.
+            forget: lets go of the calls, once they are counted.
         """
         if ours(0)[0].experts is not None:
             self._solve_experts(group, ours)
@@ -332,23 +349,13 @@ class Calibration:
             drift = Drift.zero([matrix.values for matrix in matrices], self._tokens)
         moments = InputMoments.zero(self._steps[group[0]].shape[2], drift)
         self._gather(moments, ours, theirs)
+        if forget is not None:
+            forget()
         self._solve(group, moments, matrices)
 
     def _gather(self, moments: InputMoments, ours: Inputs, theirs: Inputs | None) -> None:
-        """Sum over all batches, share by share, so that ranks change nothing in how it is rounded.
-
-        Args:
-            moments: of no tokens yet.
-            ours, theirs: as for :meth:`_solve_group`.
-        """
-        for turn in range(self._ranks.turns):
-            share = moments.emptied()
-            for index in self._ranks.places(turn, len(self._batches)):
-                valid, calls = self._batches[index].valid, ours(index)
-                others = [None] * len(calls) if theirs is None else theirs(index)
-                for call, other in zip(calls, others, strict=True):
-                    share.add(call.rows(valid), None if other is None else other.rows(valid))
-            moments.take_in(share, self._ranks)
+        valid = [batch.valid for batch in self._batches]
+        add_batches(moments, valid, ours, theirs, self._ranks)
 
     def _solve_unseen(self, path: str) -> None:
         """Solve a module of whose inputs nothing is known: its weights' own error counts."""
@@ -390,8 +397,8 @@ class Calibration:
                 yield from inputs(index)
 
         weights = {path: Weight.open(self._steps[path]) for path in group}
-        # Of each the sums, and those of a share.
-        at_once = max(1, MOMENTS_BYTES // (2 * columns * columns * 4) - 1)
+        # Of each, and of all together.
+        at_once = max(1, MOMENTS_BYTES // (columns * columns * 4) - 1)
         solved: dict[str, list[Solution]] = {path: [] for path in group}
         seen = InputMoments.zero(1)
         for first in range(0, experts, at_once):

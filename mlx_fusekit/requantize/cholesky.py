@@ -4,6 +4,7 @@ LAPACK through NumPy needs copies; of second moments of 28,672 columns each is 3
 blocks, so that nearly all is matrix products, and take the small blocks on the diagonal in float64.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,15 @@ from mlx_fusekit.formats.floats import Float32
 #: Rows of a block on the diagonal, and of those that are brought up to date by one product.
 _BLOCK = 128
 _ROWS = 1024
+
+
+#: Adds products to a part of the sums, in place.
+Adding = Callable[[Float32, Float32], None]
+
+
+def add_here(sums: Float32, products: Float32) -> None:
+    """Add what there is here, where there is nothing elsewhere."""
+    sums += products
 
 
 @dataclass(frozen=True)
@@ -75,23 +85,34 @@ class Cholesky:
         in_order[self.order] = found
         return in_order
 
+    def squares(self, changes: Float32) -> npt.NDArray[np.float64]:
+        """``change @ matrix @ change`` of each of the changes ``[columns, rows]``, ``[rows]``."""
+        ordered, sums = changes[self.order], np.zeros(changes.shape[1])
+        for first in range(0, len(ordered), _ROWS):
+            part = slice(first, first + _ROWS)
+            product = self.unit[part, first:] @ ordered[first:]
+            sums += np.einsum("c,cr,cr->r", self.pivots[part], product, product, dtype=np.float64)
+        return sums
+
     def _inverse(self, first: int, last: int) -> Float32:
         block = self.unit[first:last, first:last].astype(np.float64)
         return np.linalg.inv(block).astype(np.float32)
 
 
-def add_products(sums: Float32, inputs: Float32) -> None:
+def add_products(sums: Float32, inputs: Float32, add: Adding = add_here) -> None:
     """Add ``inputs.T @ inputs`` to sums ``[columns, columns]``; the upper triangle counts."""
     for first in range(0, len(sums), _ROWS):
         part = slice(first, first + _ROWS)
-        sums[part, first:] += inputs[:, part].T @ inputs[:, first:]
+        add(sums[part, first:], inputs[:, part].T @ inputs[:, first:])
 
 
-def add_cross_products(sums: Float32, left: Float32, right: Float32) -> None:
+def add_cross_products(
+    sums: Float32, left: Float32, right: Float32, add: Adding = add_here
+) -> None:
     """Add ``left.T @ right``, of inputs ``[tokens, ...]``, to sums."""
     for first in range(0, len(sums), _ROWS):
         part = slice(first, first + _ROWS)
-        sums[part] += left[:, part].T @ right
+        add(sums[part], left[:, part].T @ right)
 
 
 def make_symmetric(matrix: Float32) -> None:

@@ -6,9 +6,15 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 
 from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.requantize.cholesky import add_cross_products, add_products
+from mlx_fusekit.requantize.cholesky import (
+    Adding,
+    add_cross_products,
+    add_here,
+    add_products,
+)
 from mlx_fusekit.requantize.ranks import Ranks
 from mlx_fusekit.requantize.solver import Moments
 from mlx_fusekit.requantize.taps import ModuleInput, evaluate, inputs_noted
@@ -18,6 +24,9 @@ from mlx_fusekit.requantize.taps import ModuleInput, evaluate, inputs_noted
 _EXPERT_PRIOR = 0.25
 #: Inputs must be below this, so that float32 holds the sums of their squares.
 _LARGEST = np.float32(1e15)
+
+#: Gives a module's calls in a batch, by the batch's index.
+Inputs = Callable[[int], list[ModuleInput]]
 
 
 @dataclass
@@ -47,10 +56,10 @@ class Drift:
             return cls(np.zeros((columns, rows), np.float32), joined)
         return cls(np.zeros((columns, columns), np.float32))
 
-    def add(self, fused: Float32, difference: Float32) -> None:
+    def add(self, fused: Float32, difference: Float32, adding: Adding = add_here) -> None:
         """Count some tokens, ``y`` and ``x - y``, ``[tokens, columns]``."""
         right = difference if self.weights is None else difference @ self.weights
-        add_cross_products(self.sums, fused, right)
+        add_cross_products(self.sums, fused, right, adding)
 
     def times(self, weights: Float32, places: Sequence[slice]) -> Float32:
         """The sums times some of the weights, ``[columns, rows]``, which are at these places."""
@@ -80,36 +89,27 @@ class InputMoments:
         """Of no tokens."""
         return cls(np.zeros((columns, columns), np.float32), drift)
 
-    def emptied(self) -> "InputMoments":
-        """The same kind of sums, of no tokens."""
-        drift = self.drift
-        if drift is not None:
-            drift = Drift(np.zeros_like(drift.sums), drift.weights)
-        return InputMoments.zero(len(self.fused), drift)
+    def add(self, teacher: Float32, fused: Float32 | None, ranks: Ranks) -> None:
+        """Count the inputs of some tokens of every rank, in the order of the ranks.
 
-    def take_in(self, share: "InputMoments", ranks: Ranks) -> None:
-        """Add every rank's sums of one share of its tokens, in the order of the ranks."""
-        ranks.add_in_order(self.fused, share.fused)
-        if self.drift is not None and share.drift is not None:
-            ranks.add_in_order(self.drift.sums, share.drift.sums)
-        count, skipped = ranks.total(share.count, share.skipped)
-        self.count, self.skipped = self.count + count, self.skipped + skipped
-
-    def add(self, teacher: Float32, fused: Float32 | None) -> None:
-        """Count some tokens' inputs ``[tokens, columns]``; None where the fused are the same."""
+        Args:
+            teacher: of this rank's, ``[tokens, columns]``.
+            fused: the same in the fused model; None where they are the same.
+            ranks: that do so together.
+        """
         # NaN is not below anything.
-        finite = (np.abs(teacher) < _LARGEST).all(1)
+        finite: npt.NDArray[np.bool_] = np.all(np.abs(teacher) < _LARGEST, axis=1)
         if fused is not None:
             finite &= (np.abs(fused) < _LARGEST).all(1)
         if not finite.all():
-            self.skipped += int((~finite).sum())
             teacher = teacher[finite]
             fused = None if fused is None else fused[finite]
         own = teacher if fused is None else fused
-        add_products(self.fused, own)
+        add_products(self.fused, own, ranks.add_in_order)
         if self.drift is not None:
-            self.drift.add(own, teacher - own)
-        self.count += len(own)
+            self.drift.add(own, teacher - own, ranks.add_in_order)
+        count, skipped = ranks.total(len(own), len(finite) - len(own))
+        self.count, self.skipped = self.count + count, self.skipped + skipped
 
 
 def input_groups(run: Callable[[], mx.array], modules: Mapping[str, nn.Module]) -> list[list[str]]:
@@ -153,20 +153,47 @@ def expert_moments(
     chosen = {expert: InputMoments.zero(columns) for expert in experts}
     everyone = InputMoments.zero(columns)
     for turn in range(ranks.turns):
-        own = {expert: InputMoments.zero(columns) for expert in experts}
-        share = InputMoments.zero(columns)
-        for call in calls(turn):
-            rows, of = call.rows_of_experts()
-            share.add(rows, None)
-            for expert in np.unique(of):
-                if int(expert) in own:
-                    own[int(expert)].add(rows[of == expert], None)
-        everyone.take_in(share, ranks)
+        found = [call.rows_of_experts() for call in calls(turn)]
+        rows = joined([rows for rows, _ in found], columns)
+        of = np.concatenate([of for _, of in found]) if found else np.empty(0, np.int64)
+        everyone.add(rows, None, ranks)
         for expert, moments in chosen.items():
-            moments.take_in(own[expert], ranks)
+            moments.add(rows[of == expert], None, ranks)
     for moments in chosen.values():
         _lean_on(moments, everyone, columns)
     return [chosen[expert] for expert in experts], everyone
+
+
+def add_batches(
+    moments: InputMoments,
+    valid: Sequence[npt.NDArray[np.bool_]],
+    ours: Inputs,
+    theirs: Inputs | None,
+    ranks: Ranks,
+) -> None:
+    """Count a module's inputs in all batches, share by share, so that ranks change no rounding.
+
+    Args:
+        moments: of no tokens yet.
+        valid: of each of this rank's batches, which positions are no padding.
+        ours: in the teacher.
+        theirs: in the fused model; None where they are the same.
+        ranks: that have the other batches.
+    """
+    columns = len(moments.fused)
+
+    def rows(inputs: Inputs, turn: int) -> Float32:
+        places = ranks.places(turn, len(valid))
+        return joined([call.rows(valid[i]) for i in places for call in inputs(i)], columns)
+
+    for turn in range(ranks.turns):
+        fused = None if theirs is None else rows(theirs, turn)
+        moments.add(rows(ours, turn), fused, ranks)
+
+
+def joined(parts: Sequence[Float32], columns: int) -> Float32:
+    """Inputs ``[tokens, columns]`` after each other."""
+    return np.concatenate(parts) if parts else np.empty((0, columns), np.float32)
 
 
 def _lean_on(moments: InputMoments, everyone: InputMoments, columns: int) -> None:

@@ -26,9 +26,12 @@ from mlx_fusekit.verifying.parity import LOGIT_BYTES
 MEMORY_SHARE = 0.6
 #: Arrays of logits that live at once while models are compared, and what measuring needs beside.
 _LOGITS = 9
-#: Square matrices of a module's columns that live at once: sums, those of a share of the text, or
-#: damped moments and their factor; and what the inputs drifted by.
-_MATRICES = 4
+#: Arrays of hidden states: in teacher and fused model, before a layer and behind it.
+_STATES = 6
+#: Square matrices of a module's columns that live at once: damped moments, and their factor.
+_MATRICES = 2
+#: Merged weights that live at once: of each module, and of modules with the same inputs together.
+_COPIES = 2
 #: Bytes of a weight that is being solved, in all its copies.
 _SOLVED_BYTES = 32
 #: Python, MLX, what they have loaded, and what the allocators keep.
@@ -58,33 +61,43 @@ def memory_needs(plan: FusePlan, tokens: int) -> MemoryNeeds:
         tokens: to calibrate on.
     """
     layers, trunk = _sizes(plan.base)
-    steps = [step for step in plan.merged if step.target_spec is not None]
     merged: dict[int | None, int] = defaultdict(int)
+    for step in plan.merged:
+        if step.target_spec is not None:
+            merged[layer_of(step.module)] += int(math.prod(step.shape) * _run_bytes(step))
+    shapes, widest = shapes_of(plan), 0
     inputs: dict[int | None, int] = defaultdict(int)
-    for step in steps:
-        merged[layer_of(step.module)] += int(math.prod(step.shape) * _run_bytes(step))
-    shapes = shapes_of(plan)
     for layer, columns, _ in shapes["solved"]:
         inputs[layer] += columns
-    columns = max((step.shape[2] for step in steps), default=0)
-    hidden = min((step.shape[2] for step in steps), default=0)
-    # The teacher's inputs of a layer's groups, the fused model's of one of them, and hidden states.
-    widths = max(inputs.values(), default=0) + columns + 6 * hidden
-    states = 4 * (tokens + most_held_out(tokens)) * widths
-    largest = max((width * rows for _, width, rows in shapes["solved"]), default=0)
-    at_once = min(max(largest // SHARES, LEAST_ELEMENTS), SOLVED_ELEMENTS)
-    solving = 4 * _MATRICES * columns**2 + 4 * largest + _SOLVED_BYTES * at_once
-    one = max(layers.values(), default=0) * 2 + max(merged.values(), default=0)
+        widest = max(widest, columns)
+    hidden = min((columns for _, columns, _ in shapes["solved"]), default=0)
+    states = 4 * (tokens + most_held_out(tokens)) * _STATES * hidden
+    # Of a layer that runs as the teacher's: all that its modules are called with.
+    noted = 4 * tokens * max(inputs.values(), default=0)
+    # Of its modules one group after the other: what it is called with in both models.
+    solving = 8 * tokens * widest
+    solving += max((_solved_bytes(*group[1:]) for group in shapes["solved"]), default=0)
+    # It runs as the teacher's, and then as the fused model's.
+    one = max((*layers.values(), *merged.values()), default=0)
     whole = sum(layers.values()) + sum(trunk)
     logits = 4 * (vocabulary_size(plan.base) or 0) * most_held_out(tokens)
     measuring = _LOGITS * min(LOGIT_BYTES, logits)
+    walking = max(noted, solving) + states
     return MemoryNeeds(
-        resident=whole + sum(merged.values()) + max(measuring, solving + states) + _PROGRAM_BYTES,
-        streamed=max(one + solving + states, _at_once(trunk) + measuring + states // 4)
+        resident=whole + max(merged.values(), default=0) + max(measuring, walking) + _PROGRAM_BYTES,
+        streamed=max(one + walking, _at_once(trunk) + measuring + states)
         + plan.computed_bytes // max(len(layers), 1)
         + _PROGRAM_BYTES,
         running=whole + _PROGRAM_BYTES,
     )
+
+
+def _solved_bytes(columns: int, rows: int) -> int:
+    """Of matrices that have the same inputs while they are solved."""
+    merged = columns * rows
+    drift = min(merged, columns**2)
+    at_once = min(max(merged // SHARES, LEAST_ELEMENTS), SOLVED_ELEMENTS)
+    return 4 * (_MATRICES * columns**2 + drift + _COPIES * merged) + _SOLVED_BYTES * at_once
 
 
 def streams(plan: FusePlan, options: CalibrationOptions) -> bool:

@@ -80,14 +80,13 @@ class Ranks:
             total += own
             return
         self._check()
-        sums, mine = total.reshape(-1), own.reshape(-1)
-        assert np.shares_memory(sums, total), "it is summed in place"
-        for first in range(0, sums.size, _AT_ONCE):
-            part = slice(first, first + _AT_ONCE)
-            nothing = np.zeros_like(mine[part])
+        rows = max(1, _AT_ONCE // max(total[0].size, 1))
+        for first in range(0, len(total), rows):
+            part = slice(first, first + rows)
+            nothing = np.zeros_like(own[part])
             for number in range(self.count):
                 # A sum with zeros is no rounding.
-                sums[part] += self._summed(mine[part] if number == self.number else nothing)
+                total[part] += self._summed(own[part] if number == self.number else nothing)
 
     def add_up(self, array: npt.NDArray[Any]) -> None:
         """Sum whole numbers over all ranks, in place."""

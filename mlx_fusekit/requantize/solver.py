@@ -91,11 +91,7 @@ class Moments:
 
     def errors(self, values: Float32, target: Float32) -> npt.NDArray[np.float64]:
         """Squared change of each row's output, ``[rows]``."""
-        change = values - target
-        errors: npt.NDArray[np.float64] = np.einsum(
-            "cr,cr->r", change, self.matrix @ change, dtype=np.float64
-        )
-        return errors
+        return self.factor.squares(values - target)
 
 
 @dataclass(frozen=True)
@@ -136,8 +132,7 @@ def solve(
     """
     nearest = nearest_of(merged, format_)
     grid = fitted_grid(target, np.diag(moments.matrix), format_)
-    values = _with_error_feedback(target, moments, grid)
-    errors = moments.errors(values, target)
+    values, errors = _with_error_feedback(target, moments, grid)
     nearest_error = 0.0
     for start in [nearest] if base is None else [nearest, base]:
         start_values = values_of(start, format_.spec)
@@ -152,23 +147,32 @@ def solve(
     return Solution(grid.quantized(values), error, nearest_error)
 
 
-def _with_error_feedback(target: Float32, moments: Moments, grid: Grid) -> Float32:
+def _with_error_feedback(
+    target: Float32, moments: Moments, grid: Grid
+) -> tuple[Float32, npt.NDArray[np.float64]]:
     """Round column by column, each error fed to the columns still to come.
 
     The column with the largest second moment is the first, while there is most to make its error
     good with.
+
+    Returns:
+        The values, and the squared change of each row's output: by the factor it is the sum of what
+        each rounding made, times its pivot.
     """
     columns = len(target)
     group_size = columns // grid.groups
     weights, order = moments.factor.unit, moments.factor.order
     ordered = target[order]
     wanted, values = ordered.copy(), np.empty_like(target)
+    squares = np.zeros(target.shape[1])
     for last in range(columns, 0, -_BLOCK):
         first = max(0, last - _BLOCK)
         errors = np.empty((last - first, target.shape[1]), np.float32)
         for place in range(last - 1, first - 1, -1):
             column = order[place]
             values[column] = grid.nearest(wanted[place], column // group_size)
+            rounded = values[column] - wanted[place]
+            squares += moments.factor.pivots[place] * rounded * rounded
             error = np.subtract(values[column], ordered[place], out=errors[place - first])
             # Near columns at once, the others of the block when the sub-block is done.
             near = max(first, (place - first) // _SUB_BLOCK * _SUB_BLOCK + first)
@@ -181,7 +185,7 @@ def _with_error_feedback(target: Float32, moments: Moments, grid: Grid) -> Float
                 )
         if first:
             wanted[:first] -= weights[:first, first:last] @ errors
-    return values
+    return values, squares
 
 
 def _descend(values: Float32, target: Float32, moments: Moments, grid: Grid, error: float) -> float:

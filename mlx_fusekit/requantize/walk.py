@@ -198,14 +198,16 @@ class LayerChain:
         The teacher's states are then those behind the layer.
 
         Returns:
-            The calls, one list a batch.
+            The calls, one list a batch that is calibrated on.
         """
         calls = []
         for batch in range(len(self.teacher)):
-            with inputs_noted(modules) as noted:
+            counts = batch < self.first_measured
+            with inputs_noted(modules if counts else {}) as noted:
                 after = self.run(layer, batch)
             evaluate(noted, after)
-            calls.append(noted)
+            if counts:
+                calls.append(noted)
             self.teacher[batch] = after
         return calls
 

@@ -63,12 +63,20 @@ class StreamedModel:
             yield
 
     @contextlib.contextmanager
-    def layer(self, index: int) -> Iterator[None]:
-        """While it lasts, a layer is in memory."""
+    def layer(self, index: int, *, computed: bool = True) -> Iterator[None]:
+        """While it lasts, a layer is in memory.
+
+        Args:
+            index: the layer's.
+            computed: whether at once as a whole, or what of it is needed, when it is.
+        """
         top = self.layer_paths[index]
         modules = place(self.running.model, top).value.named_modules()
-        with self._ready([f"{top}.{path}" if path else top for path, _ in modules], computed=True):
-            mx.eval(place(self.running.model, top).value.parameters())
+        with self._ready(
+            [f"{top}.{path}" if path else top for path, _ in modules], computed=computed
+        ):
+            if computed:
+                mx.eval(place(self.running.model, top).value.parameters())
             yield
 
     @contextlib.contextmanager

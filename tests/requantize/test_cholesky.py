@@ -39,6 +39,8 @@ def test_a_matrix_is_factored_and_solved_with(columns: int) -> None:
     assert not np.tril(factor.unit, -1).any()
     found = np.linalg.solve(matrix.astype(np.float64), wanted)
     np.testing.assert_allclose(factor.solved(wanted), found, rtol=1e-3, atol=1e-4)
+    squares = np.einsum("cr,cr->r", wanted, matrix.astype(np.float64) @ wanted)
+    np.testing.assert_allclose(factor.squares(wanted), squares, rtol=1e-4)
 
 
 @pytest.mark.parametrize("place", [0, 20, 99])

@@ -164,7 +164,8 @@ def test_error_feedback_is_textbook_gptq(name: str, columns: int) -> None:
     target = random_weights(columns, 6)
     moments = prepared(correlated(columns, 2 * columns))
     grid = fitted_grid(target, np.diag(moments.matrix), FORMATS[name])
-    values = solver._with_error_feedback(target, moments, grid)
+    values, squares = solver._with_error_feedback(target, moments, grid)
+    np.testing.assert_allclose(squares, errors_by_hand(moments.matrix, values, target), rtol=1e-3)
     # In float32, a weight half-way between two codes can go to either, and others follow it.
     assert np.mean(values == textbook_gptq(target, moments, grid).astype(np.float32)) > 0.98
 
@@ -177,7 +178,7 @@ def test_error_feedback_with_a_last_block_that_is_not_full() -> None:
         moments = prepared(correlated(columns, 300))
         grid = fitted_grid(target, np.diag(moments.matrix), spec)
         np.testing.assert_array_equal(
-            solver._with_error_feedback(target, moments, grid),
+            solver._with_error_feedback(target, moments, grid)[0],
             textbook_gptq(target, moments, grid).astype(np.float32),
         )
 

@@ -205,8 +205,8 @@ def test_moments_are_sums_over_tokens() -> None:
     moments = InputMoments.zero(8, Drift(np.zeros((8, 8), np.float32)))
     applied = InputMoments.zero(8, Drift(np.zeros((8, 3), np.float32), weights))
     for part in (slice(0, 20), slice(20, 20), slice(20, None)):
-        moments.add(x[part], y[part])
-        applied.add(x[part], y[part])
+        moments.add(x[part], y[part], Ranks())
+        applied.add(x[part], y[part], Ranks())
     np.testing.assert_allclose(np.triu(moments.fused), np.triu(y.T @ y), rtol=1e-5, atol=1e-5)
     assert moments.drift is not None
     assert applied.drift is not None
@@ -222,7 +222,7 @@ def test_tokens_that_cannot_be_summed_are_skipped_in_both_models(bad: float) -> 
     x, y = normal(50, 8), normal(50, 8, seed=1)
     x[3, 2], y[7, 0] = bad, bad
     moments = InputMoments.zero(8, Drift(np.zeros((8, 8), np.float32)))
-    moments.add(x, y)
+    moments.add(x, y, Ranks())
     x, y = (np.delete(array, [3, 7], axis=0) for array in (x, y))
     np.testing.assert_allclose(np.triu(moments.fused), np.triu(y.T @ y), rtol=1e-5, atol=1e-5)
     assert moments.drift is not None
@@ -235,7 +235,7 @@ def test_massive_activations_are_counted() -> None:
     x = normal(2000, 8)
     x[:, 0] = 6e4
     moments = InputMoments.zero(8)
-    moments.add(x, None)
+    moments.add(x, None, Ranks())
     assert moments.skipped == 0
     assert moments.fused[0, 0] == pytest.approx(2000 * 6e4**2, rel=1e-4)
     assert np.isfinite(Moments.prepared(moments.fused).factor.unit).all()
@@ -247,7 +247,7 @@ def compensation(x: Float32, y: Float32, weights: Float32, *, applied: bool = Fa
     if applied:
         drift = Drift(np.zeros((columns, rows), np.float32), weights)
     moments = InputMoments.zero(columns, drift)
-    moments.add(x, y)
+    moments.add(x, y, Ranks())
     prepared, last = Moments.prepared(moments.fused), rows - 1
     first = compensated(weights[:, :last], [slice(0, last)], drift, prepared)
     return np.hstack([first, compensated(weights[:, last:], [slice(last, rows)], drift, prepared)])
