@@ -55,9 +55,9 @@ def _obstacle(plan: FusePlan, options: FuseOptions) -> str | None:
 
     calibrating = options.calibrating
     needs = memory_needs(plan, calibrating.tokens)
-    if needs.streamed > _RUNNABLE_SHARE * memory_bytes():
+    if needs.spilled > _RUNNABLE_SHARE * memory_bytes():
         return (
-            f"it takes about {size(needs.streamed)}, a layer at a time, and this machine's memory "
+            f"it takes about {size(needs.spilled)}, a layer at a time, and this machine's memory "
             f"({size(memory_bytes())}) is too small for it"
         )
     streams(plan, calibrating)  # refuses what --memory does not allow

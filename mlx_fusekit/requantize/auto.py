@@ -20,7 +20,7 @@ from mlx_fusekit.merging.plan import FusePlan, WeightStep, plan_fuse
 from mlx_fusekit.progress import StepProgress, of_step
 from mlx_fusekit.requantize.calibrated import Calibration
 from mlx_fusekit.requantize.journal import Journal, decided_text, keep_text, kept_text
-from mlx_fusekit.requantize.needs import allowed_bytes, memory_needs, streams
+from mlx_fusekit.requantize.needs import allowed_bytes, memory_needs, spills, streams
 from mlx_fusekit.requantize.options import CalibrationOptions, CalibrationReport
 from mlx_fusekit.requantize.ranks import Ranks
 from mlx_fusekit.requantize.requantizer import Prepared, Request
@@ -250,6 +250,7 @@ class _Session:
             measured=measured_batches(self._measured),
             journal=journal,
             ranks=self.ranks,
+            spill=spills(plan, self.options),
         )
         calibration.run(of_step(self.progress, label))
         return calibration

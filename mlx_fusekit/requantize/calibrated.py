@@ -34,9 +34,10 @@ from mlx_fusekit.requantize.moments import (
 from mlx_fusekit.requantize.packing import packed_states, unpacked_states
 from mlx_fusekit.requantize.parts import SolvedGroup, of_all_ranks, solve_group
 from mlx_fusekit.requantize.ranks import Ranks
+from mlx_fusekit.requantize.shelf import Held, Shelf
 from mlx_fusekit.requantize.solved import ModuleResult, SolvedWeights
 from mlx_fusekit.requantize.solver import Moments, Solution
-from mlx_fusekit.requantize.taps import ModuleInput, inputs_noted
+from mlx_fusekit.requantize.taps import HeldInput, ModuleInput, fetched, inputs_noted
 from mlx_fusekit.requantize.walk import LayerChain, TokenBatch, replayed, token_batches
 from mlx_fusekit.running.model import RunningModel, place
 from mlx_fusekit.running.streamed import StreamedModel, layers_of
@@ -61,6 +62,7 @@ class Calibration:
         measured: batches that go through the layers beside the text, to be measured on.
         ranks: which share the work; None where there is no launcher.
         journal: takes what is done, and may hold what an earlier run of the same has done.
+        spill: whether hidden states, and what modules are called with, wait in its folder.
 
     Attributes:
         fused: the modules solved so far, to run the fused model with.
@@ -79,9 +81,11 @@ class Calibration:
         measured: Sequence[TokenBatch] = (),
         journal: Journal | None = None,
         ranks: Ranks | None = None,
+        spill: bool = False,
     ) -> None:
         self._teacher, self._streamed = teacher, streamed
         self._journal = journal
+        self._shelf = journal.shelf() if journal is not None and spill else Shelf()
         self.finals: LayerChain | None = None
         self._steps = {step.module: step for step in plan.merged if step.target_spec is not None}
         self._ranks = Ranks() if ranks is None else ranks
@@ -175,7 +179,13 @@ class Calibration:
         states = {name: journal.states(last, name) for name in last.states}
         with self._trunk():
             return LayerChain.resumed(
-                self._teacher, self.fused, self._batches, last.step + 1, states, self._measured
+                self._teacher,
+                self.fused,
+                self._batches,
+                last.step + 1,
+                states,
+                self._measured,
+                self._shelf,
             )
 
     @property
@@ -191,10 +201,11 @@ class Calibration:
         found["base"] = self.finals.base
         return {name: self._of_all(states) for name, states in found.items()}
 
-    def _of_all(self, own: Sequence[mx.array]) -> list[mx.array]:
+    def _of_all(self, held: Sequence[Held]) -> list[mx.array]:
         """Batches of all ranks in their order, each rank having had its share."""
+        own = [batch.get() for batch in held]
         if self._ranks.count == 1:
-            return list(own)
+            return own
         by_rank = [list(unpacked_states(b)) for b in self._ranks.gathered(packed_states(own))]
         return self._ranks.in_order(by_rank)
 
@@ -220,7 +231,7 @@ class Calibration:
                     group, ours = inputs.pop(0)
                     theirs = partial(chain.student_inputs, layer, group)
                     own = theirs if self.fused.ever else None
-                    self._solve_group(group, ours.__getitem__, own, ours.clear)
+                    self._solve_group(group, partial(fetched, ours), own, ours.clear)
                 chain.run_student(layer)
                 self.fused.give_back(of_layer[layer])
             self._note(layer, chain)
@@ -241,7 +252,7 @@ class Calibration:
         """
         with self._trunk():
             chain = LayerChain.recorded(
-                self._teacher, self.fused, self._batches, start, self._measured
+                self._teacher, self.fused, self._batches, start, self._measured, self._shelf
             )
         if chain is None and self._streamed is not None:
             raise CheckpointError(
@@ -288,7 +299,7 @@ class Calibration:
 
     def _teacher_inputs(
         self, chain: LayerChain, layer: int, paths: Sequence[str]
-    ) -> list[tuple[list[str], list[list[ModuleInput]]]]:
+    ) -> list[tuple[list[str], list[list[HeldInput]]]]:
         """The groups of a layer's modules, and the calls of the first of each, one list a batch.
 
         The teacher's states are then those behind the layer.
@@ -306,7 +317,7 @@ class Calibration:
         run = partial(self._teacher.model, tokens)
         if self.finals is not None:
             states = self.finals.student if fused else self.finals.teacher
-            run = partial(replayed, self._teacher.model, tokens, states[batch])
+            run = partial(replayed, self._teacher.model, tokens, states[batch].get())
         with self.fused.active() if fused else contextlib.nullcontext():
             return noted_inputs(run, path, self._current([path])[path])
 

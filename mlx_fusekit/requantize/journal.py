@@ -23,6 +23,7 @@ from mlx_fusekit.formats.quantization import QuantizedRows
 from mlx_fusekit.reading import open_file, read_bytes
 from mlx_fusekit.requantize.bits import array_of, bits_of, type_of_bits
 from mlx_fusekit.requantize.ranks import Ranks
+from mlx_fusekit.requantize.shelf import Held, Shelf
 from mlx_fusekit.texts.calibration import CalibrationText
 from mlx_fusekit.texts.sequences import TokenSequence
 from mlx_fusekit.writing import calls
@@ -129,14 +130,15 @@ class Journal:
         step: int,
         modules: Mapping[str, Any],
         groups: Sequence[Sequence[str]],
-        states: Mapping[str, Sequence[mx.array]],
+        states: Mapping[str, Sequence[Held]],
     ) -> None:
         """Make the work up to here durable; of the states before, only the last stay."""
         known: dict[str, Any] = {}
         for name, batches in states.items():
+            arrays = (held.get() for held in batches)
             known[name] = [
-                [str(batch.dtype), list(batch.shape), _write(path, [bits_of(batch)])]
-                for path, batch in zip(self._state_files(step, name), batches, strict=False)
+                [str(array.dtype), list(array.shape), _write(path, [bits_of(array)])]
+                for array, path in zip(arrays, self._state_files(step, name), strict=False)
             ]
         record = Record(step, modules, groups, known, self._rows)
         self._rows = {}
@@ -154,13 +156,15 @@ class Journal:
             self.records = []
         self._clear()
 
-    def states(self, record: Record, name: str) -> list[mx.array]:
+    def states(self, record: Record, name: str) -> Iterator[mx.array]:
         """Hidden states behind a step, of an earlier run."""
         files = self._state_files(record.step, name)
-        return [
-            array_of(np.fromfile(path, type_of_bits(kind)).reshape(shape), kind)
-            for path, (kind, shape, _) in zip(files, record.states[name], strict=False)
-        ]
+        for path, (kind, shape, _) in zip(files, record.states[name], strict=False):
+            yield array_of(np.fromfile(path, type_of_bits(kind)).reshape(shape), kind)
+
+    def shelf(self) -> Shelf:
+        """For what is of no use to a later run."""
+        return Shelf(self._folder)
 
     def _state_files(self, step: int, name: str) -> Iterator[Path]:
         return (self._folder / f"states-{step}-{name}-{number}" for number in count())

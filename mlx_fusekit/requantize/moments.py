@@ -25,6 +25,9 @@ _EXPERT_PRIOR = 0.25
 #: Inputs must be below this, so that float32 holds the sums of their squares.
 _LARGEST = np.float32(1e15)
 
+#: Of a share of the text, batches whose inputs are in memory together.
+BATCHES = 4
+
 #: Gives a module's calls in a batch, by the batch's index.
 Inputs = Callable[[int], list[ModuleInput]]
 
@@ -182,13 +185,15 @@ def add_batches(
     """
     columns = len(moments.fused)
 
-    def rows(inputs: Inputs, turn: int) -> Float32:
-        places = ranks.places(turn, len(valid))
+    def rows(inputs: Inputs, first: int, turn: int) -> Float32:
+        places = ranks.places(turn, len(valid))[first : first + BATCHES]
         return joined([call.rows(valid[i]) for i in places for call in inputs(i)], columns)
 
-    for turn in range(ranks.turns):
-        fused = None if theirs is None else rows(theirs, turn)
-        moments.add(rows(ours, turn), fused, ranks)
+    longest = -(-max(ranks.all_of(len(valid))) // ranks.turns)
+    for first in range(0, longest, BATCHES):
+        for turn in range(ranks.turns):
+            fused = None if theirs is None else rows(theirs, first, turn)
+            moments.add(rows(ours, first, turn), fused, ranks)
 
 
 def joined(parts: Sequence[Float32], columns: int) -> Float32:

@@ -17,8 +17,10 @@ from mlx_fusekit.figures import size
 from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.merging.plan import FusePlan, WeightStep
 from mlx_fusekit.requantize.effort import estimated_seconds, layer_of, shapes_of
+from mlx_fusekit.requantize.moments import BATCHES
 from mlx_fusekit.requantize.options import CalibrationNeeds, CalibrationOptions
 from mlx_fusekit.requantize.parts import LEAST_ELEMENTS, SHARES, SOLVED_ELEMENTS
+from mlx_fusekit.requantize.walk import BATCH_TOKENS
 from mlx_fusekit.texts.sequences import most_held_out
 from mlx_fusekit.verifying.parity import LOGIT_BYTES
 
@@ -45,11 +47,13 @@ class MemoryNeeds:
     Attributes:
         resident: with the whole model in memory.
         streamed: with one layer at a time.
+        spilled: so, and with what flows between and into modules on the disk.
         running: of the model by itself, to write text.
     """
 
     resident: int
     streamed: int
+    spilled: int
     running: int
 
 
@@ -75,19 +79,21 @@ def memory_needs(plan: FusePlan, tokens: int) -> MemoryNeeds:
     # Of a layer that runs as the teacher's: all that its modules are called with.
     noted = 4 * tokens * max(inputs.values(), default=0)
     # Of its modules one group after the other: what it is called with in both models.
-    solving = 8 * tokens * widest
-    solving += max((_solved_bytes(*group[1:]) for group in shapes["solved"]), default=0)
+    called = 8 * tokens * widest
+    solving = max((_solved_bytes(*group[1:]) for group in shapes["solved"]), default=0)
     # It runs as the teacher's, and then as the fused model's.
     one = max((*layers.values(), *merged.values()), default=0)
     whole = sum(layers.values()) + sum(trunk)
     logits = 4 * (vocabulary_size(plan.base) or 0) * most_held_out(tokens)
     measuring = _LOGITS * min(LOGIT_BYTES, logits)
-    walking = max(noted, solving) + states
+    walking = max(noted, called + solving) + states
+    share = 8 * _COPIES * min(tokens, BATCHES * BATCH_TOKENS) * widest
+    beside = plan.computed_bytes // max(len(layers), 1) + _PROGRAM_BYTES
+    trunk_bytes = _at_once(trunk) + measuring
     return MemoryNeeds(
         resident=whole + max(merged.values(), default=0) + max(measuring, walking) + _PROGRAM_BYTES,
-        streamed=max(one + walking, _at_once(trunk) + measuring + states)
-        + plan.computed_bytes // max(len(layers), 1)
-        + _PROGRAM_BYTES,
+        streamed=max(one + walking, trunk_bytes + states) + beside,
+        spilled=max(one + max(solving, share), trunk_bytes) + beside,
         running=whole + _PROGRAM_BYTES,
     )
 
@@ -110,12 +116,19 @@ def streams(plan: FusePlan, options: CalibrationOptions) -> bool:
     allowed = allowed_bytes(options)
     if needs.resident <= allowed:
         return False
-    if options.memory is not None and needs.streamed > allowed:
+    if options.memory is not None and needs.spilled > allowed:
         raise ConfigurationError(
-            f"--memory {size(options.memory)}: calibrating takes about {size(needs.streamed)}, a "
+            f"--memory {size(options.memory)}: calibrating takes about {size(needs.spilled)}, a "
             "layer at a time; allow that, or say --requantize nearest"
         )
     return True
+
+
+def spills(plan: FusePlan, options: CalibrationOptions) -> bool:
+    """Whether what flows between and into modules is to wait on the disk."""
+    return streams(plan, options) and (
+        memory_needs(plan, options.tokens).streamed > allowed_bytes(options)
+    )
 
 
 def calibration_needs(plan: FusePlan, options: CalibrationOptions) -> CalibrationNeeds:
@@ -126,6 +139,8 @@ def calibration_needs(plan: FusePlan, options: CalibrationOptions) -> Calibratio
     """
     needs, streamed = memory_needs(plan, options.tokens), streams(plan, options)
     peak = needs.streamed if streamed else needs.resident
+    if streamed and spills(plan, options):
+        peak = needs.spilled
     if streamed and needs.running <= allowed_bytes(options):
         # The whole model writes the text.
         peak = max(peak, needs.running)

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_fusekit.requantize.shelf import Held, Shelf
 from mlx_fusekit.requantize.taps import ModuleInput, calls_intercepted
 
 
@@ -22,15 +23,17 @@ class Known:
     """What is known of one batch on its way through a layer.
 
     Attributes:
+        shelf: on which it waits.
         group: paths of the modules that it has reached, whose inputs are the same.
         inputs: of their first call.
         outputs: of the first calls of modules before those, where they have the shape of hidden
             states: what is added up along the layer.
     """
 
+    shelf: Shelf
     group: Sequence[str] = ()
-    inputs: mx.array | None = None
-    outputs: dict[str, mx.array] = field(default_factory=dict)
+    inputs: Held | None = None
+    outputs: dict[str, Held] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +83,9 @@ def inputs_on_the_way(
     }
     mx.eval([call.inputs for call in own], list(outputs.values()))
     if own:
-        known.group, known.inputs, known.outputs = group, own[0].inputs, outputs
+        put = known.shelf.put
+        known.group, known.inputs = group, put(own[0].inputs)
+        known.outputs = {path: put(output) for path, output in outputs.items()}
     return [ModuleInput(call.path, call.inputs) for call in own]
 
 
@@ -98,15 +103,16 @@ def output_from(
 def _reusing(known: Known, modules: Mapping[str, nn.Module]) -> Iterator[list[_Call]]:
     calls: list[_Call] = []
     called: set[str] = set()
+    inputs = None if known.inputs is None else known.inputs.get()
 
     def intercept(path: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         first = path not in called
         called.add(path)
         if first and path in known.outputs:
-            output = known.outputs[path]
+            output = known.outputs[path].get()
         else:
             if first and path in known.group:
-                args = (known.inputs, *args[1:])
+                args = (inputs, *args[1:])
             output = call(*args, **kwargs)
         calls.append(_Call(path, args[0], output))
         return output

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_fusekit.formats.floats import Float32
+from mlx_fusekit.requantize.shelf import Held
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +52,24 @@ class ModuleInput:
         inputs = _as_float32(self.inputs)[..., 0, :]
         rows = np.broadcast_to(inputs, (*experts.shape, inputs.shape[-1]))
         return rows.reshape(-1, inputs.shape[-1]), experts.reshape(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldInput:
+    """What a module was called with, while that waits."""
+
+    path: str
+    inputs: Held
+    experts: mx.array | None
+
+    def get(self) -> ModuleInput:
+        """The call."""
+        return ModuleInput(self.path, self.inputs.get(), self.experts)
+
+
+def fetched(calls: Sequence[Sequence[HeldInput]], batch: int) -> list[ModuleInput]:
+    """The calls in a batch."""
+    return [call.get() for call in calls[batch]]
 
 
 @contextlib.contextmanager

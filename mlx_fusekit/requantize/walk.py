@@ -5,7 +5,7 @@ running a few times, and only one group of inputs' moments is held at a time.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -16,7 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_fusekit.requantize.replay import Known, inputs_on_the_way, matrices_in, output_from
-from mlx_fusekit.requantize.taps import ModuleInput, calls_intercepted, evaluate, inputs_noted
+from mlx_fusekit.requantize.shelf import Held, Shelf
+from mlx_fusekit.requantize.taps import (
+    HeldInput,
+    ModuleInput,
+    calls_intercepted,
+    evaluate,
+    inputs_noted,
+)
 from mlx_fusekit.running.model import RunningModel, place
 from mlx_fusekit.running.streamed import layers_of
 from mlx_fusekit.running.swapped import FusedModules
@@ -80,14 +87,15 @@ class LayerChain:
         fused: FusedModules,
         calls: Sequence[Sequence[_Call]],
         start: int,
-        teacher: list[mx.array],
-        student: list[mx.array],
-        base: list[mx.array],
+        teacher: list[Held],
+        student: list[Held],
+        base: list[Held],
+        shelf: Shelf,
     ) -> None:
-        self._model, self._fused, self._calls = model, fused, calls
+        self._model, self._fused, self._calls, self._shelf = model, fused, calls, shelf
         self.start, self.teacher, self.student, self.base = start, teacher, student, base
         self.first_measured = len(teacher) - len(base)
-        self._known = [Known() for _ in student]
+        self._known = [Known(shelf) for _ in student]
 
     @classmethod
     def recorded(
@@ -97,6 +105,7 @@ class LayerChain:
         batches: Sequence[TokenBatch],
         start: int,
         measured: Sequence[TokenBatch] = (),
+        shelf: Shelf | None = None,
     ) -> Self | None:
         """Run the model up to layer ``start``, and note how it calls the layers from there on.
 
@@ -106,27 +115,29 @@ class LayerChain:
             batches: to calibrate on.
             start: the layer.
             measured: others, which go through the layers too, and through those of the base.
+            shelf: for the hidden states; None to keep them in memory.
 
         Returns:
             None for a model whose layers are no chain: one that does more with the hidden states
             between them, or calls them in another order.
         """
-        layers = layers_of(teacher.model)
+        layers, shelf = layers_of(teacher.model), shelf or Shelf()
         calls, states, student, base = [], [], [], []
         for number, batch in enumerate((*batches, *measured)):
             noted = _chained_calls(teacher.model, layers, batch, start)
             if noted is None:
                 return None
             calls.append(noted[0])
-            states.append(noted[1])
+            states.append(shelf.put(noted[1]))
             if fused.ever:
                 with fused.active():
                     again = _chained_calls(teacher.model, layers, batch, start)
                 assert again is not None, "the fused model has the teacher's layers"
-                student.append(again[1])
+                student.append(shelf.put(again[1]))
             if number >= len(batches):
-                base.append(_entering_the_base(teacher, layers, batch, start, noted[1]))
-        return cls(teacher, fused, calls, start, states, student or list(states), base)
+                entering = _entering_the_base(teacher, layers, batch, start, noted[1])
+                base.append(shelf.put(entering))
+        return cls(teacher, fused, calls, start, states, student or list(states), base, shelf)
 
     @classmethod
     def resumed(
@@ -135,13 +146,14 @@ class LayerChain:
         fused: FusedModules,
         batches: Sequence[TokenBatch],
         start: int,
-        states: Mapping[str, list[mx.array]],
+        states: Mapping[str, Iterable[mx.array]],
         measured: Sequence[TokenBatch] = (),
+        shelf: Shelf | None = None,
     ) -> Self | None:
         """As :meth:`recorded`, with hidden states that are known; no layer is run.
 
         Args:
-            teacher, fused, batches, start, measured: as there.
+            teacher, fused, batches, start, measured, shelf: as there.
             states: as :meth:`states` gave them.
         """
         layers = layers_of(teacher.model)
@@ -151,11 +163,13 @@ class LayerChain:
             if noted is None:
                 return None
             calls.append(noted[0])
-        own = list(states["teacher"])
-        student = list(states.get("student", own))
-        return cls(teacher, fused, calls, start, own, student, list(states["base"]))
+        shelf = shelf or Shelf()
+        held = {name: [*map(shelf.put, own)] for name, own in states.items()}
+        own = held["teacher"]
+        student = held.get("student", list(own))
+        return cls(teacher, fused, calls, start, own, student, held["base"], shelf)
 
-    def states(self, apart: bool) -> dict[str, list[mx.array]]:
+    def states(self, apart: bool) -> dict[str, list[Held]]:
         """The hidden states where the walk is now, by whose they are.
 
         Args:
@@ -166,7 +180,7 @@ class LayerChain:
 
     def run(self, layer: int, batch: int, states: mx.array | None = None) -> mx.array:
         """A layer's output for a batch, lazily; for the teacher's hidden states or others."""
-        states = self.teacher[batch] if states is None else states
+        states = self.teacher[batch].get() if states is None else states
         call = self._calls[batch][layer - self.start]
         output: mx.array = layers_of(self._model.model)[layer](states, *call.args, **call.kwargs)
         return output
@@ -176,7 +190,7 @@ class LayerChain:
 
         The groups of a layer are to be asked for in their order, once those before are solved.
         """
-        states, known = self.student[batch], self._known[batch]
+        states, known = self.student[batch].get(), self._known[batch]
         with self._fused.active():
             run = partial(self.run, layer, batch, states)
             modules = self._matrices(layer, group)
@@ -192,7 +206,7 @@ class LayerChain:
         paths = [*group, *(p for p in found if p not in group and not p.startswith(inside))]
         return {path: place(model, path).value for path in paths}
 
-    def run_teacher(self, layer: int, modules: Mapping[str, nn.Module]) -> list[list[ModuleInput]]:
+    def run_teacher(self, layer: int, modules: Mapping[str, nn.Module]) -> list[list[HeldInput]]:
         """Run the teacher's layer, and note what some of its modules are called with.
 
         The teacher's states are then those behind the layer.
@@ -200,24 +214,25 @@ class LayerChain:
         Returns:
             The calls, one list a batch that is calibrated on.
         """
-        calls = []
+        calls: list[list[HeldInput]] = []
         for batch in range(len(self.teacher)):
             counts = batch < self.first_measured
             with inputs_noted(modules if counts else {}) as noted:
                 after = self.run(layer, batch)
             evaluate(noted, after)
             if counts:
-                calls.append(noted)
-            self.teacher[batch] = after
+                put = self._shelf.put
+                calls.append([HeldInput(c.path, put(c.inputs), c.experts) for c in noted])
+            self.teacher[batch] = self._shelf.put(after)
         return calls
 
     def run_base(self, layer: int) -> None:
         """Run the base's layer, whose states are then those behind it."""
         for number, states in enumerate(self.base):
             with self._model.without_adapter():
-                after = self.run(layer, self.first_measured + number, states)
+                after = self.run(layer, self.first_measured + number, states.get())
             mx.eval(after)
-            self.base[number] = after
+            self.base[number] = self._shelf.put(after)
 
     def run_student(self, layer: int) -> None:
         """Run the fused model's layer, whose states are then those behind it.
@@ -229,9 +244,10 @@ class LayerChain:
             return
         for batch, states in enumerate(self.student):
             with self._fused.active():
-                run, matrices = partial(self.run, layer, batch, states), self._matrices(layer)
-                self.student[batch] = output_from(run, matrices, self._known[batch])
-            self._known[batch] = Known()
+                run, matrices = partial(self.run, layer, batch, states.get()), self._matrices(layer)
+                after = output_from(run, matrices, self._known[batch])
+            self.student[batch] = self._shelf.put(after)
+            self._known[batch] = Known(self._shelf)
 
 
 def _entering_the_base(

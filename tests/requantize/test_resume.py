@@ -64,7 +64,8 @@ def test_a_walk_goes_on_behind_its_last_layer(name: str, streamed: bool, tmp_pat
             return Calibration(case.plan, case.teacher, TEXT, **parts)
         sources = NamedSources.find(case.base, case.adapter).open()
         model = StreamedModel(sources.model, sources.adapter)
-        return Calibration(case.plan, model.running, TEXT, streamed=model, **parts)
+        parts |= {"streamed": model, "spill": True}
+        return Calibration(case.plan, model.running, TEXT, **parts)
 
     whole = calibration(None)
     whole.run()
@@ -88,7 +89,7 @@ def test_a_walk_goes_on_behind_its_last_layer(name: str, streamed: bool, tmp_pat
         assert again.finals is not None
         for states in ("teacher", "student", "base"):
             pairs = zip(getattr(whole.finals, states), getattr(again.finals, states), strict=True)
-            assert all(np.array_equal(np.array(a), np.array(b)) for a, b in pairs)
+            assert all(np.array_equal(np.array(a.get()), np.array(b.get())) for a, b in pairs)
         shutil.rmtree(tmp_path / "work")
     assert all(0 < number < modules for number in resumed[-2:])
     if name == "llama":

@@ -17,7 +17,8 @@ from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.fusing.options import FuseOptions
 from mlx_fusekit.requantize import auto
 from mlx_fusekit.requantize.calibrated import Calibration
-from mlx_fusekit.requantize.needs import memory_needs
+from mlx_fusekit.requantize.journal import Journal
+from mlx_fusekit.requantize.needs import memory_needs, spills
 from mlx_fusekit.requantize.options import CalibrationOptions
 from mlx_fusekit.requantize.requantizer import Request
 from mlx_fusekit.requantize.solved import SolvedWeights
@@ -25,7 +26,9 @@ from mlx_fusekit.requantize.walk import LayerChain
 from mlx_fusekit.running.streamed import StreamedModel
 from mlx_fusekit.running.swapped import FusedModules
 from mlx_fusekit.texts.calibration import CalibrationText
+from mlx_fusekit.texts.sequences import TokenSequence
 from mlx_fusekit.verifying.parity import Variant, compare
+from mlx_fusekit.writing.work import Work
 
 TEXT = random_text(10)
 
@@ -125,6 +128,39 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
     assert mx.get_peak_memory() - before < 5 * layer
 
 
+def test_what_flows_through_layers_waits_on_the_disk(tmp_path: Path) -> None:
+    """Memory then does not grow with the text, and the result is the same."""
+    base = make_model(tmp_path / "base", LLAMA)
+    adapter = make_adapter(tmp_path / "adapter", base, keys=LINEARS)
+    plan = prepare_fuse(base, adapter, tmp_path / "never", requantize="nearest").plan
+    peaks, rows = {}, []
+    for tokens in (2000, 8000):
+        text = [TokenSequence(tuple(i % 60 for i in range(500)), 1, False)] * (tokens // 500)
+        for spill in (False, True):
+            work = tmp_path / f"work-{tokens}-{spill}"
+            work.mkdir()
+            streamed = streamed_of(base, adapter)
+            journal = Journal(Work(work), "walk")
+            calibration = Calibration(
+                plan, streamed.running, text, streamed=streamed, journal=journal, spill=spill
+            )
+            gc.collect()
+            mx.reset_peak_memory()
+            before = mx.get_active_memory()
+            solved = calibration.run()
+            peaks[tokens, spill] = mx.get_peak_memory() - before
+            rows.append(
+                [r.codes.tobytes() for path in solved.experts for r in solved.experts[path]]
+            )
+            del calibration
+            gc.collect()
+            assert not list(work.rglob("held-*"))
+    assert rows[0] == rows[1]
+    assert rows[2] == rows[3]
+    assert peaks[8000, False] > 1.6 * peaks[2000, False]
+    assert peaks[8000, True] < 1.2 * peaks[2000, True]
+
+
 def test_the_whole_model_writes_the_text_where_it_can_run(tmp_path: Path) -> None:
     """All of the fused model is then the same, to the last byte."""
     base = make_exportable(tmp_path / "base")
@@ -169,6 +205,34 @@ def test_a_fuse_that_does_not_fit_is_streamed(
     assert again.calibration is not None
     assert again.calibration.general_source == "packaged general text"
     assert not any("--calibration FILE" in warning for warning in again.warnings)
+
+
+def test_the_disk_is_used_where_one_layer_is_too_much(tmp_path: Path) -> None:
+    base = make_exportable(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    plan = prepare_fuse(base, adapter, tmp_path / "fused").plan
+    needs = memory_needs(plan, 600)
+    assert needs.spilled < needs.streamed < needs.resident
+    decided = [
+        spills(plan, CalibrationOptions(tokens=600, memory=allowed))
+        for allowed in (needs.spilled, needs.streamed - 1, needs.streamed, needs.resident)
+    ]
+    assert decided == [True, True, False, False]
+    with pytest.raises(ConfigurationError, match="calibrating takes about"):
+        spills(plan, CalibrationOptions(tokens=600, memory=needs.spilled - 1))
+    reports = [
+        fuse(
+            base, adapter, tmp_path / str(allowed), calibration=samples.train_data_path(),
+            calibration_tokens=600, memory=allowed,
+        )
+        for allowed in (needs.spilled, needs.resident)
+    ]  # fmt: skip
+    assert [report.calibration.streamed for report in reports] == [True, False]
+    one, other = (
+        (tmp_path / str(allowed) / "model.safetensors").read_bytes()
+        for allowed in (needs.spilled, needs.resident)
+    )
+    assert one == other
 
 
 @pytest.mark.parametrize(

@@ -368,12 +368,12 @@ def test_walking_the_layers_is_running_the_model(name: str, tmp_path: Path) -> N
             for batch, *states in zip(batches, chain.teacher, chain.student, strict=True):
                 wanted = entering(model, layer, batch.tokens)
                 for state in states:
-                    np.testing.assert_allclose(np.array(state), wanted, atol=1e-5)
+                    np.testing.assert_allclose(np.array(state.get()), wanted, atol=1e-5)
             chain.run_teacher(layer, {})
             chain.run_student(layer)
         for batch, state in zip(batches, chain.teacher, strict=True):
             wanted = entering(model, len(layers), batch.tokens)
-            np.testing.assert_allclose(np.array(state), wanted, atol=1e-5)
+            np.testing.assert_allclose(np.array(state.get()), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_moe", "gemma3n"])
@@ -406,7 +406,7 @@ def test_the_student_walks_as_the_fused_model_runs(name: str, tmp_path: Path) ->
         teacher = entering(case.teacher.model, len(layers), batch.tokens)
         with fused.active() as model:
             wanted = entering(model, len(layers), batch.tokens)
-        np.testing.assert_allclose(np.array(student), wanted, atol=1e-5)
+        np.testing.assert_allclose(np.array(student.get()), wanted, atol=1e-5)
         assert np.abs(wanted - teacher).max() > 1e-4
 
 
@@ -457,7 +457,7 @@ def test_what_is_heard_on_the_walk_is_what_is_heard_in_the_model(tmp_path: Path)
             for ours, theirs in zip(heard[index], noted, strict=True):
                 assert ours.path == theirs.path
                 np.testing.assert_allclose(
-                    ours.rows(batch.valid), theirs.rows(batch.valid), atol=1e-5
+                    ours.get().rows(batch.valid), theirs.rows(batch.valid), atol=1e-5
                 )
 
 
