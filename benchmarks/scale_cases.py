@@ -24,7 +24,7 @@ from train_adapter import AdapterFolders, Recipe, ensure_adapter
 
 TASKS = ("sql", "style")
 #: Learning rate and iterations by size. At these rates updates are below a step of the 4-bit grid.
-RECIPES = {"135m": (1e-4, 100), "0.5b": (3e-5, 50), "1.5b": (3e-5, 50)}
+RECIPES = {"135m": (1e-4, 100), "0.5b": (3e-5, 50), "1.5b": (3e-5, 25)}
 #: ``sample`` is the model embedded in the package, with its own adapter.
 SIZES = ("sample", *RECIPES)
 RANK = Recipe.rank
