@@ -35,6 +35,7 @@ from scale_rows import Rows, commit
 
 from mlx_fusekit.cli.output import print_blocks
 from mlx_fusekit.pictures import SUFFIXES
+from mlx_fusekit.requantize.effort import Rates, measured_rates
 from mlx_fusekit.tables import Table
 
 Blocks = Iterable[Table | str]
@@ -112,9 +113,9 @@ def run_model(options: argparse.Namespace, rows: Rows) -> Blocks:
     """Fit the cost of calibrating; this measures the machine's rates, unless they are there."""
     found = rows.read(models.PART, layers.PART)
     if not options.table and not rows.has("rates", "here"):
-        rows.keep("rates", "here", {"rates": asdict(cost.measured_rates())})
+        rows.keep("rates", "here", {"rates": asdict(measured_rates())})
     (told,) = rows.read("rates")
-    rates = cost.Rates(**told["rates"])
+    rates = Rates(**told["rates"])
     fitting = cost.points(found, options.fit or ("135m", "0.5b"))
     fitted = cost.fit(fitting, rates, options.constants)
     yield from cost.fit_tables(fitting, fitted, rates)
@@ -122,9 +123,9 @@ def run_model(options: argparse.Namespace, rows: Rows) -> Blocks:
     yield from cost.prediction_tables(found, fitted, machines)
 
 
-def _stated(text: str) -> cost.Rates:
+def _stated(text: str) -> Rates:
     try:
-        return cost.Rates.stated(text)
+        return Rates.stated(text)
     except ValueError:
         wanted = "NAME,RUN_TFLOPS,SOLVE_TFLOPS,MEMORY_GBS,READ_GBS"
         raise SystemExit(f"--machine {text}: must be {wanted}") from None

@@ -84,7 +84,7 @@ def test_work_is_what_the_formula_says() -> None:
     assert work.running == 2 * (3 * 20 * 450 + 200 * 100 + 2 * 200 * 100)
     # Of the two forms of the drift this one takes less than 4 * 100 * 10 * 20.
     drift = 2 * 100 * 10**2 + 2 * 10**2 * 20
-    assert work.solving == pytest.approx(10**2 * 100 + drift + 10**3 / 3 + 10**2 * 20 * (9 + 2 * 2))
+    assert work.solving == pytest.approx(10**2 * 100 + drift + 10**3 / 3 + 10**2 * 20 * (5 + 2 * 2))
     assert (work.elements, work.read_bytes, work.layers) == (200 * 7, 17, 1)
 
 
@@ -145,6 +145,7 @@ def test_parts_run_on_tiny_models(tmp_path: Path) -> None:
     found = points_of([*fuses, *layers], ["sample"])
     assert [point.fitted for point in found] == [True, False]
     assert layers[0]["cost"]["report"]["calibration"]["streamed"]
+    assert "| predicted |" in run(tmp_path, "model", "--fit", "sample", "--constants", "1")
 
 
 def run(folder: Path, part: str, *arguments: str) -> str:

@@ -206,7 +206,8 @@ def _best(work: Callable[[], Any], times: int = 5) -> float:
 def _solving(columns: int, rows: int, tokens: int, passes: float) -> float:
     square = float(columns) ** 2
     drift = min(4.0 * tokens * columns * rows, 2 * square * (tokens + rows))
-    each_row = square * rows * (2 + 1 + 6 + 2 * passes)
+    # Targets, feedback, two starts, and passes over all columns.
+    each_row = square * rows * (2 + 1 + 2 + 2 * passes)
     return square * tokens + drift + square * columns / 3 + each_row
 
 
