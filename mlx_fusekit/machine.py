@@ -1,6 +1,7 @@
 """What this machine has, cores, memory and disk; and work spread over its cores."""
 
 import contextlib
+import ctypes
 import functools
 import os
 import shutil
@@ -28,6 +29,15 @@ def memory_bytes() -> int:
     with contextlib.suppress(OSError, ValueError):
         return min(physical, int(Path("/sys/fs/cgroup/memory.max").read_text("ascii")))
     return physical
+
+
+def give_back_memory() -> None:
+    """Give memory that is free back to the system, where the C library holds on to it.
+
+    glibc does, for blocks of up to 32 MB; others, such as macOS's, have no such call.
+    """
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def free_disk_bytes(path: Path) -> int:

@@ -1,5 +1,8 @@
 """What this machine has, and work spread over its cores."""
 
+import ctypes
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -81,3 +84,26 @@ def test_a_task_that_fails_ends_the_work() -> None:
     with ThreadPoolExecutor(1) as pool, pytest.raises(OSError, match="disk is full"):
         run_tasks(pool, tasks, 2, lambda _: None)
     assert len(started) < 10
+
+
+_FREEING = """
+from pathlib import Path
+from mlx_fusekit.machine import give_back_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * 4096
+
+blocks = [bytearray(b"x" * 60_000) for _ in range(4000)]
+used = blocks[::20]
+del blocks
+kept = resident()
+give_back_memory()
+print(kept - resident())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    """Blocks between others that are in use stay with the process otherwise."""
+    done = subprocess.run([sys.executable, "-c", _FREEING], check=True, capture_output=True)
+    assert int(done.stdout) > 100_000_000

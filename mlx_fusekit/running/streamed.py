@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx_fusekit.adapters.updates import Adapter
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.hub import LocalFolder
+from mlx_fusekit.machine import give_back_memory
 from mlx_fusekit.running.adapted import float_type, norms_as_run, put_parts
 from mlx_fusekit.running.combined import HeldDeltas
 from mlx_fusekit.running.exact import to_float32
@@ -59,6 +60,8 @@ class StreamedModel:
             for path, module in self.running.model.named_modules()
             if path and not f"{path}.".startswith(inside) and _arrays(module)
         ]
+        # What layers have left with the allocator would stay beside embeddings and logits.
+        give_back_memory()
         with self._ready(paths, computed=False):
             yield
 
