@@ -250,7 +250,7 @@ class _Session:
             measured=measured_batches(self._measured),
             journal=journal,
             ranks=self.ranks,
-            spill=spills(plan, self.options),
+            spill=spills(self.plan, self.options),
         )
         calibration.run(of_step(self.progress, label))
         return calibration

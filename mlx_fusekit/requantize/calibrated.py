@@ -91,6 +91,7 @@ class Calibration:
         self._ranks = Ranks() if ranks is None else ranks
         self._measured = measured[self._ranks.number :: self._ranks.count]
         self._batches = self._ranks.share(token_batches(sequences), "batches of text")
+        self._valid = [batch.valid for batch in self._batches]
         self._tokens = sum(len(sequence.tokens) for sequence in sequences)
         self._progress: Progress | None = None
         self.fused = FusedModules(teacher)
@@ -225,15 +226,18 @@ class Calibration:
             with self._layer(layer):
                 inputs = self._teacher_inputs(chain, layer, of_layer[layer])
                 chain.run_base(layer)
-            # Anew: what the fused model has of its own is not needed of the teacher any more.
-            with self._layer(layer, computed=False):
-                while inputs:
-                    group, ours = inputs.pop(0)
-                    theirs = partial(chain.student_inputs, layer, group)
-                    own = theirs if self.fused.ever else None
-                    self._solve_group(group, partial(fetched, ours), own, ours.clear)
-                chain.run_student(layer)
-                self.fused.give_back(of_layer[layer])
+                if not inputs:
+                    chain.run_student(layer)
+            if inputs:
+                # Anew: what the fused model has of its own is not needed of the teacher any more.
+                with self._layer(layer, computed=False):
+                    while inputs:
+                        group, ours = inputs.pop(0)
+                        theirs = partial(chain.student_inputs, layer, group)
+                        own = theirs if self.fused.ever else None
+                        self._solve_group(group, partial(fetched, ours), own, ours.clear)
+                    chain.run_student(layer)
+                    self.fused.give_back(of_layer[layer])
             self._note(layer, chain)
 
     def _layer(self, index: int, *, computed: bool = True) -> AbstractContextManager[None]:
@@ -287,7 +291,8 @@ class Calibration:
         for path in self._embedding_paths():
             columns = self._steps[path].shape[2]
             moments = InputMoments.zero(columns)
-            self._gather(moments, partial(self._whole, path, False), None)
+            ours = partial(self._whole, path, False)
+            add_batches(moments, self._valid, ours, None, self._ranks)
             if moments.count:
                 # As an embedding, each of its columns counts the same.
                 mean = float(np.trace(moments.fused)) / columns
@@ -359,14 +364,10 @@ class Calibration:
         if theirs is not None:
             drift = Drift.zero([matrix.values for matrix in matrices], self._tokens)
         moments = InputMoments.zero(self._steps[group[0]].shape[2], drift)
-        self._gather(moments, ours, theirs)
+        add_batches(moments, self._valid, ours, theirs, self._ranks)
         if forget is not None:
             forget()
         self._solve(group, moments, matrices)
-
-    def _gather(self, moments: InputMoments, ours: Inputs, theirs: Inputs | None) -> None:
-        valid = [batch.valid for batch in self._batches]
-        add_batches(moments, valid, ours, theirs, self._ranks)
 
     def _solve_unseen(self, path: str) -> None:
         """Solve a module of whose inputs nothing is known: its weights' own error counts."""

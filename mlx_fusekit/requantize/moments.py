@@ -9,12 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.requantize.cholesky import (
-    Adding,
-    add_cross_products,
-    add_here,
-    add_products,
-)
+from mlx_fusekit.requantize.cholesky import Adding, add_cross_products, add_products
 from mlx_fusekit.requantize.ranks import Ranks
 from mlx_fusekit.requantize.solver import Moments
 from mlx_fusekit.requantize.taps import ModuleInput, evaluate, inputs_noted
@@ -59,7 +54,7 @@ class Drift:
             return cls(np.zeros((columns, rows), np.float32), joined)
         return cls(np.zeros((columns, columns), np.float32))
 
-    def add(self, fused: Float32, difference: Float32, adding: Adding = add_here) -> None:
+    def add(self, fused: Float32, difference: Float32, adding: Adding) -> None:
         """Count some tokens, ``y`` and ``x - y``, ``[tokens, columns]``."""
         right = difference if self.weights is None else difference @ self.weights
         add_cross_products(self.sums, fused, right, adding)

@@ -138,9 +138,9 @@ def calibration_needs(plan: FusePlan, options: CalibrationOptions) -> Calibratio
         ConfigurationError: as :func:`streams`.
     """
     needs, streamed = memory_needs(plan, options.tokens), streams(plan, options)
-    peak = needs.streamed if streamed else needs.resident
-    if streamed and spills(plan, options):
-        peak = needs.spilled
+    peak = needs.resident
+    if streamed:
+        peak = needs.spilled if needs.streamed > allowed_bytes(options) else needs.streamed
     if streamed and needs.running <= allowed_bytes(options):
         # The whole model writes the text.
         peak = max(peak, needs.running)
