@@ -1,6 +1,7 @@
 """``mlx-fusekit bench`` under a real ``mlx.launch``: ranks that share a model."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -86,9 +87,13 @@ def test_a_mistake_gets_one_line_of_all_ranks(
     # The launcher may end a rank that is only starting, which says so.
     [line] = [line for line in errors(done.stderr) if "terminated" not in line]
     assert words in line
-    status = 2 if arguments == ("--bogus",) else 1
-    for rank in range(2):
-        assert f"Node with rank {rank} exited with code {status}" in done.stderr
+    exits = re.findall(r"Node with rank (\d) exited with code (-?\d+)", done.stderr)
+    assert {rank for rank, _ in exits} == {"0", "1"}
+    if arguments == ("--bogus",):
+        # That is found before the ranks meet: the launcher may end the other one on its way.
+        assert "2" in {code for _, code in exits} <= {"2", "143", "-15"}
+    else:
+        assert {code for _, code in exits} == {"1"}
     assert done.stdout.strip() == ""
 
 

@@ -137,7 +137,8 @@ def test_the_command_judges_files_and_exits_with_3_above_the_bound(exported: Pat
     assert report["passed"]
     assert 0 < report["kl_mean"] < 0.001
     assert report["exact_match_fused"] == 1.0
-    missed = run(*arguments, "--max-kl", str(report["kl_mean"] / 2))
+    # Half the mean would lie within the interval on some machines, and is not judged then.
+    missed = run(*arguments, "--max-kl", str(report["kl_mean_ci95"][0] / 2))
     assert missed.returncode == 3
     assert "LOST: " in missed.stdout
     assert "that was asked for" in " ".join(missed.stdout.split())
