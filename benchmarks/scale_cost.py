@@ -93,9 +93,10 @@ def repeated(shapes: dict[str, Any], layers: int) -> dict[str, Any]:
     last = len(shapes["layers"]) - 1
     one: Sequence[Any] = [group for group in shapes["solved"] if group[0] == last]
     share = shapes["layers"][last] / (sum(shapes["layers"]) + shapes["trunk"])
-    count = len({layer for layer, _, _ in shapes["solved"]})
+    count = len({layer for layer, *_ in shapes["solved"]})
     return {
         "solved": [[layer, *group[1:]] for layer in range(layers) for group in one],
+        "used": shapes["used"],
         "layers": [shapes["layers"][last]] * layers,
         "trunk": shapes["trunk"],
         "bytes": round(shapes["bytes"] * (1 + share * (layers - last - 1))),
@@ -109,11 +110,17 @@ def points(rows: Iterable[Facts], fitted: Sequence[str]) -> list[Point]:
     for row in rows:
         calibrated = row.get("contender", OURS) == OURS and (row.get("cost") or {}).get("report")
         if calibrated:
-            tokens = row["cost"]["report"]["calibration"]["tokens"]
             size = row["subject"]["size"] if "subject" in row else f"{row['shape']} layers"
-            work = work_of(row["shapes"], tokens)
+            work = _work(row)
             found.append(Point(row["name"], work, row["cost"]["wall_seconds"], size in fitted))
     return found
+
+
+def _work(row: Facts) -> Effort:
+    text = row["cost"]["report"]["calibration"]
+    by_base = text["general_source"] == "written by the base"
+    written = text["general_tokens"] if by_base else 0
+    return work_of(row["shapes"], text["tokens"], written=written)
 
 
 def fit(found: Sequence[Point], rates: Rates, constants: int | None = None) -> Fit:
@@ -201,8 +208,7 @@ def prediction_tables(
     works = {}
     for row in rows:
         if row.get("contender") == OURS:
-            tokens = row["cost"]["report"]["calibration"]["tokens"]
-            works[row["name"]] = work_of(row["shapes"], tokens)
+            works[row["name"]] = _work(row)
         elif "shape" in row and (layers := _WHOLE.get(row["shape"])):
             whole = repeated(row["shapes"], layers)
             name = f"{row['shape']}, all {layers} layers"

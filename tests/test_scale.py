@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from support.tiny import EXPERTS, LINEARS, QWEN3_MOE, make_adapter, make_model
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -19,7 +21,14 @@ from scale_steps import picture  # noqa: E402
 from scale_steps import table as steps_table  # noqa: E402
 
 from mlx_fusekit import samples  # noqa: E402
-from mlx_fusekit.requantize.effort import Effort, Rates, shapes_of, work_of  # noqa: E402
+from mlx_fusekit.requantize.effort import (  # noqa: E402
+    WRITTEN,
+    Effort,
+    Rates,
+    shapes_of,
+    stated,
+    work_of,
+)
 
 RATES = Rates("a machine", running=1e9, solving=2e9, memory=1e9, reading=1e8)
 
@@ -64,10 +73,10 @@ def test_the_shapes_of_the_sample_are_those_of_its_modules() -> None:
     shapes = shapes_of(planned(samples.model_path(), samples.adapter_path()))
     # Four layers of q, k, v together, o, gate and up together, down; 256 wide, two key heads of 64.
     assert sorted(shapes["solved"])[:4] == [
-        [0, 256, 256],
-        [0, 256, 512],
-        [0, 256, 1280],
-        [0, 640, 256],
+        [0, 256, 256, 1],
+        [0, 256, 512, 1],
+        [0, 256, 1280, 1],
+        [0, 640, 256, 1],
     ]
     assert len(shapes["solved"]) == 16
     assert shapes["layers"] == [256 * (256 + 512 + 1280) + 640 * 256] * 4
@@ -78,14 +87,46 @@ def test_the_shapes_of_the_sample_are_those_of_its_modules() -> None:
 
 
 def test_work_is_what_the_formula_says() -> None:
-    shapes = {"solved": [[1, 10, 20]], "layers": [200, 200], "trunk": 50, "bytes": 7}
-    work = work_of({**shapes, "merged_bytes": 3}, 100, passes=2)
+    shapes = {"solved": [[1, 10, 20, 1]], "used": 1, "layers": [200, 200], "trunk": 50}
+    shapes |= {"bytes": 7, "merged_bytes": 3}
+    work = work_of(shapes, 100, passes=2)
     # 20 tokens are held out; the first layer runs the text once, the second twice.
-    assert work.running == 2 * (3 * 20 * 450 + 200 * 100 + 2 * 200 * 100)
+    running = 2 * (3 * 20 * 450 + 200 * 100 + 2 * 200 * 100)
+    assert work.running == running
+    assert work_of(shapes, 100, written=30).running == running + 2 * WRITTEN * 30 * 450
     # Of the two forms of the drift this one takes less than 4 * 100 * 10 * 20.
     drift = 2 * 100 * 10**2 + 2 * 10**2 * 20
     assert work.solving == pytest.approx(10**2 * 100 + drift + 10**3 / 3 + 10**2 * 20 * (5 + 2 * 2))
     assert (work.elements, work.read_bytes, work.layers) == (200 * 7, 17, 1)
+
+
+def test_of_experts_those_that_a_token_goes_to_run_and_all_are_solved(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", QWEN3_MOE)
+    adapter = make_adapter(tmp_path / "adapter", base, keys=[*LINEARS[:4], *EXPERTS])
+    shapes = shapes_of(planned(tmp_path / "base", adapter))
+    hidden, width = QWEN3_MOE["hidden_size"], QWEN3_MOE["moe_intermediate_size"]
+    of_experts = [group for group in shapes["solved"] if group[3] > 1]
+    assert sorted(of_experts[:2]) == sorted([[0, hidden, 2 * width, 4], [0, width, hidden, 4]])
+    assert shapes["used"] == 2
+    all_of_them = work_of(shapes | {"used": 4}, 100)
+    assert shapes["layers"][0] < 2 * 3 * hidden * width + 6 * hidden**2
+    # Two of four: the inputs that come to experts, and nothing else of solving, are twice as many.
+    squares = sum(columns**2 for _, columns, _, experts in shapes["solved"] if experts > 1)
+    work = work_of(shapes, 100)
+    assert all_of_them.solving - work.solving == pytest.approx(2 * 100 * 2 * squares)
+
+
+@pytest.mark.parametrize(
+    ("config", "used"),
+    [
+        ({"num_experts_per_tok": 8}, 8),
+        ({"text_config": {"moe_k": [1, 6]}}, 6),
+        ({"moe_topk": "all", "text_config": 3}, None),
+        ({"num_experts_per_tok": 0}, None),
+    ],
+)
+def test_what_a_configuration_says_of_experts(config: dict[str, Any], used: int | None) -> None:
+    assert stated(config, ("num_experts_per_tok", "moe_topk", "moe_k")) == used
 
 
 def points(constants: list[float], count: int) -> list[Point]:

@@ -116,9 +116,12 @@ class PreparedFuse:
         """The report of the plan, and what calibrating will take, for which this is timed."""
         if not self.calibrates:
             return self.report()
+        from mlx_fusekit.requantize.auto import known_training_data
         from mlx_fusekit.requantize.needs import calibration_needs
 
-        needs = calibration_needs(self.plan, self.options.calibrating)
+        options = self.options.calibrating
+        data = bool(options.file or known_training_data(self.sources.opened))
+        needs = calibration_needs(self.plan, options, data)
         return replace(self.report(), needs=needs)
 
     def _warnings(self, calibration: CalibrationReport | None) -> tuple[str, ...]:

@@ -118,7 +118,7 @@ def _text(
         tokenizer=teacher.tokenizer,
         file=options.file,
         features=[Features.trained_on(adapter.config) for adapter in sources.opened],
-        training_data=_training_data(sources.opened),
+        training_data=known_training_data(sources.opened),
         tokens=options.tokens,
         seed=options.seed,
         written=written,
@@ -324,7 +324,7 @@ def _bits(*chosen_from: Any) -> dict[str, int]:
     return dict(choose_widths(*chosen_from).bits)
 
 
-def _training_data(adapters: Sequence[AdapterFolder]) -> list[TrainingData]:
+def known_training_data(adapters: Sequence[AdapterFolder]) -> list[TrainingData]:
     """Of each adapter; none where one of several has none, whose task would be left out."""
     found = [training_data(adapter.config, adapter.folder) for adapter in adapters]
     known = [data for data in found if data is not None]

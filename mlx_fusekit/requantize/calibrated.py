@@ -23,6 +23,7 @@ from mlx_fusekit.merging.plan import FusePlan, WeightStep
 from mlx_fusekit.progress import Progress
 from mlx_fusekit.requantize.journal import Journal
 from mlx_fusekit.requantize.moments import (
+    MOMENTS_BYTES,
     Drift,
     InputMoments,
     Inputs,
@@ -43,9 +44,6 @@ from mlx_fusekit.running.model import RunningModel, place
 from mlx_fusekit.running.streamed import StreamedModel, layers_of
 from mlx_fusekit.running.swapped import FusedModules
 from mlx_fusekit.texts.sequences import TokenSequence
-
-#: Bytes that the second moments of experts may take, as many as are held at once.
-MOMENTS_BYTES = 2 << 30
 
 #: The step of a journal before the first layer, whose own step is its number.
 _BEFORE = -1

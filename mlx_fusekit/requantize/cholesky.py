@@ -6,6 +6,7 @@ blocks, so that nearly all is matrix products, and take the small blocks on the 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -72,7 +73,7 @@ class Cholesky:
         found, columns = wanted[self.order], len(wanted)
         for first in range(0, columns, _BLOCK):
             last = min(first + _BLOCK, columns)
-            found[first:last] = self._inverse(first, last).T @ found[first:last]
+            found[first:last] = self._inverses[first // _BLOCK].T @ found[first:last]
             for row in range(last, columns, _ROWS):
                 done = row + _ROWS
                 found[row:done] -= self.unit[first:last, row:done].T @ found[first:last]
@@ -80,7 +81,7 @@ class Cholesky:
         for first in reversed(range(0, columns, _BLOCK)):
             last = min(first + _BLOCK, columns)
             found[first:last] -= self.unit[first:last, last:] @ found[last:]
-            found[first:last] = self._inverse(first, last) @ found[first:last]
+            found[first:last] = self._inverses[first // _BLOCK] @ found[first:last]
         in_order = np.empty_like(found)
         in_order[self.order] = found
         return in_order
@@ -94,9 +95,12 @@ class Cholesky:
             sums += np.einsum("c,cr,cr->r", self.pivots[part], product, product, dtype=np.float64)
         return sums
 
-    def _inverse(self, first: int, last: int) -> Float32:
-        block = self.unit[first:last, first:last].astype(np.float64)
-        return np.linalg.inv(block).astype(np.float32)
+    @cached_property
+    def _inverses(self) -> list[Float32]:
+        """Of the factor's blocks on the diagonal."""
+        parts = [slice(first, first + _BLOCK) for first in range(0, len(self.unit), _BLOCK)]
+        blocks = (self.unit[part, part].astype(np.float64) for part in parts)
+        return [np.linalg.inv(block).astype(np.float32) for block in blocks]
 
 
 def add_products(sums: Float32, inputs: Float32, add: Adding = add_here) -> None:

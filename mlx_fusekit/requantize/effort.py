@@ -5,12 +5,14 @@ a sum are two), where modules with the same inputs count as one matrix of all th
 
 * running: ``2 C R`` a token. In a layer from the first that the adapter touches on, the teacher and
   the fused model run the ``T`` tokens; below, the teacher does. Base, teacher and fused model run
-  the ``M`` tokens that are measured on through all layers and the head. Attention's own products
-  and the adapter's are left out: they are small beside these;
+  the ``M`` tokens that are measured on through all layers and the head. One of them writes the text
+  that nobody gave, a token of which counts as ``WRITTEN``. Of experts, those that a token goes to
+  run. Attention's own products and the adapter's are left out: they are small beside these;
 * solving: second moments ``C^2 T`` (half a matrix); what the inputs drifted by, the smaller of
   ``4 T C R`` and ``2 T C^2 + 2 C^2 R``; the Cholesky factor ``C^3 / 3``; making the drift good
-  ``2 C^2 R``; error feedback ``C^2 R``; the errors of the three starts ``6 C^2 R``; coordinate
-  descent ``2 C^2 R`` a pass;
+  ``2 C^2 R``; error feedback ``C^2 R``; the errors of two starts ``2 C^2 R``; coordinate descent
+  ``2 C^2 R`` a pass. Of experts each is a matrix, without drift, and what comes to it counts for
+  all experts together too;
 * elementwise: every one of the ``C R`` weights is looked at once a pass, once to be rounded, once
   for each of the three starts, and once for error feedback;
 * reading: the base once to be hashed and once to be run, and its merged weights once more.
@@ -24,7 +26,7 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -45,9 +47,22 @@ _SIDE = 1024
 _ELEMENT_BYTES = 8
 #: Passes of coordinate descent over a matrix.
 PASSES = 4
+#: As many tokens of long texts a token counts that is drawn one after the other, in batches.
+WRITTEN = 3
 #: Times that a weight is looked at beside those passes.
 _LOOKS = 5
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+#: Of mlx-lm's modules that hold many experts; other stacks of matrices run as a whole.
+_EXPERTS = re.compile(r"\.(switch_\w+|experts)\.")
+#: What configurations call the number of experts that a token goes to.
+_USED = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+)
 #: Modules of Llama and Qwen that have the same inputs, by what they are called together.
 _TOGETHER = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "up", "up_proj": "up"}
 
@@ -123,11 +138,12 @@ def shapes_of(plan: FusePlan) -> dict[str, Any]:
     """What :func:`work_of` reads of a plan, as JSON holds it.
 
     Returns:
-        ``solved``: layer (None outside), columns and rows of each group of merged modules;
-        ``layers``: weights of the matrices in each layer; ``trunk``: of those outside, a tied head
-        counting once; ``bytes``: of the base and of its merged weights.
+        ``solved``: layer (None outside), columns, rows and experts of each group of merged modules;
+        ``used``: experts that a token goes to; ``layers``: weights in each layer that it meets;
+        ``trunk``: of those outside, a tied head counting once; ``bytes``: of the base and of its
+        merged weights.
     """
-    groups: dict[tuple[int | None, int, str], int] = defaultdict(int)
+    groups: dict[tuple[int | None, int, int, str], int] = defaultdict(int)
     merged = 0
     for step in plan.merged:
         if step.target_spec is None:
@@ -135,11 +151,15 @@ def shapes_of(plan: FusePlan) -> dict[str, Any]:
         parent, _, leaf = step.module.rpartition(".")
         experts, rows, columns = step.shape
         name = f"{parent}.{_TOGETHER.get(leaf, leaf)}"
-        groups[layer_of(f"{step.module}."), columns, name] += experts * rows
+        groups[layer_of(f"{step.module}."), columns, experts, name] += rows
         merged += sum(source.nbytes for source in step.sources.values())
-    layers, trunk = _weights(plan.base)
+    used = stated(plan.base.config, _USED) or 1
+    layers, trunk = _weights(plan.base, used)
     return {
-        "solved": [[layer, columns, rows] for (layer, columns, _), rows in groups.items()],
+        "solved": [
+            [layer, columns, rows, experts] for (layer, columns, experts, _), rows in groups.items()
+        ],
+        "used": used,
         "layers": layers,
         "trunk": trunk,
         "bytes": plan.base_bytes,
@@ -147,33 +167,44 @@ def shapes_of(plan: FusePlan) -> dict[str, Any]:
     }
 
 
-def work_of(shapes: dict[str, Any], tokens: int, passes: float = PASSES) -> Effort:
-    """The work of calibrating on so many tokens."""
+def work_of(
+    shapes: dict[str, Any], tokens: int, passes: float = PASSES, written: int = 0
+) -> Effort:
+    """The work of calibrating.
+
+    Args:
+        shapes: as :func:`shapes_of` gives them.
+        tokens: to calibrate on.
+        passes: of coordinate descent.
+        written: tokens that the models write themselves.
+    """
     held_out = most_held_out(tokens)
-    solved = [(columns, rows) for _, columns, rows in shapes["solved"]]
-    touched = [layer for layer, _, _ in shapes["solved"] if layer is not None]
+    solved: list[list[int]] = [group[1:] for group in shapes["solved"]]
+    touched = [layer for layer, *_ in shapes["solved"] if layer is not None]
     first = min(touched, default=0)
-    running = 2.0 * 3 * held_out * (sum(shapes["layers"]) + shapes["trunk"])
+    whole = sum(shapes["layers"]) + shapes["trunk"]
+    running = 2.0 * (3 * held_out + WRITTEN * written) * whole
     for layer, weights in enumerate(shapes["layers"]):
         running += 2.0 * weights * tokens * (2 if layer >= first else 1)
-    elements = sum(columns * rows for columns, rows in solved)
+    elements = sum(map(math.prod, solved))
     return Effort(
         running=running,
-        solving=sum(_solving(columns, rows, tokens, passes) for columns, rows in solved),
+        solving=sum(_solving(group, tokens, passes, shapes["used"]) for group in solved),
         elements=elements * (passes + _LOOKS),
         read_bytes=2.0 * shapes["bytes"] + shapes["merged_bytes"],
         layers=len(set(touched)),
     )
 
 
-def estimated_seconds(plan: FusePlan, tokens: int) -> float:
+def estimated_seconds(plan: FusePlan, tokens: int, written: int) -> float:
     """About how long calibrating takes on this machine, which is timed for that.
 
     Args:
         plan: the fuse.
         tokens: to calibrate on.
+        written: tokens that the models write themselves.
     """
-    *ideal, _ = measured_rates().ideal(work_of(shapes_of(plan), tokens))
+    *ideal, _ = measured_rates().ideal(work_of(shapes_of(plan), tokens, written=written))
     return _OVER_IDEAL * float(sum(ideal))
 
 
@@ -203,16 +234,34 @@ def _best(work: Callable[[], Any], times: int = 5) -> float:
     return min(found)
 
 
-def _solving(columns: int, rows: int, tokens: int, passes: float) -> float:
+def _solving(group: Sequence[int], tokens: int, passes: float, used: int) -> float:
+    columns, rows, experts = group
     square = float(columns) ** 2
+    # Feedback, two starts, and passes over all columns.
+    each_row, factor = square * rows * (1 + 2 + 2 * passes), square * columns / 3
+    if experts > 1:
+        return 2 * square * tokens * min(used, experts) + experts * (factor + each_row)
     drift = min(4.0 * tokens * columns * rows, 2 * square * (tokens + rows))
-    # Targets, feedback, two starts, and passes over all columns.
-    each_row = square * rows * (2 + 1 + 2 + 2 * passes)
-    return square * tokens + drift + square * columns / 3 + each_row
+    targets = 2 * square * rows
+    return square * tokens + drift + factor + targets + each_row
 
 
-def _weights(base: BaseModel) -> tuple[list[int], int]:
-    """Logical weights of the matrices in each layer, and outside of layers."""
+def stated(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
+    """What a configuration calls by one of these names, the largest where each layer has its own.
+
+    None where it has no such positive number.
+    """
+    text = config.get("text_config")
+    blocks = (config, text if isinstance(text, dict) else {})
+    for found in (block.get(name) for block in blocks for name in names):
+        own = found if isinstance(found, list) else [found]
+        if own and all(isinstance(number, int) and number > 0 for number in own):
+            return int(max(own))
+    return None
+
+
+def _weights(base: BaseModel, used: int) -> tuple[list[int], int]:
+    """Logical weights of the matrices in each layer that a token meets, and outside of layers."""
     layers: dict[int, int] = defaultdict(int)
     trunk, quantized = 0, set(base.quantized_modules)
     for name, tensor in base.tensors.items():
@@ -224,6 +273,8 @@ def _weights(base: BaseModel) -> tuple[list[int], int]:
             spec = base.quantization(module)
             assert spec is not None, "a quantized module"
             size = size // tensor.shape[-1] * spec.columns(tensor.shape[-1])
+        if len(tensor.shape) == 3 and _EXPERTS.search(module):
+            size = size // tensor.shape[0] * min(used, tensor.shape[0])
         layer = layer_of(name)
         if layer is None:
             trunk += size

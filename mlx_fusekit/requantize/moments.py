@@ -23,6 +23,9 @@ _LARGEST = np.float32(1e15)
 #: Of a share of the text, batches whose inputs are in memory together.
 BATCHES = 4
 
+#: Bytes that the second moments of experts may take, as many as are held at once.
+MOMENTS_BYTES = 2 << 30
+
 #: Gives a module's calls in a batch, by the batch's index.
 Inputs = Callable[[int], list[ModuleInput]]
 

@@ -16,14 +16,17 @@ from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.figures import size
 from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.merging.plan import FusePlan, WeightStep
-from mlx_fusekit.requantize.effort import estimated_seconds, layer_of, shapes_of
-from mlx_fusekit.requantize.moments import BATCHES
+from mlx_fusekit.requantize.effort import estimated_seconds, layer_of, shapes_of, stated
+from mlx_fusekit.requantize.moments import BATCHES, MOMENTS_BYTES
 from mlx_fusekit.requantize.options import CalibrationNeeds, CalibrationOptions
 from mlx_fusekit.requantize.parts import LEAST_ELEMENTS, SHARES, SOLVED_ELEMENTS
 from mlx_fusekit.requantize.walk import BATCH_TOKENS
+from mlx_fusekit.texts.calibration import GENERAL_SHARE
 from mlx_fusekit.texts.sequences import most_held_out
 from mlx_fusekit.verifying.parity import LOGIT_BYTES
 
+#: What configurations call the width of hidden states.
+_HIDDEN = ("hidden_size", "d_model", "n_embd", "dim")
 #: Share of the machine's memory that calibrating may take, where nothing else is said.
 MEMORY_SHARE = 0.6
 #: Arrays of logits that live at once while models are compared, and what measuring needs beside.
@@ -36,6 +39,8 @@ _MATRICES = 2
 _COPIES = 2
 #: Bytes of a weight that is being solved, in all its copies.
 _SOLVED_BYTES = 32
+#: Bytes of a solved weight of all experts, which wait for each other: at most 8 bits, and scales.
+_SOLUTION_BYTES = 1.25
 #: Python, MLX, what they have loaded, and what the allocators keep.
 _PROGRAM_BYTES = 400 << 20
 
@@ -71,10 +76,13 @@ def memory_needs(plan: FusePlan, tokens: int) -> MemoryNeeds:
             merged[layer_of(step.module)] += int(math.prod(step.shape) * _run_bytes(step))
     shapes, widest = shapes_of(plan), 0
     inputs: dict[int | None, int] = defaultdict(int)
-    for layer, columns, _ in shapes["solved"]:
-        inputs[layer] += columns
-        widest = max(widest, columns)
-    hidden = min((columns for _, columns, _ in shapes["solved"]), default=0)
+    for layer, columns, _, experts in shapes["solved"]:
+        # A token's inputs are there once for each expert that it goes to.
+        width = columns * (min(shapes["used"], experts) if experts > 1 else 1)
+        inputs[layer] += width
+        widest = max(widest, width)
+    narrowest = min((columns for _, columns, *_ in shapes["solved"]), default=0)
+    hidden = stated(plan.base.config, _HIDDEN) or narrowest
     states = 4 * (tokens + most_held_out(tokens)) * _STATES * hidden
     # Of a layer that runs as the teacher's: all that its modules are called with.
     noted = 4 * tokens * max(inputs.values(), default=0)
@@ -98,12 +106,15 @@ def memory_needs(plan: FusePlan, tokens: int) -> MemoryNeeds:
     )
 
 
-def _solved_bytes(columns: int, rows: int) -> int:
+def _solved_bytes(columns: int, rows: int, experts: int) -> int:
     """Of matrices that have the same inputs while they are solved."""
-    merged = columns * rows
-    drift = min(merged, columns**2)
+    merged, square = columns * rows, columns**2
     at_once = min(max(merged // SHARES, LEAST_ELEMENTS), SOLVED_ELEMENTS)
-    return 4 * (_MATRICES * columns**2 + drift + _COPIES * merged) + _SOLVED_BYTES * at_once
+    one = 4 * (_MATRICES * square + _COPIES * merged) + _SOLVED_BYTES * min(at_once, merged)
+    if experts == 1:
+        return one + 4 * min(merged, square)  # the drift
+    moments = min(4 * square * (experts + 1), max(MOMENTS_BYTES, 8 * square))
+    return one + moments + int(_SOLUTION_BYTES * experts * merged)
 
 
 def streams(plan: FusePlan, options: CalibrationOptions) -> bool:
@@ -131,8 +142,13 @@ def spills(plan: FusePlan, options: CalibrationOptions) -> bool:
     )
 
 
-def calibration_needs(plan: FusePlan, options: CalibrationOptions) -> CalibrationNeeds:
+def calibration_needs(plan: FusePlan, options: CalibrationOptions, data: bool) -> CalibrationNeeds:
     """What calibrating takes; times this machine for that, for less than a second.
+
+    Args:
+        plan: the fuse.
+        options: of calibrating.
+        data: whether there is text of the task, which need not be written then.
 
     Raises:
         ConfigurationError: as :func:`streams`.
@@ -144,7 +160,11 @@ def calibration_needs(plan: FusePlan, options: CalibrationOptions) -> Calibratio
     if streamed and needs.running <= allowed_bytes(options):
         # The whole model writes the text.
         peak = max(peak, needs.running)
-    return CalibrationNeeds(peak, streamed, estimated_seconds(plan, options.tokens))
+    written = 0
+    if not streamed or needs.running <= allowed_bytes(options):
+        all_of_it = options.tokens + most_held_out(options.tokens)
+        written = round(GENERAL_SHARE * options.tokens) if data else all_of_it
+    return CalibrationNeeds(peak, streamed, estimated_seconds(plan, options.tokens, written))
 
 
 def allowed_bytes(options: CalibrationOptions) -> int:

@@ -96,6 +96,8 @@ class LayerChain:
         self.start, self.teacher, self.student, self.base = start, teacher, student, base
         self.first_measured = len(teacher) - len(base)
         self._known = [Known(shelf) for _ in student]
+        paths = {id(module): path for path, module in model.model.named_modules()}
+        self._paths = [paths[id(layer)] for layer in layers_of(model.model)]
 
     @classmethod
     def recorded(
@@ -199,10 +201,8 @@ class LayerChain:
     def _matrices(self, layer: int, group: Sequence[str] = ()) -> dict[str, nn.Module]:
         """A layer's matrices as they stand in the model now, and a group of modules as such."""
         model = self._model.model
-        names = {id(module): path for path, module in model.named_modules()}
-        module = layers_of(model)[layer]
         inside = tuple(f"{path}." for path in group)
-        found = matrices_in(module, names[id(module)])
+        found = matrices_in(layers_of(model)[layer], self._paths[layer])
         paths = [*group, *(p for p in found if p not in group and not p.startswith(inside))]
         return {path: place(model, path).value for path in paths}
 

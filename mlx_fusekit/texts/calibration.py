@@ -31,6 +31,8 @@ Written = MutableMapping[tuple[int, int], list[TokenSequence]]
 
 #: Where text is from that no model wrote.
 PACKAGED = "packaged general text"
+#: Share of the text that is general, so that the behaviour away from the task is held too.
+GENERAL_SHARE = 0.25
 #: Share of the general text that is conversations; the adapter's task is mostly one too, so that
 #: the base's plain text is the further away from it.
 _GENERAL_CHAT_SHARE = 0.5
@@ -68,7 +70,7 @@ def calibration_text(
     features: Sequence[Features] = (),
     training_data: Sequence[TrainingData] = (),
     tokens: int = 16384,
-    general_share: float = 0.25,
+    general_share: float = GENERAL_SHARE,
     seed: int = 0,
     max_length: int = 512,
     written: Written | None = None,
