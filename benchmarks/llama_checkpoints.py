@@ -25,6 +25,7 @@ LARGEST_FILE_BYTES = 5 << 30
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+EXPERTS = tuple(key.replace("mlp.", "mlp.switch_mlp.") for key in MLP)
 #: The linears each adapter touches, by the adapter's name.
 ADAPTERS = {
     "all": ATTENTION + MLP,
@@ -34,7 +35,13 @@ ADAPTERS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Dimensions of a Llama model."""
+    """Dimensions of a Llama model, or with experts of a Qwen3 MoE model.
+
+    Attributes:
+        feed_forward: width of the MLP, or of one expert.
+        head_width: of an attention head; 0 for a share of ``hidden``.
+        experts: in a layer, each token going to ``used`` of them; 0 for a plain MLP.
+    """
 
     hidden: int
     layers: int
@@ -43,19 +50,33 @@ class Shape:
     kv_heads: int
     vocabulary: int
     tied: bool
+    head_width: int = 0
+    experts: int = 0
+    used: int = 0
 
-    def linear(self, key: str) -> tuple[int, int]:
-        """Logical ``(rows, columns)`` of one of a layer's linears."""
-        kv_width = self.hidden // self.heads * self.kv_heads
-        return {
-            "self_attn.q_proj": (self.hidden, self.hidden),
-            "self_attn.k_proj": (kv_width, self.hidden),
-            "self_attn.v_proj": (kv_width, self.hidden),
-            "self_attn.o_proj": (self.hidden, self.hidden),
-            "mlp.gate_proj": (self.feed_forward, self.hidden),
-            "mlp.up_proj": (self.feed_forward, self.hidden),
-            "mlp.down_proj": (self.hidden, self.feed_forward),
-        }[key]
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.head_width or self.hidden // self.heads
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """All of a layer."""
+        return ATTENTION + (EXPERTS if self.experts else MLP)
+
+    def linear(self, key: str) -> tuple[int, ...]:
+        """Logical ``(rows, columns)`` of one of a layer's linears, experts before them."""
+        width, kv_width = (self.head_dim * count for count in (self.heads, self.kv_heads))
+        rows_and_columns = {
+            "q_proj": (width, self.hidden),
+            "k_proj": (kv_width, self.hidden),
+            "v_proj": (kv_width, self.hidden),
+            "o_proj": (self.hidden, width),
+            "gate_proj": (self.feed_forward, self.hidden),
+            "up_proj": (self.feed_forward, self.hidden),
+            "down_proj": (self.hidden, self.feed_forward),
+        }[key.rpartition(".")[2]]
+        return (self.experts, *rows_and_columns) if key in EXPERTS else rows_and_columns
 
 
 SHAPES = {
@@ -136,8 +157,12 @@ def _model_tensors(shape: Shape) -> Iterator[Tensor]:
     yield from _quantized("model.embed_tokens", shape.vocabulary, shape.hidden)
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}"
-        for key in ATTENTION + MLP:
+        for key in shape.linears:
             yield from _quantized(f"{prefix}.{key}", *shape.linear(key))
+        if shape.experts:
+            yield Tensor(f"{prefix}.mlp.gate.weight", "BF16", (shape.experts, shape.hidden))
+            for norm in ("q_norm", "k_norm"):
+                yield Tensor(f"{prefix}.self_attn.{norm}.weight", "BF16", (shape.head_dim,))
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield Tensor(f"{prefix}.{norm}.weight", "BF16", (shape.hidden,))
     yield Tensor("model.norm.weight", "BF16", (shape.hidden,))
@@ -145,10 +170,11 @@ def _model_tensors(shape: Shape) -> Iterator[Tensor]:
         yield from _quantized("lm_head", shape.vocabulary, shape.hidden)
 
 
-def _quantized(module: str, rows: int, columns: int) -> Iterator[Tensor]:
-    yield Tensor(f"{module}.weight", "U32", (rows, columns * BITS // 32))
-    yield Tensor(f"{module}.scales", "BF16", (rows, columns // GROUP_SIZE))
-    yield Tensor(f"{module}.biases", "BF16", (rows, columns // GROUP_SIZE))
+def _quantized(module: str, *shape: int) -> Iterator[Tensor]:
+    *rows, columns = shape
+    yield Tensor(f"{module}.weight", "U32", (*rows, columns * BITS // 32))
+    yield Tensor(f"{module}.scales", "BF16", (*rows, columns // GROUP_SIZE))
+    yield Tensor(f"{module}.biases", "BF16", (*rows, columns // GROUP_SIZE))
 
 
 def _cut_into_files(tensors: list[Tensor]) -> list[list[Tensor]]:
@@ -185,15 +211,26 @@ def _write_safetensors(file: BinaryIO, tensors: list[Tensor], metadata: dict[str
 
 def _config(shape: Shape) -> dict[str, Any]:
     quantization = {"group_size": GROUP_SIZE, "bits": BITS, "mode": "affine"}
+    kind: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    if shape.experts:
+        kind = {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_experts": shape.experts,
+            "num_experts_per_tok": shape.used,
+            "moe_intermediate_size": shape.feed_forward,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+        }
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        **kind,
         "hidden_size": shape.hidden,
         "num_hidden_layers": shape.layers,
         "intermediate_size": shape.feed_forward,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.hidden // shape.heads,
+        "head_dim": shape.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5,
@@ -238,10 +275,13 @@ def write_adapter(
     tensors = []
     for layer in range(shape.layers - layers, shape.layers):
         for key in keys:
-            rows, columns = shape.linear(key)
+            *experts, rows, columns = shape.linear(key)
             prefix = f"model.layers.{layer}.{key}"
-            tensors.append(Tensor(f"{prefix}.lora_a", "F32", (columns, rank), seed))
-            tensors.append(Tensor(f"{prefix}.lora_b", "F32", (rank, rows), seed))
+            a, b = (columns, rank), (rank, rows)
+            if experts:
+                a, b = (*experts, *a[::-1]), (*experts, *b[::-1])
+            tensors.append(Tensor(f"{prefix}.lora_a", "F32", a, seed))
+            tensors.append(Tensor(f"{prefix}.lora_b", "F32", b, seed))
     with open(folder / "adapters.safetensors", "xb") as file:
         _write_safetensors(file, tensors, {})
     config = {

@@ -40,7 +40,7 @@ def _grid(shape: tuple[int, ...], leaf: str, rng: np.random.Generator) -> bytes:
 def _low_rank_factor(tensor: Tensor, rng: np.random.Generator) -> npt.NDArray[np.float32]:
     """As after a short training: ``lora_a`` as initialized, ``lora_b`` a little off zero."""
     if tensor.name.endswith("lora_a"):
-        bound = 1 / math.sqrt(tensor.shape[0])
+        bound = 1 / math.sqrt(max(tensor.shape))  # the columns
         return rng.uniform(-bound, bound, tensor.shape).astype(np.float32)
     return (2e-3 * rng.standard_normal(tensor.shape)).astype(np.float32)
 

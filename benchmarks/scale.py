@@ -6,9 +6,9 @@
 ``models`` fuses adapters into bases of several sizes with ``mlx_lm.fuse`` and ``mlx-fusekit fuse``,
 and measures what came out. ``steps`` does so with adapters of several ranks and learning rates, and
 draws the distance against the size of the update in steps of the base's grid. ``layers`` fuses few
-random layers of the shapes of Llama 8B and 70B, one in memory at a time. ``kills`` kills fuses and
-runs the same command again. ``ranks`` shares one fuse among processes of ``mlx.launch``. ``model``
-fits what calibrating costs, and predicts what was not fitted.
+random layers of large shapes (Llama 8B and 70B, Qwen3-30B-A3B), one in memory at a time. ``kills``
+kills fuses and runs the same command again. ``ranks`` shares one fuse among processes of
+``mlx.launch``. ``model`` fits what calibrating costs, and predicts what was not fitted.
 
 Each measurement is a JSON file under ``--out``: a run that was cut off goes on with those that are
 missing, and the tables are made of what is there, of one commit only. ``--table`` measures nothing.

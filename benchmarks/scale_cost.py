@@ -40,7 +40,7 @@ GROUPINGS: tuple[tuple[tuple[int, ...], ...], ...] = (
 #: Rows whose ideal seconds differ by less than this share count as one.
 _ALIKE = 0.01
 #: Layers of the models that single layers are of.
-_WHOLE = {"8b": 32, "70b": 80}
+_WHOLE = {"8b": 32, "70b": 80, "30b-a3b": 48}
 
 Floats = npt.NDArray[np.float64]
 

@@ -1,5 +1,6 @@
 """Single layers of large models: random 4-bit weights, an adapter on all seven linears.
 
+The shapes are those of Llama 8B and 70B, and of Qwen3-30B-A3B with its 128 experts a layer.
 A model has one layer more than are solved, which the adapter does not touch: only where layers are
 more than one can one at a time be in memory. The difference between two rows is a layer's cost.
 """
@@ -35,6 +36,7 @@ SHAPES = {
     "tiny": Shape(256, 1, 896, 4, 2, _VOCABULARY, tied=True),
     "8b": Shape(4096, 1, 14336, 32, 8, _VOCABULARY, tied=True),
     "70b": Shape(8192, 1, 28672, 64, 8, _VOCABULARY, tied=True),
+    "30b-a3b": Shape(2048, 1, 768, 32, 4, _VOCABULARY, True, head_width=128, experts=128, used=8),
 }
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -74,8 +76,9 @@ def write(shape: Shape, layers: int, tokens: int, work: Path) -> None:
     checkpoints.replace(work / "base", partial(checkpoints.write_model, shape=shape))
     for name in _TOKENIZER:
         shutil.copyfile(samples.model_path() / name, work / "base" / name)
-    keys = checkpoints.ADAPTERS["all"]
-    write_adapter = partial(checkpoints.write_adapter, shape=shape, keys=keys, layers=layers)
+    write_adapter = partial(
+        checkpoints.write_adapter, shape=shape, keys=shape.linears, layers=layers
+    )
     checkpoints.replace(work / "adapter", write_adapter)
     (work / "text.txt").write_text(_random_text(tokens), "utf-8")
 

@@ -418,9 +418,10 @@ class Calibration:
             own: dict[str, list[Solution]] = {path: [] for path in group}
             for mine in range(self._ranks.number, len(chosen), self._ranks.count):
                 prepared = Moments.prepared(of_experts[mine].fused, tokens=everyone.count)
-                for path in group:
-                    found = solve_group([weights[path].matrix(chosen[mine])], prepared)
-                    rows = found.matrices[0]
+                matrices = [weights[path].matrix(chosen[mine]) for path in group]
+                # Ranks have experts of their own, and need no shares of one.
+                found = solve_group(matrices, prepared, shares=1)
+                for path, rows in zip(group, found.matrices, strict=True):
                     own[path].append(Solution(rows, found.error, found.nearest_error))
             for path in group:
                 solved[path] += of_all_ranks(own[path], self._ranks)

@@ -109,8 +109,9 @@ def memory_needs(plan: FusePlan, tokens: int) -> MemoryNeeds:
 def _solved_bytes(columns: int, rows: int, experts: int) -> int:
     """Of matrices that have the same inputs while they are solved."""
     merged, square = columns * rows, columns**2
-    at_once = min(max(merged // SHARES, LEAST_ELEMENTS), SOLVED_ELEMENTS)
-    one = 4 * (_MATRICES * square + _COPIES * merged) + _SOLVED_BYTES * min(at_once, merged)
+    shares = SHARES if experts == 1 else 1
+    at_once = min(max(merged // shares, LEAST_ELEMENTS), SOLVED_ELEMENTS, merged)
+    one = 4 * (_MATRICES * square + _COPIES * merged) + _SOLVED_BYTES * at_once
     if experts == 1:
         return one + 4 * min(merged, square)  # the drift
     moments = min(4 * square * (experts + 1), max(MOMENTS_BYTES, 8 * square))

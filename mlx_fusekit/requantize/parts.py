@@ -54,6 +54,7 @@ def solve_group(
     moments: Moments,
     drift: Drift | None = None,
     ranks: Ranks | None = None,
+    shares: int = SHARES,
 ) -> SolvedGroup:
     """Solve matrices ``[columns, rows]`` that have the same inputs.
 
@@ -62,10 +63,11 @@ def solve_group(
         moments: of their inputs.
         drift: of their inputs; None where they are the teacher's.
         ranks: that each solve some of the rows; None to solve all here.
+        shares: in how many parts they are cut at least, where they are large.
     """
     found: list[list[QuantizedRows]] = [[] for _ in matrices]
     error = nearest_error = 0.0
-    parts = list(_parts(matrices))
+    parts = list(_parts(matrices, shares))
     mine, count = (0, 1) if ranks is None else (ranks.number, ranks.count)
     own = [_solve(matrices, spans, moments, drift) for spans in parts[mine::count]]
     for spans, solution in zip(parts, of_all_ranks(own, ranks), strict=True):
@@ -93,7 +95,7 @@ def of_all_ranks(own: Sequence[Solution], ranks: Ranks | None) -> list[Solution]
     return ranks.in_order(by_rank)
 
 
-def _parts(matrices: Sequence[MergedRows]) -> Iterator[list[_Span]]:
+def _parts(matrices: Sequence[MergedRows], shares: int) -> Iterator[list[_Span]]:
     """All rows, those of one format after each other, cut into parts.
 
     The same ones for any number of ranks: where a part ends decides how sums are rounded.
@@ -107,7 +109,7 @@ def _parts(matrices: Sequence[MergedRows]) -> Iterator[list[_Span]]:
         place += rows
     for members in by_format.values():
         rows = sum(span.last - span.first for span in members)
-        share = max(-(-rows // SHARES), LEAST_ELEMENTS // columns)
+        share = max(-(-rows // shares), LEAST_ELEMENTS // columns)
         yield from _cut(members, max(1, min(SOLVED_ELEMENTS // columns, share)))
 
 
