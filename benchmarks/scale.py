@@ -105,7 +105,8 @@ def run_kills(options: argparse.Namespace, rows: Rows) -> Blocks:
 def run_ranks(options: argparse.Namespace, rows: Rows) -> Blocks:
     """Share fuses among processes."""
     for count in () if options.table else options.ranks or (1, 2, 4):
-        ranks.measure(rows, Subject(options.size), count, options)
+        for starter in options.start or ranks.STARTERS if count > 1 else ranks.STARTERS[:1]:
+            ranks.measure(rows, Subject(options.size), count, starter, options)
     yield ranks.table(rows.read(ranks.PART))
 
 
@@ -197,6 +198,8 @@ def _add_own(made: dict[str, argparse.ArgumentParser]) -> None:
     made["kills"].add_argument("--runs", type=int, default=20, metavar="N")
     made["kills"].add_argument("--seed", type=int, default=0, help="of the moments")
     made["ranks"].add_argument("--ranks", type=int, action="append", help="default: 1, 2, 4")
+    starters = made["ranks"].add_argument("--start", choices=ranks.STARTERS, action="append")
+    starters.help = "who starts several ranks; default: both"
     fit, sizes = "sizes to fit to; default: 135m, 0.5b", (*SIZES, "tiny layers", "8b layers")
     made["model"].add_argument("--fit", choices=sizes, action="append", help=fit)
     counts = range(1, len(cost.GROUPINGS) + 1)

@@ -48,7 +48,7 @@ _ELEMENT_BYTES = 8
 #: Passes of coordinate descent over a matrix.
 PASSES = 4
 #: As many tokens of long texts a token counts that is drawn one after the other, in batches.
-WRITTEN = 3
+WRITTEN = 2.5
 #: Times that a weight is looked at beside those passes.
 _LOOKS = 5
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
