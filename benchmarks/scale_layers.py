@@ -34,6 +34,7 @@ PART = "layers"
 _VOCABULARY = 1024
 SHAPES = {
     "tiny": Shape(256, 1, 896, 4, 2, _VOCABULARY, tied=True),
+    "tiny experts": Shape(256, 1, 128, 4, 2, _VOCABULARY, tied=True, experts=8, used=2),
     "8b": Shape(4096, 1, 14336, 32, 8, _VOCABULARY, tied=True),
     "70b": Shape(8192, 1, 28672, 64, 8, _VOCABULARY, tied=True),
     "30b-a3b": Shape(2048, 1, 768, 32, 4, _VOCABULARY, True, head_width=128, experts=128, used=8),

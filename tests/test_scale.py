@@ -1,6 +1,7 @@
 """The benchmark of scale: its rows, its model of cost, and that its parts run."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -178,13 +179,19 @@ def test_parts_run_on_tiny_models(tmp_path: Path) -> None:
     assert "mlx_lm.fuse" in run(
         tmp_path, "models", "--size", "sample", "--items", "2", *small, *ways
     )
-    assert "| tiny | 1 |" in run(tmp_path, "layers", "--shape", "tiny", "--layers", "1", *small)
+    shapes = ["--shape", "tiny", "--shape", "tiny experts", "--layers", "1"]
+    table = run(tmp_path, "layers", *shapes, *small)
+    assert "| tiny | 1 |" in table
+    assert "| tiny experts | 1 |" in table
+    ranks = ["--ranks", "1", "--ranks", "2", "--start", "by hand"]
+    shared = run(tmp_path, "ranks", *ranks, "--items", "2", "--calibration-tokens", "3000")
+    assert re.search(r"\| sample \| 2 \| by hand \|.*\| yes \|", shared)
     rows = Rows(tmp_path, None)
     fuses, layers = rows.read("fuses"), rows.read("layers")
     assert "closer" in steps_table(fuses).markdown()
     assert picture(fuses, ".svg").startswith(b"<?xml")
     found = points_of([*fuses, *layers], ["sample"])
-    assert [point.fitted for point in found] == [True, False]
+    assert [point.fitted for point in found] == [True, False, False]
     assert layers[0]["cost"]["report"]["calibration"]["streamed"]
     assert "| predicted |" in run(tmp_path, "model", "--fit", "sample", "--constants", "1")
 
