@@ -88,9 +88,10 @@ class Calibration:
         self._steps = {step.module: step for step in plan.merged if step.target_spec is not None}
         self._ranks = Ranks() if ranks is None else ranks
         self._measured = measured[self._ranks.number :: self._ranks.count]
-        self._batches = self._ranks.share(token_batches(sequences), "batches of text")
+        batches = token_batches(sequences)
+        self._batches = self._ranks.share(batches, "batches of text")
         self._valid = [batch.valid for batch in self._batches]
-        self._tokens = sum(len(sequence.tokens) for sequence in sequences)
+        self._tokens = sum(int(batch.valid.sum()) for batch in batches)
         self._progress: Progress | None = None
         self.fused = FusedModules(teacher)
         self.solved = SolvedWeights()

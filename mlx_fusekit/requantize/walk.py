@@ -40,7 +40,8 @@ class TokenBatch:
 
     Attributes:
         tokens: ids ``[sequences, length]``.
-        valid: which positions are no padding, ``[sequences, length]``.
+        valid: which positions count, ``[sequences, length]``: no padding, nor a token that stood
+            behind the same ones in an earlier sequence.
     """
 
     tokens: mx.array
@@ -48,18 +49,40 @@ class TokenBatch:
 
 
 def token_batches(sequences: Sequence[TokenSequence]) -> list[TokenBatch]:
-    """Batches of sequences of similar length."""
+    """Batches of sequences of similar length.
+
+    Where many begin alike, as conversations do with a template's system message, that would weigh
+    as much as all they say, and has the same inputs each time.
+    """
     groups = grouped_by_length(sequences, BATCH_TOKENS)
-    return [_padded([sequence.tokens for sequence in group]) for group in groups]
+    known: dict[tuple[int, int], int] = {}
+    return [_padded([sequence.tokens for sequence in group], known) for group in groups]
 
 
-def _padded(sequences: Sequence[tuple[int, ...]]) -> TokenBatch:
+def _padded(sequences: Sequence[tuple[int, ...]], known: dict[tuple[int, int], int]) -> TokenBatch:
     length = max(map(len, sequences))
     # Padded with their own tokens: expert layers hide which of their inputs are padding, and so
     # they see ordinary text there.
     tokens = [(s * (length // len(s) + 1))[:length] for s in sequences]
-    valid = np.arange(length) < np.array([[len(s)] for s in sequences])
+    valid = np.zeros((len(sequences), length), np.bool_)
+    for row, sequence in zip(valid, sequences, strict=True):
+        row[: len(sequence)] = _first_seen(sequence, known)
     return TokenBatch(mx.array(tokens), valid)
+
+
+def _first_seen(tokens: Sequence[int], known: dict[tuple[int, int], int]) -> list[bool]:
+    """Which tokens stand behind others as no token before did.
+
+    Args:
+        tokens: of a sequence.
+        known: numbers every beginning, by the one that is a token shorter, and the token; brought
+            up to date.
+    """
+    found, place = [], 0
+    for token in tokens:
+        found.append((place, token) not in known)
+        place = known.setdefault((place, token), len(known) + 1)
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """Listening to modules, the sums of what they hear, and walking layer by layer."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -312,22 +312,34 @@ def test_compensation_that_overflows_is_none() -> None:
 # ---- batches ----
 
 
-def test_batches_hold_every_sequence_once() -> None:
+def beginnings(tokens: Sequence[int]) -> list[tuple[int, ...]]:
+    return [tuple(tokens[: end + 1]) for end in range(len(tokens))]
+
+
+def test_batches_hold_every_beginning_of_a_sequence_once() -> None:
     text = [*random_text(40, 2, 60), TokenSequence((5,)), TokenSequence(tuple(range(90)) * 20)]
+    system = tuple(range(7, 30))
+    text += [TokenSequence((*system, *sequence.tokens)) for sequence in random_text(9, 2, 60)]
     batches = token_batches(text)
-    rows = [
-        tuple(np.array(row)[valid].tolist())
+    counted = [
+        beginning
         for batch in batches
-        for row, valid in zip(batch.tokens, batch.valid, strict=True)
+        for row, valid in zip(np.array(batch.tokens), batch.valid, strict=True)
+        for beginning, counts in zip(beginnings(row.tolist()), valid, strict=True)
+        if counts
     ]
-    assert sorted(rows) == sorted(sequence.tokens for sequence in text)
+    wanted = {beginning for sequence in text for beginning in beginnings(sequence.tokens)}
+    assert len(counted) == len(set(counted))
+    assert set(counted) == wanted
+    assert len(counted) <= sum(len(sequence.tokens) for sequence in text) - 8 * len(system)
     assert all(b.tokens.shape == b.valid.shape for b in batches)
     assert all(b.tokens.size <= 1024 or len(b.valid) == 1 for b in batches)
     assert len(batches) < 10
     # Padding is a sequence's own tokens again.
     for batch in batches:
-        for row, valid in zip(np.array(batch.tokens), batch.valid, strict=True):
-            assert set(row) == set(row[valid])
+        for row in np.array(batch.tokens).tolist():
+            begun = [s.tokens for s in text if tuple(row[: len(s.tokens)]) == s.tokens]
+            assert set(row) == set(max(begun, key=len))
     assert token_batches([]) == []
 
 
