@@ -359,9 +359,8 @@ class Calibration:
             for path in group:
                 self._solve_unseen(path)
             return
-        matrices, drift = self._merged(group), None
-        if theirs is not None:
-            drift = Drift.zero([matrix.values for matrix in matrices], self._tokens)
+        matrices = self._merged(group)
+        drift = Drift.zero([m.values for m in matrices], self._tokens) if theirs else None
         moments = InputMoments.zero(self._steps[group[0]].shape[2], drift)
         add_batches(moments, self._valid, ours, theirs, self._ranks)
         if forget is not None:
@@ -373,21 +372,23 @@ class Calibration:
         if self._steps[path].shape[0] > 1:
             self._solve_experts([path], lambda _: [])
         else:
-            self._solve([path], None)
+            self._solve([path], InputMoments.zero(self._steps[path].shape[2]))
 
     def _solve(
         self,
         group: Sequence[str],
-        moments: InputMoments | None,
-        matrices: Sequence[MergedRows] = (),
+        moments: InputMoments,
+        matrices: list[MergedRows] | None = None,
     ) -> None:
-        """Solve plain matrices; without moments, by weight error."""
+        """Solve plain matrices, and let go of them; of no moments, by weight error."""
         self.groups.append(tuple(group))
-        if moments is None:
-            moments = InputMoments.zero(self._steps[group[0]].shape[2])
         prepared = Moments.prepared(moments.fused, tokens=moments.count)
-        matrices = matrices or self._merged(group)
+        matrices = self._merged(group) if matrices is None else matrices
         solved = solve_group(matrices, prepared, moments.drift, self._ranks)
+        # Solved weights as they run are not to lie beside the largest that solving took.
+        del prepared
+        moments.forget()
+        matrices.clear()
         for path, rows in zip(group, solved.matrices, strict=True):
             self._finish(self._steps[path], [rows], [solved], moments)
 

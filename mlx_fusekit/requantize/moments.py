@@ -90,6 +90,10 @@ class InputMoments:
         """Of no tokens."""
         return cls(np.zeros((columns, columns), np.float32), drift)
 
+    def forget(self) -> None:
+        """Let go of the sums; what was counted stays."""
+        self.fused, self.drift = np.zeros((0, 0), np.float32), None
+
     def add(self, teacher: Float32, fused: Float32 | None, ranks: Ranks) -> None:
         """Count the inputs of some tokens of every rank, in the order of the ranks.
 
