@@ -22,6 +22,7 @@ from scale_steps import picture  # noqa: E402
 from scale_steps import table as steps_table  # noqa: E402
 
 from mlx_fusekit import samples  # noqa: E402
+from mlx_fusekit.requantize import effort  # noqa: E402
 from mlx_fusekit.requantize.effort import (  # noqa: E402
     WRITTEN,
     Effort,
@@ -30,6 +31,9 @@ from mlx_fusekit.requantize.effort import (  # noqa: E402
     stated,
     work_of,
 )
+from mlx_fusekit.requantize.needs import calibration_needs  # noqa: E402
+from mlx_fusekit.requantize.options import CalibrationOptions  # noqa: E402
+from mlx_fusekit.texts.sequences import most_held_out  # noqa: E402
 
 RATES = Rates("a machine", running=1e9, solving=2e9, memory=1e9, reading=1e8)
 
@@ -99,6 +103,18 @@ def test_work_is_what_the_formula_says() -> None:
     drift = 2 * 100 * 10**2 + 2 * 10**2 * 20
     assert work.solving == pytest.approx(10**2 * 100 + drift + 10**3 / 3 + 10**2 * 20 * (5 + 2 * 2))
     assert (work.elements, work.read_bytes, work.layers) == (200 * 7, 17, 1)
+
+
+def test_text_that_nobody_gave_takes_the_time_of_writing_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(effort, "measured_rates", lambda: RATES)
+    plan, options = planned(samples.model_path(), samples.adapter_path()), CalibrationOptions()
+    given, written = (calibration_needs(plan, options, data).seconds for data in (True, False))
+    shapes = shapes_of(plan)
+    tokens = 0.75 * options.tokens + most_held_out(options.tokens)
+    operations = 2 * WRITTEN * tokens * (sum(shapes["layers"]) + shapes["trunk"])
+    assert written - given == pytest.approx(effort._OVER_IDEAL * operations / RATES.running)
 
 
 def test_of_experts_those_that_a_token_goes_to_run_and_all_are_solved(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def _needs(report: "FuseReport") -> list[tuple[str, str]]:
     layers = ", one layer at a time," if needs.streamed else ""
     memory = f"about {figures.size(needs.peak_bytes)} of memory{layers}"
     minutes = max(1, round(needs.seconds / 60))
-    time = f"about {minutes} min on this machine, if no text has to be written"
+    time = f"about {minutes} min on this machine"
     return [("calibrating", f"{memory} and {time}")]
 
 
