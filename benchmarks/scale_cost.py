@@ -27,6 +27,7 @@ from mlx_fusekit import figures
 from mlx_fusekit.requantize.effort import Effort, Rates, work_of
 from mlx_fusekit.requantize.options import CALIBRATION_TOKENS
 from mlx_fusekit.tables import Table
+from mlx_fusekit.texts.calibration import PACKAGED
 
 KINDS = ("running", "solving", "elementwise", "reading", "layers")
 #: Which kinds share a constant, by how many constants there are.
@@ -118,8 +119,7 @@ def points(rows: Iterable[Facts], fitted: Sequence[str]) -> list[Point]:
 
 def _work(row: Facts) -> Effort:
     text = row["cost"]["report"]["calibration"]
-    by_base = text["general_source"] == "written by the base"
-    written = text["general_tokens"] if by_base else 0
+    written = 0 if text["general_source"] == PACKAGED else text["general_tokens"]
     return work_of(row["shapes"], text["tokens"], written=written)
 
 

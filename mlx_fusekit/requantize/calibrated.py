@@ -296,7 +296,7 @@ class Calibration:
                 # As an embedding, each of its columns counts the same.
                 mean = float(np.trace(moments.fused)) / columns
                 moments.fused[np.diag_indices(columns)] += np.float32(mean)
-            self._solve([path], moments)
+            self._solve([path], moments, self._merged([path]))
 
     def _embedding_paths(self) -> list[str]:
         return [p for p in self._steps if hasattr(self._teacher.bare(p), "as_linear")]
@@ -360,8 +360,9 @@ class Calibration:
                 self._solve_unseen(path)
             return
         matrices = self._merged(group)
-        drift = Drift.zero([m.values for m in matrices], self._tokens) if theirs else None
-        moments = InputMoments.zero(self._steps[group[0]].shape[2], drift)
+        moments = InputMoments.zero(self._steps[group[0]].shape[2])
+        if theirs is not None:
+            moments.drift = Drift.zero([matrix.values for matrix in matrices], self._tokens)
         add_batches(moments, self._valid, ours, theirs, self._ranks)
         if forget is not None:
             forget()
@@ -372,18 +373,15 @@ class Calibration:
         if self._steps[path].shape[0] > 1:
             self._solve_experts([path], lambda _: [])
         else:
-            self._solve([path], InputMoments.zero(self._steps[path].shape[2]))
+            moments = InputMoments.zero(self._steps[path].shape[2])
+            self._solve([path], moments, self._merged([path]))
 
     def _solve(
-        self,
-        group: Sequence[str],
-        moments: InputMoments,
-        matrices: list[MergedRows] | None = None,
+        self, group: Sequence[str], moments: InputMoments, matrices: list[MergedRows]
     ) -> None:
         """Solve plain matrices, and let go of them; of no moments, by weight error."""
         self.groups.append(tuple(group))
         prepared = Moments.prepared(moments.fused, tokens=moments.count)
-        matrices = self._merged(group) if matrices is None else matrices
         solved = solve_group(matrices, prepared, moments.drift, self._ranks)
         # Solved weights as they run are not to lie beside the largest that solving took.
         del prepared
@@ -417,7 +415,7 @@ class Calibration:
             chosen = range(first, min(first + at_once, experts))
             of_experts, everyone = expert_moments(calls, chosen, columns, self._ranks)
             seen.count, seen.skipped = everyone.count, everyone.skipped
-            own: dict[str, list[Solution]] = {path: [] for path in group}
+            own = {path: list[Solution]() for path in group}
             for mine in range(self._ranks.number, len(chosen), self._ranks.count):
                 prepared = Moments.prepared(of_experts[mine].fused, tokens=everyone.count)
                 matrices = [weights[path].matrix(chosen[mine]) for path in group]
@@ -425,6 +423,7 @@ class Calibration:
                 found = solve_group(matrices, prepared, shares=1)
                 for path, rows in zip(group, found.matrices, strict=True):
                     own[path].append(Solution(rows, found.error, found.nearest_error))
+            of_experts.clear()
             for path in group:
                 solved[path] += of_all_ranks(own[path], self._ranks)
         for path, found_of in solved.items():

@@ -155,14 +155,12 @@ def calibration_needs(plan: FusePlan, options: CalibrationOptions, data: bool) -
         ConfigurationError: as :func:`streams`.
     """
     needs, streamed = memory_needs(plan, options.tokens), streams(plan, options)
-    peak = needs.resident
+    allowed, peak, written = allowed_bytes(options), needs.resident, 0
     if streamed:
-        peak = needs.spilled if needs.streamed > allowed_bytes(options) else needs.streamed
-    if streamed and needs.running <= allowed_bytes(options):
+        peak = needs.spilled if needs.streamed > allowed else needs.streamed
+    if needs.running <= allowed:
         # The whole model writes the text.
         peak = max(peak, needs.running)
-    written = 0
-    if not streamed or needs.running <= allowed_bytes(options):
         all_of_it = options.tokens + most_held_out(options.tokens)
         written = round(GENERAL_SHARE * options.tokens) if data else all_of_it
     return CalibrationNeeds(peak, streamed, estimated_seconds(plan, options.tokens, written))
