@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlx_fusekit.fusing.each import EachReport, PreparedEach, fuse_each, prepare_each
     from mlx_fusekit.fusing.fuse import fuse, prepare_fuse
     from mlx_fusekit.fusing.prepared import PreparedFuse
+    from mlx_fusekit.fusing.quantize import prepare_quantize, quantize
     from mlx_fusekit.fusing.report import FuseReport
     from mlx_fusekit.gguf.exporting import ExportReport, export_gguf
     from mlx_fusekit.gguf.lora import LoraReport, export_lora
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "fuse": "fusing.fuse",
     "prepare_fuse": "fusing.fuse",
+    "quantize": "fusing.quantize",
+    "prepare_quantize": "fusing.quantize",
     "FuseReport": "fusing.report",
     "PreparedFuse": "fusing.prepared",
     "fuse_each": "fusing.each",
@@ -75,7 +78,9 @@ __all__ = [
     "fuse_each",
     "prepare_each",
     "prepare_fuse",
+    "prepare_quantize",
     "publish",
+    "quantize",
     "verify",
 ]
 

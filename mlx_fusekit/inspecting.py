@@ -22,7 +22,8 @@ from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
 from mlx_fusekit.formats import codebooks
 from mlx_fusekit.formats.floats import FLOAT_DTYPES, Float32, to_float32
-from mlx_fusekit.formats.quantization import QuantSpec, parts_of
+from mlx_fusekit.formats.quantization import parts_of
+from mlx_fusekit.formats.specs import QuantSpec
 from mlx_fusekit.merging.arithmetic import merge
 from mlx_fusekit.merging.blocks import WeightReader, row_blocks, weight_sources
 from mlx_fusekit.reading import exists

@@ -10,7 +10,7 @@ from mlx_fusekit.adapters.combination import SUM, Combination
 from mlx_fusekit.adapters.combine import combine
 from mlx_fusekit.adapters.ignoring import check_patterns
 from mlx_fusekit.adapters.opening import open_adapter
-from mlx_fusekit.adapters.updates import Adapter, AdapterFolder
+from mlx_fusekit.adapters.updates import NO_ADAPTER, Adapter, AdapterFolder
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import ConfigurationError
@@ -90,6 +90,17 @@ class NamedSources:
         chosen = tuple(choose_adapter(str(name), weighted=weighted) for name in named)
         return cls(found, chosen, scale, combination, tuple(ignore))
 
+    @classmethod
+    def alone(
+        cls, model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+    ) -> "NamedSources":
+        """A base without adapters.
+
+        Raises:
+            HubError: as :meth:`find`.
+        """
+        return cls(hub.resolve(model, revision=revision, code=trust_remote_code), ())
+
     @property
     def folders(self) -> tuple[Path, ...]:
         """All that is read."""
@@ -129,7 +140,7 @@ class NamedSources:
             (adapter.bind(base, self.model.identity), choice.weight)
             for adapter, choice in zip(opened, self.adapters, strict=True)
         ]
-        adapter = combine(bound, self.combination)
+        adapter = combine(bound, self.combination) if bound else NO_ADAPTER
         alone = tuple(adapter for adapter, _ in bound)
         return Sources(self.model, base, self.adapters, opened, adapter, alone, self.combination)
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from mlx_fusekit.adapters.combined import CombinedUpdate
@@ -40,7 +41,7 @@ class Adapter:
     Attributes:
         weights: updates of modules' weights, by module path.
         parameters: full fine-tune's values of other parameters (norms, biases), by tensor name.
-        kind: "lora", "dora" or "full".
+        kind: "lora", "dora" or "full"; "none" of :data:`NO_ADAPTER`.
         warnings: what the user should know, one line each.
     """
 
@@ -48,6 +49,10 @@ class Adapter:
     weights: Mapping[str, Update]
     parameters: Mapping[str, FullUpdate]
     warnings: tuple[str, ...] = ()
+
+
+#: What is fused where nothing is.
+NO_ADAPTER = Adapter("none", MappingProxyType({}), MappingProxyType({}))
 
 
 class AdapterFolder(Protocol):

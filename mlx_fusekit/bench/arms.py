@@ -21,7 +21,7 @@ from mlx_fusekit.bench.sharding import run_shard
 from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME
 from mlx_fusekit.checkpoint.mlx_lm import MLX_LM_ERRORS, one_line
 from mlx_fusekit.errors import AdapterError
-from mlx_fusekit.formats.quantization import LEAVES
+from mlx_fusekit.formats.specs import LEAVES
 from mlx_fusekit.hub import LocalFolder
 from mlx_fusekit.running.adapted import put_adapter
 from mlx_fusekit.running.loading import run_model

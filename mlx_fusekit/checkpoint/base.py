@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from mlx_fusekit.checkpoint.header import Header, TensorRef
 from mlx_fusekit.formats.floats import FLOAT_DTYPES, Array
-from mlx_fusekit.formats.quantization import QuantSpec
+from mlx_fusekit.formats.specs import QuantSpec
 
 
 class TensorSource(Protocol):

@@ -16,8 +16,9 @@ from mlx_fusekit.checkpoint.json_text import LARGEST_TEXT, MOST_VALUES, cut, par
 from mlx_fusekit.checkpoint.mistaken import mistaken_file
 from mlx_fusekit.checkpoint.mlx_lm import load_lazily, logical_columns, quantization_block
 from mlx_fusekit.checkpoint.plausible import check_layers
+from mlx_fusekit.checkpoint.recipe import RECIPE_NAME
 from mlx_fusekit.errors import CheckpointError, ConfigurationError
-from mlx_fusekit.formats.quantization import CODEBOOK_MODES, QuantSpec
+from mlx_fusekit.formats.specs import CODEBOOK_MODES, QuantSpec
 from mlx_fusekit.reading import exists, read_bytes, resolve_inside
 
 _WEIGHT_FILE = re.compile(r"model[^/\\:\0]*\.safetensors")
@@ -227,6 +228,14 @@ def optional_json(
     if not exists(folder / name):
         return None
     return read_json_in(folder, name, most_bytes=most_bytes, most_values=most_values)
+
+
+def recipe_of(folder: Path) -> Mapping[str, Any]:
+    """``fusekit.json`` of a model; empty without one, or of one that is not ours."""
+    try:
+        return optional_json(folder, RECIPE_NAME) or {}
+    except CheckpointError:
+        return {}
 
 
 def read_json(

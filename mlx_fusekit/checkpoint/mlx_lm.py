@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_fusekit.checkpoint.plausible import limited_building
 from mlx_fusekit.errors import CheckpointError
+from mlx_fusekit.formats.specs import QuantSpec
 
 #: What mlx-lm raises for architectures it does not know, weights that do not fit, and settings that
 #: are missing, of another type or out of range; where a class needs a package that is missing, it
@@ -274,6 +275,40 @@ def adapted_modules(
             f"mlx-lm cannot adapt what lora_parameters.keys names ({one_line(error)})"
         ) from error
     return frozenset(path for path, module in model.named_modules() if "lora_a" in module)
+
+
+def quantizable_modules(config: Mapping[str, Any], spec: QuantSpec) -> dict[str, QuantSpec]:
+    """How mlx-lm quantizes each module that it would quantize, by path; nothing is computed.
+
+    Source: ``quantize_model`` in ``mlx_lm/utils.py``. A class may give some modules another format,
+    or none, as most with experts do with their routers.
+
+    Args:
+        config: of the model.
+        spec: for all that the model's class has no format of its own for.
+
+    Raises:
+        CheckpointError: where mlx-lm makes no model of the configuration.
+    """
+    model = _skeleton(config)
+    if model is None:
+        raise CheckpointError(
+            f"mlx-lm makes no model of the type {config.get('model_type')!r}, and so does not say "
+            "what of it is to be quantized; drop --quantize"
+        )
+    told: Callable[[str, Any], Any] | None = getattr(model, "quant_predicate", None)
+    found = {}
+    for path, module in model.named_modules():
+        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % spec.group_size:
+            continue
+        asked = True if told is None else told(path, module)
+        own = spec
+        if isinstance(asked, dict):
+            settings = {name: asked.get(name) for name in ("bits", "group_size")}
+            own = QuantSpec.of_mode(asked.get("mode") or "affine", **settings)
+        if asked and not module.weight.shape[-1] % own.group_size:
+            found[path] = own
+    return found
 
 
 def builds(config: Mapping[str, Any]) -> bool:

@@ -34,7 +34,7 @@ from mlx_fusekit.checkpoint.stored_types import (
 )
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import STORAGE, Array
-from mlx_fusekit.formats.quantization import QuantSpec
+from mlx_fusekit.formats.specs import QuantSpec
 from mlx_fusekit.machine import in_lasting_thread
 
 if TYPE_CHECKING:

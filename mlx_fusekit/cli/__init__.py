@@ -13,6 +13,7 @@ from mlx_fusekit.cli.failures import run
 # name -> one line of help, so that the overview imports no command
 _COMMANDS = {
     "fuse": "Fuse adapters into a base model; one model folder comes out.",
+    "quantize": "Quantize a whole model, calibrated so that it stays close to what it is.",
     "verify": "Measure how close a fused model is to base and adapter.",
     "bench": "Time base and adapter against fused models.",
     "export-gguf": "Write a model as one GGUF file for llama.cpp and Ollama.",

@@ -75,6 +75,17 @@ class _Finite(click.FloatRange):
 NOT_NEGATIVE = _Finite(min=0)
 
 
+def together(*flags: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
+    """Several options as one, in the order in which help shows them."""
+
+    def add(command: _Command) -> _Command:
+        for flag in reversed(flags):
+            command = flag(command)
+        return command
+
+    return add
+
+
 def model(
     words: str = "Base model: folder or Hub id.", **more: Any
 ) -> Callable[[_Command], _Command]:
@@ -142,12 +153,7 @@ def combine(
         ),
     )
 
-    def add(command: _Command) -> _Command:
-        for flag in reversed(flags):
-            command = flag(command)
-        return command
-
-    return add
+    return together(*flags)
 
 
 def ignore() -> Callable[[_Command], _Command]:

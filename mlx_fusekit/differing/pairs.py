@@ -13,7 +13,8 @@ from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.factoring import RowBlocks
 from mlx_fusekit.formats.floats import FLOAT_DTYPES, Array, Float32, from_float32, to_float32
-from mlx_fusekit.formats.quantization import SCALE_LEAVES, to_matrix
+from mlx_fusekit.formats.quantization import to_matrix
+from mlx_fusekit.formats.specs import SCALE_LEAVES
 from mlx_fusekit.merging.arithmetic import RowRange
 from mlx_fusekit.merging.blocks import WeightReader, row_blocks, weight_sources
 

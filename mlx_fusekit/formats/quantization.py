@@ -20,73 +20,18 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.formats import codebooks
 from mlx_fusekit.formats.floats import Array, Float32, from_float32, to_float32
+from mlx_fusekit.formats.specs import SCALE_LEAVES, QuantSpec
 
 Words = npt.NDArray[np.uint32]
 Number = TypeVar("Number", bound=np.generic)
-
-AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
-AFFINE_GROUPS = (32, 64, 128)
-#: The only (bits, group size) each non-affine mode has.
-CODEBOOK_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
-
-#: What lies beside a module's quantized weight, by the last part of the tensors' names, and all of
-#: what the weight is stored as.
-SCALE_LEAVES = ("scales", "biases", "global_scale")
-LEAVES = ("weight", *SCALE_LEAVES)
 
 #: Planes of a block of a quantized format.
 PLANES = 32
 
 #: Below this a group's range counts as zero; the value MLX itself uses.
 _SMALLEST_SCALE = np.float32(1e-7)
-
-
-@dataclass(frozen=True, slots=True)
-class QuantSpec:
-    """How one module's weight is quantized: ``bits`` a code, ``group_size`` codes a scale."""
-
-    bits: int
-    group_size: int
-    mode: str = "affine"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.mode, str):
-            raise ConfigurationError(f"MLX has no quantization of the mode {self.mode!r}")
-        if self.mode == "affine":
-            valid = self.bits in AFFINE_BITS and self.group_size in AFFINE_GROUPS
-        else:
-            valid = CODEBOOK_MODES.get(self.mode) == (self.bits, self.group_size)
-        if not valid:
-            raise ConfigurationError(
-                f"MLX has no quantization {self}: affine takes bits {_listed(AFFINE_BITS)} and "
-                f"group size {_listed(AFFINE_GROUPS)}; mxfp4 is 4 bits group 32, mxfp8 8 bits "
-                "group 32, nvfp4 4 bits group 16"
-            )
-
-    @property
-    def affine(self) -> bool:
-        """Whether values are ``scale * code + bias`` (else a codebook times a scale)."""
-        return self.mode == "affine"
-
-    def columns(self, words: int) -> int:
-        """Logical columns of a row of ``words`` packed 32-bit words."""
-        return words * 32 // self.bits
-
-    def words(self, columns: int) -> int:
-        """Packed 32-bit words of a row of ``columns``."""
-        return columns * self.bits // 32
-
-    def as_config(self) -> dict[str, int | str]:
-        """The form in which ``config.json`` holds it."""
-        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-
-    def __str__(self) -> str:
-        if self.affine:
-            return f"{self.bits}-bit group {self.group_size}"
-        return self.mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,7 +379,3 @@ def _over_members(operation: np.ufunc, block: Float32, spec: QuantSpec) -> Float
     while reduced.shape[1] * spec.group_size > PLANES * periods:
         reduced = operation(reduced[:, 0::2], reduced[:, 1::2])
     return reduced
-
-
-def _listed(numbers: tuple[int, ...]) -> str:
-    return ", ".join(str(number) for number in numbers)

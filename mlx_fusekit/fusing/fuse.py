@@ -52,6 +52,10 @@ def fuse(
     bits: int | None = None,
     dequantize: bool = False,
     dtype: str | None = None,
+    quantize: bool = False,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    q_mode: str | None = None,
     calibration: str | Path | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
     max_kl: float | None = None,
@@ -89,6 +93,11 @@ def fuse(
         bits: width to give merged modules instead of the base's.
         dequantize: write the whole model unquantized.
         dtype: "float16", "bfloat16" or "float32" for ``dequantize``; by default as stored scales.
+        quantize: quantize the whole model, every module that mlx-lm's converter would; what is
+            quantized in another format is quantized anew, from its exact values.
+        q_bits: width for ``quantize``; the mode's usual one by default, 4 of "affine".
+        q_group_size: weights that share a scale; the mode's by default, 64 of "affine".
+        q_mode: "affine" (the default), "mxfp4", "mxfp8" or "nvfp4".
         calibration: text to calibrate on, JSON lines or an array in mlx-lm's formats, a folder with
             ``train.jsonl`` or a text file; by default the adapter's own training data where its
             configuration names an existing folder, else text that base+adapter writes.
@@ -137,6 +146,10 @@ def fuse(
         bits=bits,
         dequantize=dequantize,
         dtype=dtype,
+        quantize=quantize,
+        q_bits=q_bits,
+        q_group_size=q_group_size,
+        q_mode=q_mode,
         calibration=calibration,
         calibration_tokens=calibration_tokens,
         max_kl=max_kl,

@@ -1,26 +1,18 @@
 """Which adapters a base holds already, as its ``fusekit.json`` tells."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlx_fusekit.adapters.fitting import is_same_model
 from mlx_fusekit.adapters.sources import Sources
 from mlx_fusekit.checkpoint.belongings import ADAPTER_CONFIG_NAME
-from mlx_fusekit.checkpoint.folder import optional_json
+from mlx_fusekit.checkpoint.folder import recipe_of
 from mlx_fusekit.checkpoint.recipe import RECIPE_NAME, sha256
-from mlx_fusekit.errors import CheckpointError, ConfigurationError
+from mlx_fusekit.errors import ConfigurationError
 
 #: What is taken over of an entry; another's recipe may hold anything.
 _KEPT = ("id", "revision", "weight", "scale", "ignore", "ignored", "sha256")
-
-
-def recipe_of(base: Path) -> Mapping[str, Any]:
-    """``fusekit.json`` of a base; empty without one, or of one that is not ours."""
-    try:
-        return optional_json(base, RECIPE_NAME) or {}
-    except CheckpointError:
-        return {}
 
 
 def held_by(base: Path) -> list[dict[str, Any]]:

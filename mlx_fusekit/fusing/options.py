@@ -8,7 +8,8 @@ from pathlib import Path
 from mlx_fusekit.adapters.combination import Combination
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.formats.floats import DTYPE_NAMES
-from mlx_fusekit.merging.plan import FormatOptions
+from mlx_fusekit.formats.specs import QuantSpec
+from mlx_fusekit.merging.formats import FormatOptions
 from mlx_fusekit.reading import exists
 from mlx_fusekit.requantize.options import (
     CALIBRATION_TOKENS,
@@ -35,6 +36,10 @@ class FuseOptions:
     bits: int | None = None
     dequantize: bool = False
     dtype: str | None = None
+    quantize: bool = False
+    q_bits: int | None = None
+    q_group_size: int | None = None
+    q_mode: str | None = None
     calibration: str | Path | None = None
     calibration_tokens: int = CALIBRATION_TOKENS
     max_kl: float | None = None
@@ -149,7 +154,25 @@ class FuseOptions:
     def formats(self) -> FormatOptions:
         """In which formats to write."""
         dtype = None if self.dtype is None else DTYPE_NAMES[self.dtype]
-        return FormatOptions(self.bits, self.dequantize, dtype)
+        return FormatOptions(self.bits, self.dequantize, dtype, self._whole_format)
+
+    @property
+    def _whole_format(self) -> QuantSpec | None:
+        """What all of the model is to be quantized to."""
+        given = {
+            "--q-bits": self.q_bits,
+            "--q-group-size": self.q_group_size,
+            "--q-mode": self.q_mode,
+        }
+        if not self.quantize:
+            flag = next((flag for flag, value in given.items() if value is not None), None)
+            if flag is not None:
+                raise ConfigurationError(f"{flag} goes with --quantize; add that, or drop it")
+            return None
+        try:
+            return QuantSpec.of_mode(self.q_mode or "affine", self.q_bits, self.q_group_size)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"--q-bits, --q-group-size or --q-mode: {error}") from error
 
     @property
     def calibrating(self) -> CalibrationOptions:

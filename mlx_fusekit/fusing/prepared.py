@@ -300,6 +300,7 @@ class PreparedFuse:
             "requantize": self.strategy.name if self.strategy else None,
             "calibration": calibrated.recorded if calibrated else None,
             "bits": formats.bits,
+            "quantize": formats.quantize.as_config() if formats.quantize else None,
             "dequantize": formats.dequantize,
             "text_only": self.options.text_only,
             "dtype": dtype_name(formats.dtype) if formats.dtype else None,

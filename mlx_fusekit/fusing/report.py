@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mlx_fusekit.adapters.updates import NO_ADAPTER
 from mlx_fusekit.checkpoint.beside_text import in_words
 from mlx_fusekit.figures import nats, setting
 from mlx_fusekit.formats.floats import DTYPE_NAMES
@@ -31,7 +32,7 @@ class FuseReport:
         combine: method, density and seed by which several adapters were combined; None of one, or
             of a sum.
         requantize: the strategy, None where nothing was re-quantized.
-        modules: merged modules by the format they were written in.
+        modules: merged and re-quantized modules by the format they were written in.
         unchanged: how many of the adapter's modules have a zero update.
         computed_bytes: how much of ``output_bytes`` was computed and not copied.
         memory_bytes: working memory beyond the interpreter's own, estimated from the plan.
@@ -83,6 +84,11 @@ class FuseReport:
         return kept | {name: of.as_json() for name, of in further.items() if of is not None}
 
     @property
+    def teacher(self) -> str:
+        """What the result is compared with, in words."""
+        return "base+adapter" if self.adapters else "the model as it was"
+
+    @property
     def passed(self) -> bool:
         """Whether the bound the user set is shown to hold, if there is one."""
         if self.dry_run or self.max_kl is None:
@@ -91,8 +97,9 @@ class FuseReport:
 
 
 def formats_of(plan: FusePlan) -> dict[str, int]:
-    """How many merged modules are written in which format."""
-    formats = (step.target_spec or dtype_name(step.dtype) for step in plan.merged)
+    """How many merged and re-quantized modules are written in which format."""
+    written = {step.module: step for step in (*plan.merged, *plan.requantized)}
+    formats = (step.target_spec or dtype_name(step.dtype) for step in written.values())
     return dict(Counter(map(str, formats)))
 
 
@@ -103,18 +110,27 @@ def dtype_name(dtype: str) -> str:
 
 def rounding_warnings(plan: FusePlan) -> Iterator[str]:
     """What to tell when modules are rounded to nearest at few bits."""
-    specs = [step.target_spec for step in plan.merged if step.target_spec is not None]
+    specs = [step.target_spec for step in plan.requantized if step.target_spec is not None]
     bits = [spec.bits for spec in specs if spec.bits <= LOSSY_BITS]
-    if bits:
+    flag = "--bits" if plan.options.quantize is None else "--q-bits"
+    if bits and plan.adapter is not NO_ADAPTER:
         yield (
             f"{len(bits)} modules are rounded to nearest at {min(bits)} bits, which can lose most "
             "of a fine-tune (`mlx-fusekit inspect ADAPTER --model BASE` shows its size in steps); "
-            "--bits 8 keeps more, in a larger file"
+            f"{flag} 8 keeps more, in a larger file"
         )
 
 
 def format_warnings(plan: FusePlan) -> Iterator[str]:
-    """What to tell when wider bits take another format than the base's."""
+    """What to tell when quantized modules take another format than the base's."""
+    if plan.options.quantize is not None:
+        quantized = [step for step in plan.requantized if step.source_spec is not None]
+        for old, count in Counter(str(step.source_spec) for step in quantized).items():
+            yield (
+                f"{count} modules were {old} already, and are quantized a second time: what the "
+                "first one lost stays lost; the unquantized original is the better base"
+            )
+        return
     changed = Counter(
         (step.source_spec.mode, str(step.target_spec))
         for step in plan.merged
@@ -138,8 +154,8 @@ def calibration_warnings(calibration: CalibrationReport) -> Iterator[str]:
     """What to tell when the bound does not hold, or calibration did not see everything."""
     if not math.isfinite(calibration.kl_mean):
         yield (
-            "base+adapter or the fused model gives NaN or infinity on the text, so their KL is not "
-            "measured; see with mlx_lm.generate whether the base itself does"
+            "the original or the model that was made gives NaN or infinity on the text, so their "
+            "KL is not measured; see with mlx_lm.generate whether the base itself does"
         )
     elif calibration.reached is False:
         assert calibration.kl_mean_ci95 is not None, "judged only with an interval"

@@ -23,7 +23,7 @@ def chosen_strategy(
     Raises:
         ConfigurationError: when it cannot be done, and nothing else that was asked for can.
     """
-    specs = [step.target_spec for step in plan.merged if step.target_spec is not None]
+    specs = [step.target_spec for step in plan.requantized if step.target_spec is not None]
     if not specs:
         options.refuse_calibration()
         return None, ()

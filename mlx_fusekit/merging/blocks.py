@@ -10,13 +10,8 @@ import numpy as np
 
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.formats.floats import Array, Float32, to_float32
-from mlx_fusekit.formats.quantization import (
-    LEAVES,
-    QuantizedRows,
-    QuantSpec,
-    dequantize,
-    dequantize_as_stored,
-)
+from mlx_fusekit.formats.quantization import QuantizedRows, dequantize, dequantize_as_stored
+from mlx_fusekit.formats.specs import LEAVES, QuantSpec
 from mlx_fusekit.merging.arithmetic import BaseBlock, RowRange
 
 #: Elements of a row block, 4 MiB of float32. NumPy lets go of the interpreter lock once a call, and

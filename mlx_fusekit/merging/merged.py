@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from mlx_fusekit.errors import AdapterError
 from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.formats.quantization import QuantizedRows, TargetFormat, to_matrix
+from mlx_fusekit.formats.quantization import QuantizedRows, TargetFormat, to_block, to_matrix
 from mlx_fusekit.merging.arithmetic import RowRange, merge, unchanged_rows
 from mlx_fusekit.merging.blocks import BlockReader, WeightReader, of_expert, row_blocks
 from mlx_fusekit.merging.plan import WeightStep
@@ -21,14 +21,14 @@ class MergedRows:
     Attributes:
         values: merged, a float32 block (see :mod:`mlx_fusekit.formats.quantization`); of a whole
             matrix, ``[columns, rows]``.
-        base: the base's rows as it stores them.
+        base: the base's rows as it stores them, where they are quantized.
         keep: which rows the update does not change, boolean ``[rows]``.
         target: the format to bring them into.
         same_format: whether the base's rows have it already.
     """
 
     values: Float32
-    base: QuantizedRows
+    base: QuantizedRows | None
     keep: npt.NDArray[np.bool_]
     target: TargetFormat
     same_format: bool
@@ -43,9 +43,14 @@ class MergedRows:
 
         Requantizing even an unchanged row would change many of its codes.
         """
-        if self.same_format and self.keep.any():
-            return quantized.keeping(self.base, self.keep)
+        start = self.start()
+        if start is not None and self.keep.any():
+            return quantized.keeping(start, self.keep)
         return quantized
+
+    def start(self) -> QuantizedRows | None:
+        """The base's rows where they have the target's format."""
+        return self.base if self.same_format else None
 
 
 @dataclass(frozen=True)
@@ -103,9 +108,14 @@ class Weight:
         base, values, keep = self._merged(rows)
         spec = self.step.target_spec
         assert spec is not None, "the target is quantized"
-        assert base is not None, "only a quantized weight has a quantized target"
+        if base is None:
+            values = to_block(to_matrix(values))  # dense ones have one plane
         target = TargetFormat(spec, self.step.dtype, of_expert(self.global_scales, rows.expert))
-        same = self.step.source_spec == spec and base.global_scale == target.global_scale
+        same = (
+            base is not None
+            and self.step.source_spec == spec
+            and base.global_scale == target.global_scale
+        )
         return MergedRows(values, base, keep, target, same)
 
     def matrix(self, expert: int = 0) -> MergedRows:

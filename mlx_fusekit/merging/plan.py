@@ -1,49 +1,19 @@
 """What a fuse will do, decided from headers alone: which tensors are computed, which are copied."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from mlx_fusekit.adapters.updates import Adapter, FullUpdate, Update
-from mlx_fusekit.checkpoint.base import BaseModel, TensorSource, main_float_dtype
+from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.checkpoint.header import TensorRef
 from mlx_fusekit.checkpoint.mlx_lm import computes_anew
-from mlx_fusekit.checkpoint.writer import FileLayout, OutputTensor, new_layout, same_layout
+from mlx_fusekit.checkpoint.writer import FileLayout, OutputTensor
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.formats.floats import FLOAT_DTYPES
-from mlx_fusekit.formats.quantization import AFFINE_BITS, AFFINE_GROUPS, LEAVES, QuantSpec
+from mlx_fusekit.formats.specs import LEAVES, QuantSpec
 from mlx_fusekit.merging.blocks import logical_shape, weight_sources
-
-#: As mlx-lm: files larger than this are inconvenient on the Hub.
-LARGEST_FILE_BYTES = 5 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class FormatOptions:
-    """In which formats the user wants the model.
-
-    Attributes:
-        bits: width of the merged modules, or None for the base's.
-        dequantize: write the whole model unquantized.
-        dtype: safetensors dtype of a dequantized model; None keeps each module's own.
-        widths: bits of single modules, by path, where they are to be wider than all that.
-        left_out: names of the base's tensors that are not written.
-    """
-
-    bits: int | None = None
-    dequantize: bool = False
-    dtype: str | None = None
-    widths: Mapping[str, int] = field(default_factory=dict)
-    left_out: frozenset[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        if self.bits is not None and self.dequantize:
-            raise ConfigurationError("--bits and --dequantize exclude each other; drop one")
-        if self.dtype is not None and not self.dequantize:
-            raise ConfigurationError("--dtype goes with --dequantize only; add that or drop it")
-        if self.bits is not None and self.bits not in AFFINE_BITS:
-            raise ConfigurationError(
-                f"--bits {self.bits}: choose one of {', '.join(map(str, AFFINE_BITS))}"
-            )
+from mlx_fusekit.merging.formats import FormatOptions, TargetSpecs, weights_dtype
+from mlx_fusekit.merging.layout import lay_out
 
 
 @dataclass(frozen=True)
@@ -114,6 +84,17 @@ class FusePlan:
         return tuple(s for s in self.steps if isinstance(s, WeightStep) and s.update is not None)
 
     @property
+    def requantized(self) -> tuple[WeightStep, ...]:
+        """Steps that bring a weight into a quantized format which it does not have."""
+        weights = (step for step in self.steps if isinstance(step, WeightStep))
+        return tuple(
+            step
+            for step in weights
+            if step.target_spec is not None
+            and (step.update is not None or step.source_spec != step.target_spec)
+        )
+
+    @property
     def output_bytes(self) -> int:
         """Size of all weight files."""
         return sum(file.nbytes for file in self.files)
@@ -152,13 +133,14 @@ def plan_fuse(base: BaseModel, adapter: Adapter, options: FormatOptions) -> Fuse
     if options.bits is not None and not base.quantized_modules:
         raise ConfigurationError(
             f"--bits {options.bits}: the base is not quantized; drop the flag, or quantize the "
-            "result with mlx_lm.convert"
+            f"whole model with --quantize --q-bits {options.bits}"
         )
     _check_left_out(adapter, options)
+    targets = TargetSpecs.of(base, options)
     steps: list[Step] = []
     unchanged: list[str] = []
     for module, update in adapter.weights.items():
-        step = _weight_step(base, module, update, options)
+        step = _weight_step(base, module, update, targets)
         if update.is_zero and step.source_spec == step.target_spec and not options.dequantize:
             unchanged.append(module)
         else:
@@ -169,7 +151,9 @@ def plan_fuse(base: BaseModel, adapter: Adapter, options: FormatOptions) -> Fuse
         for name, update in adapter.parameters.items()
     ]
     if options.dequantize:
-        steps += _dequantize_steps(base, steps, options)
+        steps += _dequantize_steps(base, steps, targets)
+    if options.quantize is not None:
+        steps += _quantize_steps(base, adapter, targets)
     _check_head(base, steps)
     return _lay_out(base, adapter, options, steps, tuple(unchanged))
 
@@ -220,54 +204,15 @@ def _check_head(base: BaseModel, steps: Iterable[Step]) -> None:
 
 
 def _weight_step(
-    base: BaseModel, module: str, update: Update | None, options: FormatOptions
+    base: BaseModel, module: str, update: Update | None, targets: TargetSpecs
 ) -> WeightStep:
     columns = None if update is None else update.columns
     spec = base.quantization(module, columns)
     sources = weight_sources(base, module, spec)
-    target = _target_spec(module, spec, columns, options)
-    dtype = _written_dtype(base, sources, spec, target, options)
+    target = targets.target(module, spec, columns)
+    dtype = targets.written_dtype(sources, spec, target)
     step = WeightStep(module, update, spec, target, dtype, sources, {})
     return WeightStep(module, update, spec, target, dtype, sources, _outputs(step))
-
-
-def _target_spec(
-    module: str, spec: QuantSpec | None, columns: int | None, options: FormatOptions
-) -> QuantSpec | None:
-    if spec is None or options.dequantize:
-        return None
-    bits = options.widths.get(module, options.bits)
-    if bits is None or spec.bits >= bits:
-        return spec
-    group_size = spec.group_size if spec.group_size in AFFINE_GROUPS else 32
-    if columns is not None and columns % group_size:
-        raise ConfigurationError(
-            f"{bits} bits: {module} has {columns} columns, no multiple of {group_size}; "
-            "use --dequantize"
-        )
-    return QuantSpec(bits, group_size)
-
-
-def _written_dtype(
-    base: BaseModel,
-    sources: Mapping[str, TensorSource],
-    spec: QuantSpec | None,
-    target: QuantSpec | None,
-    options: FormatOptions,
-) -> str:
-    if target is not None and not target.affine:
-        return "U8"
-    if options.dtype is not None:
-        return options.dtype
-    if spec is None:
-        return sources["weight"].dtype
-    return sources["scales"].dtype if spec.affine else _main_float_dtype(base)
-
-
-def _main_float_dtype(base: BaseModel) -> str:
-    """The floating-point type most of the unquantized bytes have."""
-    tensors = base.tensors.items()
-    return main_float_dtype(t for name, t in tensors if not name.endswith(".global_scale"))
 
 
 def _outputs(step: WeightStep) -> dict[str, OutputTensor]:
@@ -284,7 +229,7 @@ def _outputs(step: WeightStep) -> dict[str, OutputTensor]:
     }
     if spec.affine:
         outputs["biases"] = OutputTensor(f"{step.module}.biases", step.dtype, groups)
-    if "global_scale" in step.sources and not spec.affine:
+    if "global_scale" in step.sources and spec.mode == "nvfp4":
         source = step.sources["global_scale"]
         outputs["global_scale"] = OutputTensor(source.name, source.dtype, source.shape)
     return outputs
@@ -297,17 +242,16 @@ def _parameter_step(
     return ParameterStep(update.tensor, OutputTensor(target.name, dtype, target.shape))
 
 
-def _dequantize_steps(
-    base: BaseModel, planned: list[Step], options: FormatOptions
-) -> Iterable[Step]:
+def _dequantize_steps(base: BaseModel, planned: list[Step], targets: TargetSpecs) -> Iterable[Step]:
     """Steps for all that the adapter does not touch, where it is quantized or of another type."""
+    options = targets.options
     done = {output.name for step in planned for output in outputs_of(step)}
     quantized = set()
     for module in base.quantized_modules:
         quantized |= {f"{module}.{leaf}" for leaf in LEAVES}
         if f"{module}.weight" not in done | options.left_out:
-            yield _weight_step(base, module, None, options)
-    main = _main_float_dtype(base)
+            yield _weight_step(base, module, None, targets)
+    main = weights_dtype(base)
     for name, tensor in base.tensors.items():
         skipped = name in done | quantized | options.left_out
         if skipped or options.dtype in (None, tensor.dtype):
@@ -316,6 +260,16 @@ def _dequantize_steps(
         # What a 16-bit model keeps in float32 (a router's bias, say) is kept so on purpose.
         if tensor.dtype == main or (tensor.dtype in FLOAT_DTYPES and options.dtype == "F32"):
             yield ParameterStep(tensor, OutputTensor(name, options.dtype, tensor.shape))
+
+
+def _quantize_steps(base: BaseModel, adapter: Adapter, targets: TargetSpecs) -> Iterable[Step]:
+    """Steps for the modules that the adapter does not touch and that have another format."""
+    for module in dict.fromkeys((*targets.quantized, *base.quantized_modules)):
+        if module in adapter.weights or f"{module}.weight" in targets.options.left_out:
+            continue
+        step = _weight_step(base, module, None, targets)
+        if step.source_spec != step.target_spec:
+            yield step
 
 
 def _lay_out(
@@ -349,11 +303,7 @@ def _lay_out(
             yield output
         yield from added.get(tensor.name, ())
 
-    if base.converted:
-        every = (*base.tensors.values(), *base.beside.values())
-        files = _cut_into_files([output for tensor in every for output in outputs_for(tensor)])
-    else:
-        files = _keep_files(base, outputs_for, frozenset(computed))
+    files = lay_out(base, outputs_for, frozenset(computed))
     order = {tensor.name: place for place, tensor in enumerate(t for f in files for t in f.tensors)}
     steps.sort(key=lambda step: min(order[output.name] for output in outputs_of(step)))
     return FusePlan(
@@ -368,48 +318,14 @@ def _lay_out(
 
 
 def _added_after(steps: Iterable[Step]) -> dict[str, list[OutputTensor]]:
-    """Tensors the base does not have (affine biases of a former codebook), by their predecessor."""
+    """Tensors the base does not have (scales of a dense weight, say), by their predecessor."""
     return {
-        step.sources["scales"].name: [
+        step.sources["scales" if "scales" in step.sources else "weight"].name: [
             output for leaf, output in step.outputs.items() if leaf not in step.sources
         ]
         for step in steps
-        if isinstance(step, WeightStep) and "scales" in step.sources
+        if isinstance(step, WeightStep)
     }
-
-
-def _keep_files(
-    base: BaseModel,
-    outputs_for: Callable[[TensorSource], Iterable[OutputTensor]],
-    computed: frozenset[str],
-) -> tuple[FileLayout, ...]:
-    files = []
-    for name, header in base.headers.items():
-        tensors = [output for ref in header.tensors.values() for output in outputs_for(ref)]
-        before = [(ref.name, ref.dtype, ref.shape) for ref in header.tensors.values()]
-        if [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors] == before:
-            files.append(same_layout(name, header, computed))
-        else:
-            files.append(new_layout(name, tensors))
-    grown = any(file.base is None and file.nbytes > LARGEST_FILE_BYTES for file in files)
-    return _cut_into_files([t for file in files for t in file.tensors]) if grown else tuple(files)
-
-
-def _cut_into_files(tensors: list[OutputTensor]) -> tuple[FileLayout, ...]:
-    groups: list[list[OutputTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if groups[-1] and size + tensor.nbytes > LARGEST_FILE_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.nbytes
-    if len(groups) == 1:
-        return (new_layout("model.safetensors", groups[0]),)
-    return tuple(
-        new_layout(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group)
-        for number, group in enumerate(groups, start=1)
-    )
 
 
 def _quantization_block(
@@ -417,6 +333,11 @@ def _quantization_block(
 ) -> Mapping[str, object] | None:
     if options.dequantize:
         return {}
+    if options.quantize is not None:
+        found = {module: base.quantization(module) for module in base.quantized_modules}
+        found |= {s.module: s.target_spec for s in steps if isinstance(s, WeightStep)}
+        own = {m: s.as_config() for m, s in found.items() if s and s != options.quantize}
+        return {**options.quantize.as_config(), **own}
     current = base.quantization_config
     widened = {
         step.module: step.target_spec.as_config()

@@ -171,7 +171,8 @@ def _metadata(facts: CardFacts, existing: Mapping[str, Any]) -> dict[str, Any]:
         found["language"] = list(facts.languages)
     if bases := _base_models(facts, existing.get("base_model")):
         found["base_model"] = bases[0] if len(bases) == 1 else bases
-        found["base_model_relation"] = "finetune" if facts.model.has_mlx else "quantized"
+        tuned = facts.model.has_mlx and not _only_quantized(facts.model.recipe)
+        found["base_model_relation"] = "finetune" if tuned else "quantized"
     return found
 
 
@@ -200,6 +201,8 @@ def _origin(facts: CardFacts) -> Iterator[str]:
     yield "## How it was made"
     if recipe is None:
         yield f"This is not recorded: the model was published without a {code(RECIPE_NAME)}."
+    elif _only_quantized(recipe):
+        yield f"{_base(facts)}, quantized by mlx-fusekit."
     else:
         yield (
             f"{_base(facts)} with {_adapters(recipe)} fused into it by mlx-fusekit: one model, "
@@ -208,9 +211,14 @@ def _origin(facts: CardFacts) -> Iterator[str]:
     yield Table.of_facts("", [*_recipe_rows(recipe or {}), *_file_rows(facts)]).markdown()
     if recipe is not None:
         yield (
-            f"{code(RECIPE_NAME)} has the SHA-256 of base and adapters, and every setting with "
+            f"{code(RECIPE_NAME)} has the SHA-256 of what it was made of, and every setting with "
             "which the model can be made again."
         )
+
+
+def _only_quantized(recipe: Mapping[str, Any] | None) -> bool:
+    """Whether no adapter was fused."""
+    return recipe is not None and recipe.get("adapters") == [] and bool(recipe.get("quantize"))
 
 
 def _base(facts: CardFacts) -> str:

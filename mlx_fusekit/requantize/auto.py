@@ -116,6 +116,7 @@ def _text(
         teacher=lambda: contextlib.nullcontext(teacher.model),
         base=teacher.without_adapter,
         tokenizer=teacher.tokenizer,
+        author="base+adapter" if sources.opened else "the model",
         file=options.file,
         features=[Features.trained_on(adapter.config) for adapter in sources.opened],
         training_data=known_training_data(sources.opened),
@@ -196,10 +197,10 @@ class _Session:
         """
         bound, kl = self.options.max_kl, narrow.report.kl_mean
         assert bound is not None
-        steps = {s.module: s for s in self.plan.merged if s.target_spec is not None}
+        steps = {step.module: step for step in self.plan.requantized}
         costs = self._costs(narrow, steps) if self.ranks.first else {}
         growth = self.options.max_growth
-        cap = None if growth is None else int(growth * self.plan.base_bytes)
+        cap = None if growth is None else int(growth * self.plan.output_bytes)
         best, tried = narrow, [dict[str, int]()]
         # The bound is for the interval's upper end, and gains are estimated of the mean.
         too_little, enough, aim = kl, 0.0, _AIM * bound * kl / narrow.report.kl_upper

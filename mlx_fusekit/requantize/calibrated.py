@@ -17,7 +17,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_fusekit.errors import CheckpointError
-from mlx_fusekit.formats.quantization import QuantizedRows, QuantSpec
+from mlx_fusekit.formats.quantization import QuantizedRows
+from mlx_fusekit.formats.specs import QuantSpec
 from mlx_fusekit.merging.merged import MergedRows, Weight
 from mlx_fusekit.merging.plan import FusePlan, WeightStep
 from mlx_fusekit.progress import Progress
@@ -85,7 +86,7 @@ class Calibration:
         self._journal = journal
         self._shelf = journal.shelf() if journal is not None and spill else Shelf()
         self.finals: LayerChain | None = None
-        self._steps = {step.module: step for step in plan.merged if step.target_spec is not None}
+        self._steps = {step.module: step for step in plan.requantized}
         self._ranks = Ranks() if ranks is None else ranks
         self._measured = measured[self._ranks.number :: self._ranks.count]
         batches = token_batches(sequences)

@@ -145,9 +145,7 @@ def shapes_of(plan: FusePlan) -> dict[str, Any]:
     """
     groups: dict[tuple[int | None, int, int, str], int] = defaultdict(int)
     merged = 0
-    for step in plan.merged:
-        if step.target_spec is None:
-            continue
+    for step in plan.requantized:
         parent, _, leaf = step.module.rpartition(".")
         experts, rows, columns = step.shape
         name = f"{parent}.{_TOGETHER.get(leaf, leaf)}"

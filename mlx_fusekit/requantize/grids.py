@@ -15,7 +15,6 @@ from mlx_fusekit.formats import codebooks
 from mlx_fusekit.formats.floats import Array, Float32, from_float32, to_float32
 from mlx_fusekit.formats.quantization import (
     QuantizedRows,
-    QuantSpec,
     TargetFormat,
     codebook_scales,
     dequantize,
@@ -24,6 +23,7 @@ from mlx_fusekit.formats.quantization import (
     to_block,
     to_matrix,
 )
+from mlx_fusekit.formats.specs import QuantSpec
 
 #: How much of a group's range a fitted grid may span: clipping a few outliers can pay.
 _SPANS = (1.0, 0.9, 0.8)

@@ -26,7 +26,7 @@ class NearestWeight:
     def rows(self, rows: RowRange) -> QuantizedRows:
         """Some rows, without looking at anything but the merged weights."""
         merged = self.weight.read(rows)
-        if merged.unchanged:
+        if merged.unchanged and merged.base is not None:
             return merged.base
         target = merged.target
         # Without a change they are the base's, which others may be given too.

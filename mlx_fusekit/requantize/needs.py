@@ -71,9 +71,8 @@ def memory_needs(plan: FusePlan, tokens: int) -> MemoryNeeds:
     """
     layers, trunk = _sizes(plan.base)
     merged: dict[int | None, int] = defaultdict(int)
-    for step in plan.merged:
-        if step.target_spec is not None:
-            merged[layer_of(step.module)] += int(math.prod(step.shape) * _run_bytes(step))
+    for step in plan.requantized:
+        merged[layer_of(step.module)] += int(math.prod(step.shape) * _run_bytes(step))
     shapes, widest = shapes_of(plan), 0
     inputs: dict[int | None, int] = defaultdict(int)
     for layer, columns, _, experts in shapes["solved"]:

@@ -138,10 +138,9 @@ def _solve(
     if drift is not None:
         places = [slice(s.place, s.place + s.last - s.first) for s in spans]
         wanted = compensated(merged, places, drift, moments)
-    base = None
-    if own[0].same_format:
-        base = stacked([m.base.part(s.first, s.last) for m, s in zip(own, spans, strict=True)])
-    return solve(wanted, merged, moments, own[0].target, base)
+    starts = [(m.start(), s) for m, s in zip(own, spans, strict=True)]
+    same = [start.part(span.first, span.last) for start, span in starts if start is not None]
+    return solve(wanted, merged, moments, own[0].target, stacked(same) if same else None)
 
 
 def _beside(parts: Sequence[Float32]) -> Float32:

@@ -321,8 +321,10 @@ class FinalStates(Variant):
         states = self.states[batch.sequences]
         for chunk in batch.chunks:
             span = slice(chunk.first, chunk.last)
+            # Left before others run, which are states of the same model.
             with self.state():
-                yield replayed(self.model, batch.inputs[:, span], states[:, span]), []
+                logits = replayed(self.model, batch.inputs[:, span], states[:, span])
+            yield logits, []
 
 
 def measured_batches(batches: Sequence[Batch]) -> list[TokenBatch]:

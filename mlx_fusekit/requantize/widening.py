@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_fusekit.formats.floats import STORAGE
-from mlx_fusekit.formats.quantization import AFFINE_BITS, AFFINE_GROUPS, CODEBOOK_MODES, QuantSpec
+from mlx_fusekit.formats.specs import AFFINE_BITS, AFFINE_GROUPS, CODEBOOK_MODES, QuantSpec
 from mlx_fusekit.merging.merged import Weight
 from mlx_fusekit.merging.plan import WeightStep
 from mlx_fusekit.progress import Progress

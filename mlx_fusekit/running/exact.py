@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from mlx_fusekit.formats.quantization import LEAVES
+from mlx_fusekit.formats.specs import LEAVES
 from mlx_fusekit.machine import memory_bytes
 from mlx_fusekit.running.model import place
 

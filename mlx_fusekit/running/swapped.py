@@ -10,7 +10,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_fusekit.formats.floats import Array
-from mlx_fusekit.formats.quantization import QuantizedRows, QuantSpec, dequantize, to_matrix
+from mlx_fusekit.formats.quantization import QuantizedRows, dequantize, to_matrix
+from mlx_fusekit.formats.specs import QuantSpec
 from mlx_fusekit.running.model import RunningModel, place, swapped
 
 _MX_TYPES = {"BF16": mx.bfloat16, "F16": mx.float16}

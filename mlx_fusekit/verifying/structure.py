@@ -12,12 +12,12 @@ import numpy as np
 from mlx_fusekit.adapters.updates import Adapter
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.checkpoint.beside_text import in_words, is_text_only
-from mlx_fusekit.checkpoint.folder import Checkpoint
+from mlx_fusekit.checkpoint.folder import Checkpoint, recipe_of
 from mlx_fusekit.checkpoint.header import TensorRef
 from mlx_fusekit.checkpoint.sanitized import beside_text
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import FLOAT_DTYPES, STORAGE, to_float32
-from mlx_fusekit.formats.quantization import LEAVES, QuantSpec
+from mlx_fusekit.formats.specs import LEAVES, QuantSpec
 from mlx_fusekit.merging.arithmetic import unchanged_rows
 from mlx_fusekit.merging.blocks import WeightReader, logical_shape, row_blocks, weight_sources
 from mlx_fusekit.progress import Progress
@@ -59,7 +59,8 @@ def check_structure(
     """Check a fused model's files.
 
     A module may have been given another format than the base's if the fused model's config.json
-    says so: more bits, or none at all. Its bytes cannot be compared then, and the checks say of how
+    says so: more bits, none at all, any where the base is not quantized or ``fusekit.json`` says
+    that the whole model was quantized. Its bytes cannot be compared then, and the checks say of how
     many modules that holds.
 
     Args:
@@ -175,6 +176,7 @@ def _compare_formats(base: BaseModel, fused: Checkpoint) -> tuple[dict[str, str]
     """Modules whose quantization differs: allowed changes by module, and faults."""
     formats: dict[str, str] = {}
     faults = []
+    anew = bool(recipe_of(fused.folder).get("quantize"))
     for module in dict.fromkeys((*base.quantized_modules, *fused.quantized_modules)):
         name = f"{module}.weight"
         if name not in base.tensors or name not in fused.tensors:
@@ -190,16 +192,14 @@ def _compare_formats(base: BaseModel, fused: Checkpoint) -> tuple[dict[str, str]
         formats[module] = f"{old} -> {new}"
         if shapes[0] != shapes[1] or len(weights[0].shape) != len(weights[1].shape):
             faults.append(f"{name} {list(shapes[0])} -> {list(shapes[1])}")
-        elif not _may_become(before, after):
+        elif not (anew or _may_become(before, after)):
             faults.append(f"{name} {old} -> {new}")
     return formats, faults
 
 
 def _may_become(before: QuantSpec | None, after: QuantSpec | None) -> bool:
-    """Whether a fused module may have this format: wider than the base's, or none."""
-    if before is None or after is None:
-        return after is None
-    return after.bits > before.bits
+    """Whether a fused module may have this format: wider than the base's, of a float base any."""
+    return before is None or after is None or after.bits > before.bits
 
 
 def _compare_bytes(

@@ -15,7 +15,7 @@ from support.tiny import LLAMA, QWEN3_MOE, VOCABULARY, make_model, save_adapter
 from mlx_fusekit import export_lora, fuse
 from mlx_fusekit.adapters.sources import NamedSources
 from mlx_fusekit.errors import AdapterError
-from mlx_fusekit.formats.quantization import LEAVES
+from mlx_fusekit.formats.specs import LEAVES
 
 Q, K = (f"model.layers.1.self_attn.{name}_proj" for name in "qk")
 GATE = "model.layers.0.mlp.gate_proj"

@@ -12,7 +12,7 @@ from support.tiny import make_model
 from mlx_fusekit.checkpoint.belongings import INDEX_NAME
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.errors import CheckpointError
-from mlx_fusekit.formats.quantization import QuantSpec
+from mlx_fusekit.formats.specs import QuantSpec
 
 Q = "model.layers.0.self_attn.q_proj"
 

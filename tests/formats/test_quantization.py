@@ -10,11 +10,7 @@ from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.formats import codebooks
 from mlx_fusekit.formats.floats import from_float32, to_float32
 from mlx_fusekit.formats.quantization import (
-    AFFINE_BITS,
-    AFFINE_GROUPS,
-    CODEBOOK_MODES,
     QuantizedRows,
-    QuantSpec,
     dequantize,
     pack,
     quantize_nearest,
@@ -22,6 +18,7 @@ from mlx_fusekit.formats.quantization import (
     to_matrix,
     unpack,
 )
+from mlx_fusekit.formats.specs import AFFINE_BITS, AFFINE_GROUPS, CODEBOOK_MODES, QuantSpec
 
 DTYPES = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
 

@@ -482,7 +482,7 @@ def split(folder: Path) -> None:
 
 
 def test_large_results_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_fusekit.merging.plan.LARGEST_FILE_BYTES", 300_000)
+    monkeypatch.setattr("mlx_fusekit.merging.layout.LARGEST_FILE_BYTES", 300_000)
     base = make_model(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base)
     report = fuse(base, adapter, tmp_path / "fused", dequantize=True, dtype="float32")

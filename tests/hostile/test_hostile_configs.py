@@ -24,7 +24,7 @@ from mlx_fusekit.checkpoint.mlx_lm import MLX_LM_ERRORS, build, load_lazily, log
 from mlx_fusekit.checkpoint.plausible import check_layers
 from mlx_fusekit.checkpoint.sanitized import open_base
 from mlx_fusekit.errors import CheckpointError, FusekitError
-from mlx_fusekit.formats.quantization import QuantSpec
+from mlx_fusekit.formats.specs import QuantSpec
 from mlx_fusekit.gguf.models.architectures import lay_out
 from mlx_fusekit.inspecting import inspect
 

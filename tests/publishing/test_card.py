@@ -42,6 +42,13 @@ class TestFrontMatter:
             "base_model_relation": "finetune",
         }
 
+    def test_of_a_model_that_was_only_quantized(self, facts: CardFacts) -> None:
+        card = write_card(with_recipe(facts, adapters=[], quantize={"bits": 4}, kind="none"))
+        assert front_matter(card)["base_model_relation"] == "quantized"
+        assert f"[{BASE}](https://huggingface.co/{BASE})" in card
+        assert "quantized by mlx-fusekit." in card
+        assert "fused" not in card
+
     def test_what_was_there_is_kept(self, facts: CardFacts) -> None:
         existing = Card.parse(
             "---\ndatasets: [me/questions]\ntags: [sql, mlx]\nlicense: other\n"

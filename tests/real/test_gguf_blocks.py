@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from mlx_fusekit.formats.floats import Array, Float32
 from mlx_fusekit.formats.quantization import (
     QuantizedRows,
-    QuantSpec,
     dequantize,
     quantize_nearest,
     to_block,
     to_matrix,
 )
+from mlx_fusekit.formats.specs import QuantSpec
 from mlx_fusekit.gguf.file.blocks import (
     block_type,
     encode_nearest_q8_0,

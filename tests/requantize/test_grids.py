@@ -8,7 +8,8 @@ from support.formats import AFFINE, CODEBOOKS, FORMATS, hard_weights
 
 from mlx_fusekit.formats import codebooks
 from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.formats.quantization import QuantSpec, TargetFormat, to_block, to_matrix
+from mlx_fusekit.formats.quantization import TargetFormat, to_block, to_matrix
+from mlx_fusekit.formats.specs import QuantSpec
 from mlx_fusekit.requantize.grids import (
     AffineGrid,
     CodebookGrid,

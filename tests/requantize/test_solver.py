@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from support.formats import FORMATS, SOME, hard_weights
 
 from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.formats.quantization import QuantizedRows, QuantSpec, TargetFormat
+from mlx_fusekit.formats.quantization import QuantizedRows, TargetFormat
+from mlx_fusekit.formats.specs import QuantSpec
 from mlx_fusekit.requantize import solver
 from mlx_fusekit.requantize.grids import (
     AffineGrid,

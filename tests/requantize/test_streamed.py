@@ -3,13 +3,14 @@
 import gc
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from support.exportable import make_exportable
 from support.teachers import ARCHITECTURES, case_of, make_case, random_text
-from support.tiny import LINEARS, LLAMA, make_adapter, make_model, save_adapter
+from support.tiny import LINEARS, LLAMA, QWEN3_MOE, make_adapter, make_model, save_adapter
 
 from mlx_fusekit import fuse, prepare_fuse, samples, verify
 from mlx_fusekit.adapters.sources import NamedSources
@@ -68,6 +69,17 @@ def test_embeddings_and_heads(tied: bool, tmp_path: Path) -> None:
     streamed = streamed_of(case.base, case.adapter)
     found = Calibration(case.plan, streamed.running, TEXT, streamed=streamed).run()
     assert same(resident, found)
+
+
+@pytest.mark.parametrize("config", [LLAMA, LLAMA | {"tie_word_embeddings": False}, QWEN3_MOE])
+def test_whole_models_that_are_quantized(config: dict[str, Any], tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", config, bits=None)
+    adapter = make_adapter(tmp_path / "adapter", base, keys=["self_attn.q_proj"], num_layers=1)
+    case = case_of(base, adapter, quantize=True, q_bits=3)
+    resident = Calibration(case.plan, case.teacher, TEXT).run()
+    assert len(resident.experts) == len(case.plan.requantized) > 10
+    streamed = streamed_of(base, adapter)
+    assert same(resident, Calibration(case.plan, streamed.running, TEXT, streamed=streamed).run())
 
 
 @pytest.mark.parametrize("kind", ["dora", "full"])

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ from mlx_lm.models.llama import LlamaModel
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 from support.models import run_model
-from support.teachers import ARCHITECTURES, Case, case_of, logits_of, make_case, random_text
+from support.teachers import (
+    ARCHITECTURES,
+    VOCABULARY,
+    Case,
+    case_of,
+    logits_of,
+    make_case,
+    random_text,
+)
 from support.tiny import LLAMA, make_adapter, make_model
 
 from mlx_fusekit.formats.floats import Float32
@@ -30,10 +39,17 @@ from mlx_fusekit.requantize.moments import (
 from mlx_fusekit.requantize.ranks import Ranks
 from mlx_fusekit.requantize.solver import Moments
 from mlx_fusekit.requantize.taps import ModuleInput, calls_intercepted, evaluate, inputs_noted
-from mlx_fusekit.requantize.walk import LayerChain, layers_of, token_batches
+from mlx_fusekit.requantize.walk import (
+    FinalStates,
+    LayerChain,
+    layers_of,
+    measured_batches,
+    token_batches,
+)
 from mlx_fusekit.running.model import place
 from mlx_fusekit.running.swapped import FusedModules
 from mlx_fusekit.texts.sequences import TokenSequence
+from mlx_fusekit.verifying.parity import Variant, compare, make_batches
 
 TEXT = random_text(5, longest=30)
 
@@ -420,6 +436,41 @@ def test_the_student_walks_as_the_fused_model_runs(name: str, tmp_path: Path) ->
             wanted = entering(model, len(layers), batch.tokens)
         np.testing.assert_allclose(np.array(student.get()), wanted, atol=1e-5)
         assert np.abs(wanted - teacher).max() > 1e-4
+
+
+def test_states_measure_what_whole_models_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the head differs, and a batch's logits are too many to be held at once."""
+    case = make_case(tmp_path, LLAMA, ["self_attn.q_proj", "model.embed_tokens"], bits=3)
+    monkeypatch.setattr("mlx_fusekit.verifying.parity.LOGIT_BYTES", 4 * VOCABULARY * 20)
+    text = [replace(sequence, scored=1) for sequence in TEXT]
+    batches = make_batches(text, VOCABULARY)
+    assert max(len(batch.chunks) for batch in batches) > 1
+    walk = Calibration(case.plan, case.teacher, TEXT, measured=measured_batches(batches))
+    solved, fused = walk.run(), FusedModules(case.teacher)
+    for step in case.plan.requantized:
+        assert step.target_spec is not None
+        fused.put(step.module, solved.experts[step.module], step.target_spec)
+    model, base = case.teacher.model, case.teacher.without_adapter
+    variants = {"fused": Variant(model, fused.active), "base": Variant(model, base)}
+    whole = compare(model, variants, text)
+    states = {"fused": walk.fused.active, "base": base}
+    known = walk.measured_states
+    assert known is not None
+    named = {"fused": known["student"], "base": known["base"], "teacher": known["teacher"]}
+    of = {
+        name: FinalStates(
+            model,
+            states.get(name, contextlib.nullcontext),
+            dict(zip((batch.sequences for batch in batches), own, strict=True)),
+        )
+        for name, own in named.items()
+    }
+    teacher = of.pop("teacher")
+    for name, parity in compare(teacher, of, text).items():
+        np.testing.assert_allclose(parity.kl, whole[name].kl, rtol=1e-3, atol=1e-6)
+    assert 0 < whole["fused"].kl_mean < whole["base"].kl_mean
 
 
 @pytest.mark.parametrize("name", ["llama", "cohere", "phi3", "gemma3_text", "lfm2"])

@@ -6,7 +6,8 @@ from support.tiny import make_adapter, make_model
 
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.fusing.fuse import prepare_fuse
-from mlx_fusekit.merging.plan import FormatOptions, plan_fuse
+from mlx_fusekit.merging.formats import FormatOptions
+from mlx_fusekit.merging.plan import plan_fuse
 from mlx_fusekit.requantize.widening import choose_widths, next_width, stored_bytes
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 
 from mlx_fusekit.formats.floats import Float32
-from mlx_fusekit.formats.quantization import QuantSpec, TargetFormat
+from mlx_fusekit.formats.quantization import TargetFormat
+from mlx_fusekit.formats.specs import QuantSpec
 
 _GROUPS = (32, 64, 128)
 #: Every width with every group size and every type of scales, and every two of those together.

@@ -26,7 +26,7 @@ from mlx_fusekit.adapters.sources import NamedSources
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.sanitized import SanitizedModel, open_base
 from mlx_fusekit.errors import CheckpointError
-from mlx_fusekit.formats.quantization import QuantSpec
+from mlx_fusekit.formats.specs import QuantSpec
 
 Q = "model.layers.0.self_attn.q_proj"
 Weights = dict[str, mx.array]

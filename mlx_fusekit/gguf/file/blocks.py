@@ -25,14 +25,8 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as GgmlType
 
 from mlx_fusekit.formats.floats import Array, Float32, from_float32, to_float32
-from mlx_fusekit.formats.quantization import (
-    QuantizedRows,
-    QuantSpec,
-    Words,
-    pack,
-    to_matrix,
-    unpack,
-)
+from mlx_fusekit.formats.quantization import QuantizedRows, Words, pack, to_matrix, unpack
+from mlx_fusekit.formats.specs import QuantSpec
 
 Bytes = npt.NDArray[np.uint8]
 Blocks = npt.NDArray[np.void]

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 
-from mlx_fusekit.formats.quantization import QuantSpec
+from mlx_fusekit.formats.specs import QuantSpec
 from mlx_fusekit.gguf.file.blocks import FLOAT_TYPES, block_type
 from mlx_fusekit.gguf.file.scales import ScaleFacts
 

@@ -11,14 +11,8 @@ from mlx_fusekit.checkpoint.base import BaseModel, TensorSource
 from mlx_fusekit.checkpoint.sanitized import ArrayTensor
 from mlx_fusekit.errors import CheckpointError
 from mlx_fusekit.formats.floats import FLOAT_DTYPES, Array, Float32, to_float32
-from mlx_fusekit.formats.quantization import (
-    LEAVES,
-    PLANES,
-    QuantizedRows,
-    QuantSpec,
-    dequantize,
-    to_matrix,
-)
+from mlx_fusekit.formats.quantization import PLANES, QuantizedRows, dequantize, to_matrix
+from mlx_fusekit.formats.specs import LEAVES, QuantSpec
 from mlx_fusekit.gguf.models.tensors import GgufTensor
 from mlx_fusekit.merging.blocks import BLOCK_ELEMENTS, of_expert
 

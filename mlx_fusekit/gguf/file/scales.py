@@ -9,7 +9,8 @@ from gguf import GGMLQuantizationType as GgmlType
 
 from mlx_fusekit.formats import codebooks
 from mlx_fusekit.formats.floats import Array, Float32, from_float32, to_float32
-from mlx_fusekit.formats.quantization import QuantSpec, codebook_scales
+from mlx_fusekit.formats.quantization import codebook_scales
+from mlx_fusekit.formats.specs import QuantSpec
 from mlx_fusekit.gguf.file.blocks import block_type
 from mlx_fusekit.gguf.file.rows import TensorRows
 

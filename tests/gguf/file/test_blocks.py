@@ -11,12 +11,12 @@ from mlx_fusekit.formats import codebooks
 from mlx_fusekit.formats.floats import STORAGE, Array, Float32, from_float32, to_float32
 from mlx_fusekit.formats.quantization import (
     QuantizedRows,
-    QuantSpec,
     dequantize,
     quantize_nearest,
     to_block,
     to_matrix,
 )
+from mlx_fusekit.formats.specs import QuantSpec
 from mlx_fusekit.gguf.file.blocks import (
     block_type,
     decode,

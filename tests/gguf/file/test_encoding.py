@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 
 from mlx_fusekit.checkpoint.sanitized import ArrayTensor
 from mlx_fusekit.formats.floats import Array, Float32, from_float32
-from mlx_fusekit.formats.quantization import (
-    QuantizedRows,
-    QuantSpec,
-    dequantize,
-    pack,
-    to_block,
-    to_matrix,
-)
+from mlx_fusekit.formats.quantization import QuantizedRows, dequantize, pack, to_block, to_matrix
+from mlx_fusekit.formats.specs import QuantSpec
 from mlx_fusekit.gguf.file.blocks import (
     decode,
     encode_nearest_q8_0,

@@ -17,7 +17,7 @@ import mlx_fusekit.gguf.file.rows as rows_module
 from mlx_fusekit.checkpoint.base import BaseModel
 from mlx_fusekit.checkpoint.sanitized import LazyTensor, SanitizedModel, open_base
 from mlx_fusekit.errors import CheckpointError, OutputError
-from mlx_fusekit.formats.quantization import QuantSpec
+from mlx_fusekit.formats.specs import QuantSpec
 from mlx_fusekit.gguf.file.plan import plan_gguf
 from mlx_fusekit.gguf.file.target import gguf_target
 from mlx_fusekit.gguf.file.writer import WrittenFile, write_gguf
