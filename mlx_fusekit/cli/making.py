@@ -55,6 +55,13 @@ def whole_format(of: str = "") -> Callable[[_Command], _Command]:
         click.option(
             "--q-mode", type=click.Choice(Q_MODES), help=f"Kind of format{of}.  [default: affine]"
         ),
+        click.option(
+            "--target-bpw",
+            type=float,
+            metavar="B",
+            help="Bits a weight that the whole model may take: modules get the widths with which "
+            "they gain most, also narrower ones.",
+        ),
     )
 
 
@@ -199,7 +206,11 @@ def _print(report: "FuseReport") -> None:
     facts += [
         ("re-quantized", in_words(report.requantize) or "not needed"),
         *_calibration(report),
-        ("size", f"{figures.size(report.output_bytes)} ({growth} against the base)"),
+        (
+            "size",
+            f"{figures.size(report.output_bytes)} ({growth} against the base; "
+            f"{figures.bits(report.bits_per_weight)} bits a weight)",
+        ),
         ("computed", figures.size(report.computed_bytes)),
     ]
     if report.dry_run:
@@ -256,8 +267,12 @@ def _calibration(report: "FuseReport") -> list[tuple[str, str]]:
     if facts.widened:
         widths = Counter(facts.widened.values())
         names = ", ".join(f"{count} modules to {bits} bits" for bits, count in widths.items())
-        rows.append(("widened", f"{names}, for {figures.size(facts.added_bytes)}"))
+        rows.append(("widths", f"{names}, {_signed(facts.added_bytes)}"))
     return rows
+
+
+def _signed(added: int) -> str:
+    return f"{'-' if added < 0 else '+'}{figures.size(abs(added))}"
 
 
 def _interval(bounds: tuple[float, float] | None) -> str:

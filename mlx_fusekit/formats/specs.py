@@ -55,6 +55,12 @@ class QuantSpec:
         width = usual[0] if bits is None else bits
         return cls(width, usual[1] if group_size is None else group_size, mode)
 
+    def with_bits(self, bits: int) -> "QuantSpec":
+        """The affine format of another width whose groups are as large, where it has such."""
+        if bits == self.bits:
+            return self
+        return QuantSpec(bits, self.group_size if self.group_size in AFFINE_GROUPS else 32)
+
     @property
     def affine(self) -> bool:
         """Whether values are ``scale * code + bias`` (else a codebook times a scale)."""

@@ -60,6 +60,7 @@ def fuse(
     calibration_tokens: int = CALIBRATION_TOKENS,
     max_kl: float | None = None,
     max_growth: float | None = None,
+    target_bpw: float | None = None,
     memory: int | str | None = None,
     resume: bool = True,
     seed: int = 0,
@@ -106,6 +107,8 @@ def fuse(
             was not calibrated on. For "auto" it is 0.1 by default.
         max_growth: how much larger than the base wider bits may make the model, as a share; by
             default there is no cap where ``max_kl`` is given, and 0.1 otherwise.
+        target_bpw: bits a weight that a ``quantize``-d model may take in all: modules get the
+            widths with which they gain most, also narrower ones than ``q_bits``.
         memory: what calibrating may take, in bytes or as "8GB"; 0.6 of the machine's by default.
             Where the whole model does not fit, one layer at a time is read from the disk.
         resume: go on with what an interrupted run of the same call has calibrated; else that is
@@ -154,6 +157,7 @@ def fuse(
         calibration_tokens=calibration_tokens,
         max_kl=max_kl,
         max_growth=max_growth,
+        target_bpw=target_bpw,
         memory=memory,
         resume=resume,
         seed=seed,

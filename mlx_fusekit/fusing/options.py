@@ -44,6 +44,7 @@ class FuseOptions:
     calibration_tokens: int = CALIBRATION_TOKENS
     max_kl: float | None = None
     max_growth: float | None = None
+    target_bpw: float | None = None
     memory: int | str | None = None
     resume: bool = True
     seed: int = 0
@@ -82,6 +83,7 @@ class FuseOptions:
             "--calibration": self.calibration,
             "--max-kl": self.max_kl,
             "--max-growth": self.max_growth,
+            "--target-bpw": self.target_bpw,
             "--memory": self.memory,
         }
         flag = next((flag for flag, value in given.items() if value is not None), None)
@@ -96,6 +98,7 @@ class FuseOptions:
                 f"--max-growth goes with --requantize {' or '.join(able)}, which alone makes "
                 "modules wider; drop it"
             )
+        self._check_budget()
         if self.max_kl is not None:
             check_max_kl(self.max_kl)
         if self.max_growth is not None and not (
@@ -113,6 +116,23 @@ class FuseOptions:
                 )
             check_text(self._text)
 
+    def _check_budget(self) -> None:
+        asked = self.target_bpw
+        if asked is None:
+            return
+        if not (math.isfinite(asked) and asked > 0):
+            raise ConfigurationError(f"--target-bpw {asked}: must be a number of bits above 0")
+        flag = f"--target-bpw {asked:g}"
+        if not self.quantize:
+            raise ConfigurationError(f"{flag}: goes with --quantize; add that, or drop it")
+        if not self.strategy.widens:
+            raise ConfigurationError(
+                f"{flag}: goes with --requantize auto, which alone chooses widths; drop one"
+            )
+        if self.max_kl is not None or self.max_growth is not None:
+            other = "--max-kl" if self.max_kl is not None else "--max-growth"
+            raise ConfigurationError(f"{flag} and {other} both say how large it becomes; drop one")
+
     def refuse_calibration(self) -> None:
         """Refuse settings of a calibration where nothing is re-quantized, and so calibrated.
 
@@ -125,6 +145,7 @@ class FuseOptions:
             "--calibration": self.calibration is not None,
             "--calibration-tokens": self.calibration_tokens != CALIBRATION_TOKENS,
             "--max-growth": self.max_growth is not None,
+            "--target-bpw": self.target_bpw is not None,
             "--memory": self.memory is not None,
         }
         flag = next((flag for flag, asked in given.items() if asked), None)
@@ -141,9 +162,8 @@ class FuseOptions:
     @property
     def rounding_will_do(self) -> bool:
         """Whether another strategy may stand in, since nothing asks for this one's work."""
-        return (
-            self.strategy.otherwise is not None and self.max_kl is None and self.calibration is None
-        )
+        asked = (self.max_kl, self.calibration, self.target_bpw)
+        return self.strategy.otherwise is not None and all(value is None for value in asked)
 
     @property
     def combination(self) -> Combination:
@@ -178,7 +198,7 @@ class FuseOptions:
     def calibrating(self) -> CalibrationOptions:
         """How to calibrate."""
         bound, growth = self.max_kl, self.max_growth
-        if self.strategy.widens and bound is None:
+        if self.strategy.widens and bound is None and self.target_bpw is None:
             bound = DEFAULT_MAX_KL
             growth = DEFAULT_MAX_GROWTH if growth is None else growth
         return CalibrationOptions(
@@ -189,6 +209,7 @@ class FuseOptions:
             max_kl_asked=self.max_kl is not None,
             widen=self.strategy.widens,
             max_growth=growth,
+            target_bpw=self.target_bpw,
             memory=None if self.memory is None else _bytes(self.memory),
         )
 

@@ -98,6 +98,7 @@ class PreparedFuse:
             parameters=len(plan.adapter.parameters),
             base_bytes=plan.base_bytes,
             output_bytes=plan.output_bytes,
+            bits_per_weight=8 * plan.text_bytes / plan.parameters,
             computed_bytes=plan.computed_bytes,
             memory_bytes=working_memory(plan, default_workers()),
             disk_free_bytes=free_disk_bytes(self.target.path),

@@ -43,6 +43,7 @@ def quantize(
     calibration_tokens: int = CALIBRATION_TOKENS,
     max_kl: float | None = None,
     max_growth: float | None = None,
+    target_bpw: float | None = None,
     memory: int | str | None = None,
     resume: bool = True,
     seed: int = 0,
@@ -74,6 +75,8 @@ def quantize(
         max_kl: bound on the mean KL divergence from the model, in nats a token, on text that was
             not calibrated on.
         max_growth: how much larger than asked for wider bits may make the result, as a share.
+        target_bpw: bits a weight that the result may take in all: modules get the widths with which
+            they gain most, also narrower ones than ``q_bits``.
         memory: what calibrating may take, in bytes or as "8GB".
         resume: go on with what an interrupted run of the same call has done.
         seed: of calibration text that is chosen or generated.
@@ -103,6 +106,7 @@ def quantize(
         calibration_tokens=calibration_tokens,
         max_kl=max_kl,
         max_growth=max_growth,
+        target_bpw=target_bpw,
         memory=memory,
         resume=resume,
         seed=seed,

@@ -34,6 +34,7 @@ class FuseReport:
         requantize: the strategy, None where nothing was re-quantized.
         modules: merged and re-quantized modules by the format they were written in.
         unchanged: how many of the adapter's modules have a zero update.
+        bits_per_weight: of the text model, whatever is quantized and what is not.
         computed_bytes: how much of ``output_bytes`` was computed and not copied.
         memory_bytes: working memory beyond the interpreter's own, estimated from the plan.
         cloned: whether the file system shared the untouched bytes with the base.
@@ -59,6 +60,7 @@ class FuseReport:
     parameters: int
     base_bytes: int
     output_bytes: int
+    bits_per_weight: float
     computed_bytes: int
     memory_bytes: int
     disk_free_bytes: int

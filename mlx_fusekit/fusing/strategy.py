@@ -30,6 +30,7 @@ def chosen_strategy(
     strategy = options.strategy
     if not strategy.calibrates:
         return strategy, ()
+    _check_budget(plan, options)
     other = strategy.otherwise if options.rounding_will_do else None
     if other is not None and all(spec.bits > LOSSY_BITS for spec in specs):
         return other, ()
@@ -44,6 +45,28 @@ def chosen_strategy(
         f"--requantize {options.requantize}: {obstacle}; --requantize nearest works without, but "
         "can lose the fine-tune"
     )
+
+
+def _check_budget(plan: FusePlan, options: FuseOptions) -> None:
+    """Refuse bits a weight that cannot be reached, or not here."""
+    target = options.target_bpw
+    if target is None:
+        return
+    from mlx_fusekit.requantize.needs import memory_needs, streams
+    from mlx_fusekit.requantize.widening import NARROWEST, least_bits_per_weight
+
+    least = least_bits_per_weight(plan)
+    if target < least:
+        raise ConfigurationError(
+            f"--target-bpw {target:g}: with all modules at {NARROWEST} bits the model takes "
+            f"{least:.2f} bits a weight; allow that many"
+        )
+    if streams(plan, options.calibrating):
+        needed = memory_needs(plan, options.calibration_tokens).resident
+        raise ConfigurationError(
+            f"--target-bpw {target:g}: choosing widths takes the whole model in memory, about "
+            f"{size(needed)}; allow that with --memory, or say --q-bits instead"
+        )
 
 
 def _obstacle(plan: FusePlan, options: FuseOptions) -> str | None:

@@ -7,7 +7,7 @@ from typing import Self
 from mlx_fusekit.checkpoint.base import BaseModel, TensorSource, main_float_dtype
 from mlx_fusekit.checkpoint.mlx_lm import quantizable_modules
 from mlx_fusekit.errors import ConfigurationError
-from mlx_fusekit.formats.specs import AFFINE_BITS, AFFINE_GROUPS, QuantSpec
+from mlx_fusekit.formats.specs import AFFINE_BITS, QuantSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class FormatOptions:
         dequantize: write the whole model unquantized.
         dtype: safetensors dtype of a dequantized model; None keeps each module's own.
         quantize: format for every module that mlx-lm quantizes; None keeps the base's.
-        widths: bits of single modules, by path, where they are to be wider than all that.
+        widths: bits of single modules, by path, which have others than all that says.
         left_out: names of the base's tensors that are not written.
     """
 
@@ -79,13 +79,13 @@ class TargetSpecs:
             )
         return cls(base, options, found)
 
-    def target(self, module: str, spec: QuantSpec | None, columns: int | None) -> QuantSpec | None:
+    def target(self, module: str, spec: QuantSpec | None, columns: int) -> QuantSpec | None:
         """The quantization to write a module in, None for a dense weight.
 
         Args:
             module: its path.
             spec: the base's.
-            columns: of its weight, where they are known.
+            columns: of its weight.
 
         Raises:
             ConfigurationError: for a width that they do not fit.
@@ -95,16 +95,16 @@ class TargetSpecs:
             spec = self.quantized.get(module)
         if spec is None or options.dequantize:
             return None
-        bits = options.widths.get(module, options.bits)
-        if bits is None or spec.bits >= bits:
-            return spec
-        group_size = spec.group_size if spec.group_size in AFFINE_GROUPS else 32
-        if columns is not None and columns % group_size:
+        bits = options.widths.get(module)
+        if bits is None:
+            bits = max(spec.bits, options.bits or 0)
+        target = spec.with_bits(bits)
+        if columns % target.group_size:
             raise ConfigurationError(
-                f"{bits} bits: {module} has {columns} columns, no multiple of {group_size}; "
+                f"{bits} bits: {module} has {columns} columns, no multiple of {target.group_size}; "
                 "use --dequantize"
             )
-        return QuantSpec(bits, group_size)
+        return target
 
     def written_dtype(
         self,

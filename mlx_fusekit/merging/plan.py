@@ -1,5 +1,6 @@
 """What a fuse will do, decided from headers alone: which tensors are computed, which are copied."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from mlx_fusekit.checkpoint.mlx_lm import computes_anew
 from mlx_fusekit.checkpoint.writer import FileLayout, OutputTensor
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.formats.floats import FLOAT_DTYPES
+from mlx_fusekit.formats.quantization import parts_of
 from mlx_fusekit.formats.specs import LEAVES, QuantSpec
 from mlx_fusekit.merging.blocks import logical_shape, weight_sources
 from mlx_fusekit.merging.formats import FormatOptions, TargetSpecs, weights_dtype
@@ -93,6 +95,26 @@ class FusePlan:
             if step.target_spec is not None
             and (step.update is not None or step.source_spec != step.target_spec)
         )
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the text model's tensors hold, quantized ones counted unpacked."""
+        base = self.base
+        skipped = parts_of(base.tensors, base.quantized_modules) | self.options.left_out
+        quantized = frozenset(base.quantized_modules)
+        count = 0
+        for name, tensor in base.tensors.items():
+            module = name.removesuffix(".weight")
+            spec = base.quantization(module) if module in quantized else None
+            if name not in skipped:
+                count += math.prod(logical_shape(tensor, spec) if spec else tensor.shape)
+        return max(1, count)
+
+    @property
+    def text_bytes(self) -> int:
+        """Size of the text model's tensors."""
+        tensors = (tensor for file in self.files for tensor in file.tensors)
+        return sum(tensor.nbytes for tensor in tensors if tensor.name not in self.base.beside)
 
     @property
     def output_bytes(self) -> int:
@@ -206,10 +228,9 @@ def _check_head(base: BaseModel, steps: Iterable[Step]) -> None:
 def _weight_step(
     base: BaseModel, module: str, update: Update | None, targets: TargetSpecs
 ) -> WeightStep:
-    columns = None if update is None else update.columns
-    spec = base.quantization(module, columns)
+    spec = base.quantization(module, None if update is None else update.columns)
     sources = weight_sources(base, module, spec)
-    target = targets.target(module, spec, columns)
+    target = targets.target(module, spec, logical_shape(sources["weight"], spec)[2])
     dtype = targets.written_dtype(sources, spec, target)
     step = WeightStep(module, update, spec, target, dtype, sources, {})
     return WeightStep(module, update, spec, target, dtype, sources, _outputs(step))

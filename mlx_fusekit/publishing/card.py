@@ -269,7 +269,7 @@ def _calibration_rows(calibration: Mapping[str, Any]) -> Iterator[tuple[str, str
         yield "calibrated on", f"{count(tokens)} tokens: {public_source(source)}"
     widened = calibration.get("widened")
     if isinstance(widened, dict) and widened:
-        yield "given wider bits", f"{len(widened)} modules"
+        yield "given other widths", f"{len(widened)} modules"
 
 
 def _file_rows(facts: CardFacts) -> Iterator[tuple[str, str]]:

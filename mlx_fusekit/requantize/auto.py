@@ -25,7 +25,7 @@ from mlx_fusekit.requantize.options import CalibrationOptions, CalibrationReport
 from mlx_fusekit.requantize.ranks import Ranks
 from mlx_fusekit.requantize.requantizer import Prepared, Request
 from mlx_fusekit.requantize.walk import FinalStates, measured_batches
-from mlx_fusekit.requantize.widening import choose_widths, measured_costs
+from mlx_fusekit.requantize.widening import NARROWEST, choose_widths, measured_costs
 from mlx_fusekit.running.model import RunningModel
 from mlx_fusekit.running.shared import RunningBase
 from mlx_fusekit.running.streamed import StreamedModel
@@ -173,6 +173,10 @@ class _Session:
     def run(self) -> Prepared:
         first = self._attempt({}, "re-quantizing")
         measurable = math.isfinite(first.report.kl_upper) and first.report.kl_mean > 0
+        if self.options.target_bpw is not None:
+            assert self.streamed is None, "it was refused"
+            first = self._fitted(first, self.options.target_bpw, measurable=measurable)
+            return Prepared(first.plan, first.calibration.solved, first.report)
         # Finding what to widen takes the whole model many times.
         if self.options.widen and measurable and not first.within and self.streamed is None:
             first = self._widened(first)
@@ -221,6 +225,21 @@ class _Session:
                 too_little = aim
             aim = math.sqrt(too_little * enough) if enough else aim * _AIM * bound / measured
         return best
+
+    def _fitted(self, planned: "_Attempt", target: float, *, measurable: bool) -> "_Attempt":
+        """The model that takes so many bits a weight; the planned one where that is closer."""
+        steps = {step.module: step for step in self.plan.requantized}
+        costs, kl = dict.fromkeys(planned.calibration.groups, 1.0), 1.0
+        if measurable:
+            costs = self._costs(planned, steps) if self.ranks.first else {}
+            kl = planned.report.kl_mean
+        free = int(target * self.plan.parameters / 8) - self.plan.text_bytes
+        widths = self.ranks.decided(partial(_bits, costs, steps, kl, 0.0, free, NARROWEST))
+        if not widths:
+            return planned
+        fitted = self._attempt(widths, "re-quantizing, with fitted widths")
+        closer = planned.report.kl_mean <= fitted.report.kl_mean
+        return planned if free >= 0 and closer else fitted
 
     def _costs(
         self, narrow: "_Attempt", steps: Mapping[str, WeightStep]

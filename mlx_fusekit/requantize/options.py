@@ -24,7 +24,9 @@ class CalibrationOptions:
         max_kl: bound on the mean KL divergence from the teacher, in nats a token.
         max_kl_asked: whether the user set it.
         widen: whether modules may get wider bits to keep it.
-        max_growth: how much larger than the base the model may become by that, as a share.
+        max_growth: how much larger than planned the model may become by that, as a share.
+        target_bpw: bits a weight that the model may take, spent where they gain most; None for the
+            planned widths.
         memory: bytes that calibrating may take; None for a share of the machine's.
     """
 
@@ -35,6 +37,7 @@ class CalibrationOptions:
     max_kl_asked: bool = False
     widen: bool = False
     max_growth: float | None = None
+    target_bpw: float | None = None
     memory: int | None = None
 
 
@@ -88,8 +91,8 @@ class CalibrationReport:
             median over modules.
         max_kl: the bound, ``max_kl_asked`` by the user or a default; ``reached`` tells whether the
             interval's upper end is at most that, and is None without an interval.
-        widened: bits by module path.
-        added_bytes: what the wider bits cost.
+        widened: bits by module path, of those with others than planned.
+        added_bytes: what they cost.
         not_seen: modules that no calibration token reached; they have the least weight error.
         streamed: whether one layer at a time was in memory.
         resumed_modules: how many modules an interrupted run had solved before this one.

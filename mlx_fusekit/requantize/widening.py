@@ -1,20 +1,21 @@
 """Which modules get wider bits, so that the fused model comes close enough to its teacher.
 
 What each group of modules costs is measured: the KL divergence of the teacher with only this group
-rounded to nearest, times the share of that error that calibration left. Each bit more is taken to
-quarter a group's cost, and the bits go where they gain most for a byte.
+rounded to nearest, times the share of that error that calibration left. At another width a cost is
+taken to be as the square of the grid's step, and the bits go where they gain most for a byte.
 """
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mlx_fusekit.formats.floats import STORAGE
-from mlx_fusekit.formats.specs import AFFINE_BITS, AFFINE_GROUPS, CODEBOOK_MODES, QuantSpec
+from mlx_fusekit.formats.specs import AFFINE_BITS, CODEBOOK_MODES
 from mlx_fusekit.merging.merged import Weight
-from mlx_fusekit.merging.plan import WeightStep
+from mlx_fusekit.merging.plan import FusePlan, WeightStep
 from mlx_fusekit.progress import Progress
 from mlx_fusekit.requantize.grids import nearest_of
 from mlx_fusekit.running.model import RunningModel
@@ -24,16 +25,18 @@ from mlx_fusekit.verifying.parity import Variant, compare
 
 #: Share of the whole that a group counts for at least: single measurements can be negative.
 _LEAST_SHARE = 1e-3
+#: The least bits that a budget gives a module.
+NARROWEST = 2
 #: Tokens that the groups are measured on.
 _TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Bits of modules to be widened.
+    """Bits of modules.
 
     Attributes:
-        bits: by module path, of those wider than the base's.
+        bits: by module path, of those that get another width than planned.
         predicted_kl: what the estimates promise.
         added_bytes: against the plan without them.
     """
@@ -49,15 +52,9 @@ def next_width(bits: int) -> int | None:
 
 
 def stored_bytes(step: WeightStep, bits: int) -> int:
-    """Size of a step's weight when it has an affine width, or the base's own format."""
-    experts, rows, columns = step.shape
-    elements = experts * rows * columns
-    spec = step.target_spec
-    assert spec is not None, "only quantized modules are widened"
-    if bits <= spec.bits:
-        bits, own = spec.bits, spec
-    else:
-        own = QuantSpec(bits, spec.group_size if spec.group_size in AFFINE_GROUPS else 32)
+    """Size of a step's weight when it has this width."""
+    assert step.target_spec is not None, "only quantized modules have a width"
+    own, elements = step.target_spec.with_bits(bits), math.prod(step.shape)
     if own.mode in CODEBOOK_MODES:
         return elements * bits // 8 + elements // own.group_size
     itemsize = STORAGE[step.dtype].itemsize if step.dtype != "U8" else 2
@@ -116,24 +113,30 @@ def choose_widths(
     costs: Mapping[tuple[str, ...], float],
     steps: Mapping[str, WeightStep],
     kl: float,
-    aim: float,
+    aim: float = 0.0,
     most_added_bytes: int | None = None,
+    narrowest: int | None = None,
 ) -> Widths:
     """Widen group by group, each time where a byte gains most, until ``aim`` is promised.
 
     Args:
-        costs: of each group, up to a common factor.
+        costs: of each group at its planned width, up to a common factor.
         steps: by module path.
-        kl: of the model without wider bits, in nats a token.
+        kl: of the model with the planned widths, in nats a token.
         aim: the KL to get down to.
-        most_added_bytes: cap on the growth, None for none.
+        most_added_bytes: cap on the growth, which may be negative; None for none.
+        narrowest: the width to begin with; None for the planned ones.
     """
-    whole = sum(costs.values())
-    remaining = {group: cost / whole * kl for group, cost in costs.items()}
-    bits = {group: max(step_bits(steps[path]) for path in group) for group in remaining}
-    total, added = kl, 0
-    queue = [_offer(group, remaining[group], bits[group], steps) for group in remaining]
-    offers = [offer for offer in queue if offer is not None]
+    planned = {path: step_bits(steps[path]) for group in costs for path in group}
+    bits = planned if narrowest is None else dict.fromkeys(planned, narrowest)
+    bits = dict(bits)
+    whole, remaining = sum(costs.values()), dict[tuple[str, ...], float]()
+    for group, cost in costs.items():
+        before, now = (max(widths[path] for path in group) for widths in (planned, bits))
+        remaining[group] = cost / whole * kl * _error(now) / _error(before)
+    total = sum(remaining.values())
+    added = sum(stored_bytes(steps[p], bits[p]) - stored_bytes(steps[p], planned[p]) for p in bits)
+    offers = [offer for g in remaining if (offer := _offer(g, remaining[g], bits, steps))]
     heapq.heapify(offers)
     while offers and total > aim:
         _, group, wider, nbytes, gain = heapq.heappop(offers)
@@ -142,16 +145,10 @@ def choose_widths(
         added += nbytes
         total -= gain
         remaining[group] -= gain
-        bits[group] = wider
-        offer = _offer(group, remaining[group], wider, steps)
-        if offer is not None:
+        bits.update(dict.fromkeys(group, wider))
+        if offer := _offer(group, remaining[group], bits, steps):
             heapq.heappush(offers, offer)
-    chosen = {
-        path: bits[group]
-        for group in remaining
-        for path in group
-        if bits[group] > step_bits(steps[path])
-    }
+    chosen = {path: width for path, width in bits.items() if width != planned[path]}
     return Widths(chosen, total, added)
 
 
@@ -162,12 +159,28 @@ def step_bits(step: WeightStep) -> int:
 
 
 def _offer(
-    group: tuple[str, ...], remaining: float, bits: int, steps: Mapping[str, WeightStep]
+    group: tuple[str, ...],
+    remaining: float,
+    bits: Mapping[str, int],
+    steps: Mapping[str, WeightStep],
 ) -> tuple[float, tuple[str, ...], int, int, float] | None:
     """The next wider width of a group: (-gain a byte, group, width, bytes, gain)."""
-    wider = next_width(bits)
+    now = max(bits[path] for path in group)
+    wider = next_width(now)
     if wider is None:
         return None
-    nbytes = sum(stored_bytes(steps[p], wider) - stored_bytes(steps[p], bits) for p in group)
-    gain = remaining * (1 - 4.0 ** (bits - wider))
+    nbytes = sum(stored_bytes(steps[p], wider) - stored_bytes(steps[p], bits[p]) for p in group)
+    gain = remaining * (1 - _error(wider) / _error(now))
     return -gain / max(nbytes, 1), group, wider, nbytes, gain
+
+
+def least_bits_per_weight(plan: FusePlan) -> float:
+    """Of a plan whose re-quantized modules all get the narrowest width."""
+    steps = plan.requantized
+    saved = sum(stored_bytes(s, step_bits(s)) - stored_bytes(s, NARROWEST) for s in steps)
+    return 8 * (plan.text_bytes - saved) / plan.parameters
+
+
+def _error(bits: int) -> float:
+    """Squared error of rounding, up to a factor: that of steps of which a range has so many."""
+    return float((2**bits - 1) ** -2)

@@ -18,6 +18,7 @@ from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.mlx_lm import quantizable_modules
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.formats.specs import QuantSpec
+from mlx_fusekit.inspecting import ModelFacts, inspect
 
 UNTIED = {**LLAMA, "tie_word_embeddings": False}
 ARCHITECTURES: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -213,6 +214,25 @@ def test_a_model_without_adapters_is_quantized(
     recipe = json.loads((folder / "fusekit.json").read_text())
     assert (recipe["adapters"], recipe["kind"], recipe["modules"]) == ([], "none", [])
     assert str(float_sample.parent) not in (folder / "fusekit.json").read_text()
+
+
+def test_a_budget_is_spent_where_it_gains_most(
+    float_sample: Path, alone: tuple[Path, FuseReport]
+) -> None:
+    """In no more bytes than 3 bits for all take, closer to the model."""
+    uniform = alone[1].bits_per_weight
+    target = float_sample.with_name("fitted")
+    report = quantize(float_sample, target, target_bpw=uniform, calibration_tokens=TOKENS)
+    assert len(report.modules) > 2
+    assert uniform - 0.1 < report.bits_per_weight <= uniform
+    facts = inspect(target)
+    assert isinstance(facts, ModelFacts)
+    assert facts.bits_per_weight == pytest.approx(report.bits_per_weight)
+    fitted, plain = (
+        verify(None, None, path, reference=float_sample, data=samples.general_data_path())
+        for path in (target, alone[0])
+    )
+    assert fitted.kl_mean < plain.kl_mean
 
 
 def test_the_command_prints_no_adapter(float_sample: Path, tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ class TestWhatItSays:
             with_recipe(facts, requantize="calibrated", calibration=calibration, adapters=adapters)
         )
         assert "8,192 tokens: the adapter's training data (sql/train.jsonl) |" in card
-        assert "| given wider bits | 2 modules |" in card
+        assert "| given other widths | 2 modules |" in card
         link = "[me/sql-lora](https://huggingface.co/me/sql-lora) (weight 0.5)"
         assert f"{link} and `style` (lora)" in card
 

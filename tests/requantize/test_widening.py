@@ -8,7 +8,7 @@ from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.fusing.fuse import prepare_fuse
 from mlx_fusekit.merging.formats import FormatOptions
 from mlx_fusekit.merging.plan import plan_fuse
-from mlx_fusekit.requantize.widening import choose_widths, next_width, stored_bytes
+from mlx_fusekit.requantize.widening import choose_widths, next_width, step_bits, stored_bytes
 
 
 @pytest.fixture(
@@ -30,7 +30,9 @@ def test_promised_bytes_are_the_plans(prepared):
     for bits in (5, 6, 8):
         path = "model.layers.1.mlp.down_proj"
         wider = plan_fuse(plan.base, plan.adapter, FormatOptions(widths={path: bits}))
-        promised = stored_bytes(steps[path], bits) - stored_bytes(steps[path], 1)
+        promised = stored_bytes(steps[path], bits) - stored_bytes(
+            steps[path], step_bits(steps[path])
+        )
         before = sum(tensor.nbytes for file in plan.files for tensor in file.tensors)
         after = sum(tensor.nbytes for file in wider.files for tensor in file.tensors)
         assert promised == after - before
@@ -78,9 +80,25 @@ def test_the_cap_holds(prepared):
         chosen = choose_widths(costs, steps, kl=1.0, aim=1e-9, most_added_bytes=cap)
         assert chosen.added_bytes <= cap
         real = sum(
-            stored_bytes(steps[p], b) - stored_bytes(steps[p], 1) for p, b in chosen.bits.items()
+            stored_bytes(steps[p], b) - stored_bytes(steps[p], step_bits(steps[p]))
+            for p, b in chosen.bits.items()
         )
         assert real == chosen.added_bytes
+
+
+def test_a_budget_also_makes_narrower(prepared):
+    """From the narrowest on, a byte goes where it gains most, also below the planned width."""
+    steps = steps_of(prepared)
+    small, large = "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.up_proj"
+    costs = {(path,): 1.0 for path in steps} | {(small,): 1000.0, (large,): 0.001}
+    planned = sum(stored_bytes(steps[p], step_bits(steps[p])) for p in steps)
+    for cap in (-planned // 8, 0):
+        chosen = choose_widths(costs, steps, kl=1.0, most_added_bytes=cap, narrowest=2)
+        bits = {p: chosen.bits.get(p, step_bits(steps[p])) for p in steps}
+        assert bits[large] < bits[small]
+        after = sum(stored_bytes(steps[p], bits[p]) for p in steps)
+        assert after - planned == chosen.added_bytes <= cap
+        assert chosen.added_bytes > cap - 20_000  # no wider width fits any more
 
 
 def test_an_impossible_aim_ends_at_the_widest(prepared):
