@@ -11,6 +11,7 @@ from mlx_lm import convert
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from support.command import run
 from support.every_class import config_of, model_of, runnable
+from support.folders import as_hugging_face, unstacked
 from support.tiny import LLAMA, QWEN3_MOE, make_adapter, make_model
 
 from mlx_fusekit import FuseReport, fuse, quantize, samples, verify
@@ -102,6 +103,16 @@ def test_a_quantized_base_moves_to_another_format(tmp_path: Path) -> None:
     assert report.modules == {"3-bit group 64": len(codes)}
     assert any("quantized a second time" in line for line in report.warnings)
     assert {ours[name][0] for name in ours if name.endswith(".scales")} == {"BF16"}
+
+
+def test_a_checkpoint_that_mlx_lm_converts_goes_in_as_it_is(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", QWEN3_MOE, bits=None)
+    quantize(base, tmp_path / "expected", q_bits=3, requantize="nearest")
+    as_hugging_face(base, unstacked(dict(mx.load(str(base / "model.safetensors")))))
+    quantize(base, tmp_path / "ours", q_bits=3, requantize="nearest")
+    assert tensors_of(tmp_path / "ours") == tensors_of(tmp_path / "expected")
+    assert formats_of(tmp_path / "ours") == formats_of(tmp_path / "expected")
+    assert str(QuantSpec(8, 64)) in map(str, formats_of(tmp_path / "ours").values())  # routers
 
 
 def test_what_has_the_format_and_no_update_stays_as_it_is(tmp_path: Path) -> None:
