@@ -12,6 +12,7 @@ from mlx_fusekit.checkpoint import beside_text, recipe
 from mlx_fusekit.checkpoint.belongings import INDEX_NAME, Companions
 from mlx_fusekit.checkpoint.folder import Checkpoint, index_fault
 from mlx_fusekit.errors import OutputError
+from mlx_fusekit.figures import size
 from mlx_fusekit.fusing.report import dtype_name
 from mlx_fusekit.merging.plan import FusePlan
 from mlx_fusekit.writing import calls
@@ -51,13 +52,22 @@ class Hashing:
         }
 
 
-def check_disk(plans: Sequence[FusePlan], target: Path, staging: Path, *, clone: bool) -> None:
+def check_disk(
+    plans: Sequence[FusePlan], target: Path, staging: Path, *, clone: bool, kept: int = 0
+) -> None:
     """Refuse to start what the disk cannot hold.
+
+    Args:
+        plans: what will be written.
+        target: the folder that was asked for.
+        staging: where it is made.
+        clone: whether unchanged bytes may be shared with the base.
+        kept: bytes that lie beside it until all is done.
 
     Raises:
         OutputError: with how much is needed and free.
     """
-    free = shutil.disk_usage(staging).free
+    free = shutil.disk_usage(staging).free - kept
     needed = sum(plan.output_bytes for plan in plans)
     if free >= needed:
         return
@@ -67,7 +77,7 @@ def check_disk(plans: Sequence[FusePlan], target: Path, staging: Path, *, clone:
         needed = sum(plan.computed_bytes for plan in plans)
     if free < needed:
         raise OutputError(
-            f"{target}: needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB "
+            f"{target}: needs {size(needed + kept)}, but its disk has {size(free + kept)} "
             "free; make room or choose another --save-path"
         )
 

@@ -36,7 +36,7 @@ from mlx_fusekit.fusing.resuming import deciding_inputs
 from mlx_fusekit.fusing.shared import Shared
 from mlx_fusekit.fusing.strategy import chosen_strategy
 from mlx_fusekit.machine import default_workers, free_disk_bytes
-from mlx_fusekit.merging.plan import FusePlan, plan_fuse
+from mlx_fusekit.merging.plan import FusePlan, outputs_of, plan_fuse
 from mlx_fusekit.progress import StepProgress
 from mlx_fusekit.publishing.licenses import License
 from mlx_fusekit.requantize.options import CalibrationReport
@@ -166,7 +166,8 @@ class PreparedFuse:
             destinations.check_upload(self.options)
             staging = stack.enter_context(staged(self.target))
             hashing = stack.enter_context(folder.Hashing(files))
-            folder.check_disk((self.plan,), self.target.path, staging, clone=clone)
+            kept = self._solved_bytes if self.calibrates else 0
+            folder.check_disk((self.plan,), self.target.path, staging, clone=clone, kept=kept)
             final, ready = self._made_ready(progress, shared, work)
             if final is not self:
                 folder.check_disk((final.plan,), self.target.path, staging, clone=clone)
@@ -255,6 +256,12 @@ class PreparedFuse:
             changed = replace(self, strategy=otherwise, notes=(*self.notes, note))
             return changed, otherwise.prepare(request)
         return (self if ready.plan is self.plan else replace(self, plan=ready.plan)), ready
+
+    @property
+    def _solved_bytes(self) -> int:
+        """Of the rows that calibrating keeps until the model is whole."""
+        outputs = (output for step in self.plan.requantized for output in outputs_of(step))
+        return sum(output.nbytes for output in outputs)
 
     @property
     def base_files(self) -> list[Path]:

@@ -6,14 +6,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from mlx_fusekit import FuseReport, fuse, samples, verify
+from mlx_fusekit import FuseReport, fuse, prepare_fuse, samples, verify
 from mlx_fusekit.checkpoint.folder import Checkpoint
-from mlx_fusekit.errors import ConfigurationError
+from mlx_fusekit.errors import ConfigurationError, OutputError
 
 # Less text than by default: MLX's own BLAS library on the CPU is slow.
 TOKENS = 640
@@ -257,3 +258,16 @@ def test_what_the_terminal_shows(base: Path, adapter: Path, tmp_path: Path) -> N
     for words in ("calibrated on", "sql/train.jsonl", "output error", "nats a token"):
         assert words in result.stdout
     assert result.stderr == ""
+
+
+def test_what_calibrating_keeps_needs_disk_too(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The solved rows lie beside the model until that is whole."""
+    plan = prepare_fuse(base, adapter, tmp_path / "never").plan
+    free = SimpleNamespace(free=plan.output_bytes + plan.computed_bytes // 2)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    with pytest.raises(OutputError, match=r"fused: needs .* MB, but its disk has .* MB free"):
+        fuse(base, adapter, tmp_path / "fused", calibration_tokens=TOKENS)
+    assert not list(tmp_path.iterdir())
+    fuse(base, adapter, tmp_path / "fused", requantize="nearest")
