@@ -41,6 +41,7 @@ from mlx_fusekit.errors import ConfigurationError
 @making.calibrating(
     "base+adapter",
     "the adapter's training data where it lies, else text written by base and adapter",
+    "  [auto's default: 0.1, without --quantize]",
 )
 @making.destinations()
 @click.option(

@@ -65,12 +65,13 @@ def whole_format(of: str = "") -> Callable[[_Command], _Command]:
     )
 
 
-def calibrating(teacher: str, otherwise: str) -> Callable[[_Command], _Command]:
+def calibrating(teacher: str, otherwise: str, default: str = "") -> Callable[[_Command], _Command]:
     """Options of calibration.
 
     Args:
         teacher: what the result is to be like.
         otherwise: what it is calibrated on by default.
+        default: of the bound on the KL, in words.
     """
     return together(
         click.option(
@@ -89,7 +90,7 @@ def calibrating(teacher: str, otherwise: str) -> Callable[[_Command], _Command]:
             f"Bound on the mean KL from {teacher}, in nats a token: auto gives the modules that "
             "hurt most wider bits until the upper end of its 95 % interval keeps it; exits with "
             "code 3 when that does not, there is too little text, or nothing is re-quantized and "
-            "so measured.  [auto's default: 0.1]"
+            f"so measured.{default}"
         ),
         click.option(
             "--max-growth",

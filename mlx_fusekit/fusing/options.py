@@ -198,7 +198,9 @@ class FuseOptions:
     def calibrating(self) -> CalibrationOptions:
         """How to calibrate."""
         bound, growth = self.max_kl, self.max_growth
-        if self.strategy.widens and bound is None and self.target_bpw is None:
+        # Whoever says how wide the whole model is to be has it so, unless a bound asks for more.
+        as_told = self.quantize and growth is None
+        if self.strategy.widens and bound is None and not as_told:
             bound = DEFAULT_MAX_KL
             growth = DEFAULT_MAX_GROWTH if growth is None else growth
         return CalibrationOptions(
