@@ -15,11 +15,13 @@ from support.folders import as_hugging_face, unstacked
 from support.tiny import LLAMA, QWEN3_MOE, make_adapter, make_model
 
 from mlx_fusekit import FuseReport, fuse, quantize, samples, verify
+from mlx_fusekit.adapters.sources import NamedSources
 from mlx_fusekit.checkpoint.folder import Checkpoint
 from mlx_fusekit.checkpoint.mlx_lm import quantizable_modules
 from mlx_fusekit.errors import ConfigurationError
 from mlx_fusekit.formats.specs import QuantSpec
 from mlx_fusekit.inspecting import ModelFacts, inspect
+from mlx_fusekit.verifying.structure import check_structure
 
 UNTIED = {**LLAMA, "tie_word_embeddings": False}
 ARCHITECTURES: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -103,6 +105,14 @@ def test_a_quantized_base_moves_to_another_format(tmp_path: Path) -> None:
     assert report.modules == {"3-bit group 64": len(codes)}
     assert any("quantized a second time" in line for line in report.warnings)
     assert {ours[name][0] for name in ours if name.endswith(".scales")} == {"BF16"}
+    sources = NamedSources.find(base, adapter).open()
+    found = check_structure(sources.base, sources.adapter, Checkpoint.open(tmp_path / "ours"))
+    assert all(check.ok for check in found)
+    # Of a model that was not quantized as a whole, fewer bits are a fault.
+    recipe = json.loads((tmp_path / "ours" / "fusekit.json").read_text())
+    (tmp_path / "ours" / "fusekit.json").write_text(json.dumps(recipe | {"quantize": None}))
+    found = check_structure(sources.base, sources.adapter, Checkpoint.open(tmp_path / "ours"))
+    assert [check.name for check in found if not check.ok] == ["same tensors as the base"]
 
 
 def test_a_checkpoint_that_mlx_lm_converts_goes_in_as_it_is(tmp_path: Path) -> None:
