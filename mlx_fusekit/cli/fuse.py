@@ -1,5 +1,6 @@
 """``mlx-fusekit fuse``."""
 
+from functools import partial
 from typing import Any
 
 import click
@@ -72,7 +73,5 @@ def command(as_json: bool, dry_run: bool, each: bool, **asked: Any) -> int:
         return fuse_each.run(named, asked, dry_run=dry_run, as_json=as_json)
     from mlx_fusekit.fusing.fuse import prepare_fuse
 
-    def prepare() -> Any:
-        return prepare_fuse(*named, **asked)
-
+    prepare = partial(prepare_fuse, *named, **asked)
     return making.run(prepare, dry_run=dry_run, as_json=as_json)

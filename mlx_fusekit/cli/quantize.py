@@ -1,5 +1,6 @@
 """``mlx-fusekit quantize``."""
 
+from functools import partial
 from typing import Any
 
 import click
@@ -30,8 +31,5 @@ def command(as_json: bool, dry_run: bool, **asked: Any) -> int:
     from mlx_fusekit.fusing.quantize import prepare_quantize
 
     named = [asked.pop(name) for name in ("model", "save_path")]
-
-    def prepare() -> Any:
-        return prepare_quantize(*named, **asked)
-
+    prepare = partial(prepare_quantize, *named, **asked)
     return making.run(prepare, dry_run=dry_run, as_json=as_json)

@@ -48,7 +48,7 @@ class CalibrationNeeds:
     Attributes:
         peak_bytes: of memory.
         streamed: whether one layer at a time will be in memory.
-        seconds: on this machine, text that models write not counted.
+        seconds: on this machine, text that models write counted.
     """
 
     peak_bytes: int

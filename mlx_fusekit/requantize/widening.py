@@ -128,8 +128,7 @@ def choose_widths(
         narrowest: the width to begin with; None for the planned ones.
     """
     planned = {path: step_bits(steps[path]) for group in costs for path in group}
-    bits = planned if narrowest is None else dict.fromkeys(planned, narrowest)
-    bits = dict(bits)
+    bits = {path: narrowest or width for path, width in planned.items()}
     whole, remaining = sum(costs.values()), dict[tuple[str, ...], float]()
     for group, cost in costs.items():
         before, now = (max(widths[path] for path in group) for widths in (planned, bits))

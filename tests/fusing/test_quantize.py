@@ -287,6 +287,17 @@ def test_the_command_prints_no_adapter(float_sample: Path, tmp_path: Path) -> No
         ),
         ({"quantize": True, "dequantize": True}, "--quantize and --dequantize exclude each other"),
         ({"quantize": True, "bits": 8}, "--bits 8: with --quantize the width is --q-bits"),
+        ({"target_bpw": 4.0}, "--target-bpw 4: goes with --quantize"),
+        ({"quantize": True, "target_bpw": 0.0}, "--target-bpw 0.0: must be a number of bits"),
+        ({"quantize": True, "target_bpw": 2.0}, "--target-bpw 2: with all modules at 2 bits"),
+        (
+            {"quantize": True, "target_bpw": 4.0, "max_kl": 0.1},
+            "--target-bpw 4 and --max-kl both say",
+        ),
+        (
+            {"quantize": True, "target_bpw": 4.0, "requantize": "calibrated"},
+            "--target-bpw 4: goes with --requantize auto",
+        ),
         (
             {"quantize": True, "q_group_size": 128},
             "--q-group-size 128: no module of",
